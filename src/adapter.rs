@@ -1,0 +1,217 @@
+//! A trained adapter on disk: Δσ of every module, the norms or embeddings if they were trained, and what they belong to.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::artifact::{Artifact, Pin, Tool, read_json};
+use crate::error::{Error, Result};
+use crate::weights::shard::{sha256_file, write_atomically};
+use crate::weights::{
+    Checkpoint, Dtype, Elements, Header, Inventory, ShardWriter, checkpoint::WeightFile,
+};
+
+pub const WEIGHTS_FILE: &str = "adapter.safetensors";
+/// Not `adapter_config.json`: PEFT would take the folder for one of its own.
+pub const CONFIG_FILE: &str = "svd_adapter.json";
+
+/// The version of the adapter config this build writes.
+pub const SCHEMA: u32 = 1;
+
+/// What an adapter was trained on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdapterConfig {
+    pub schema: u32,
+    /// `sigma`
+    pub method: String,
+    /// Groups of numbers that moved: `sigma`, `norms`, `embeddings`.
+    pub trained: Vec<String>,
+    pub decomposition: DecompositionPin,
+    pub base: Pin,
+    pub tool: Tool,
+}
+
+/// Exactly which decomposition the Δσ belong to.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DecompositionPin {
+    pub repo: Option<String>,
+    pub revision: Option<String>,
+    /// Of the decomposition's index file, which names the sha256 of everything else.
+    pub content_sha256: String,
+}
+
+/// The numbers of an adapter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Adapter {
+    pub dir: PathBuf,
+    pub config: AdapterConfig,
+    /// Δσ (q,) by module: trained minus original.
+    pub delta: BTreeMap<String, Vec<f32>>,
+    /// Trained tensors by their checkpoint name, in f32.
+    pub tensors: BTreeMap<String, Elements>,
+}
+
+/// Whether a directory holds an adapter.
+pub fn is_adapter(dir: &Path) -> bool {
+    dir.join(CONFIG_FILE).exists()
+}
+
+impl Adapter {
+    /// Writes `adapter.safetensors` and then its config. Returns the sha256 of the weights.
+    pub fn save(&self) -> Result<String> {
+        let mut tensors: BTreeMap<String, Elements> = self.tensors.clone();
+        for (module, delta) in &self.delta {
+            let stored = Elements::from_f32(&[delta.len()], delta);
+            tensors.insert(format!("{module}.delta"), stored);
+        }
+        let header = Header::compose(
+            tensors
+                .iter()
+                .map(|(name, e)| (name.as_str(), e.dtype, e.shape.as_slice())),
+        )?;
+        let mut writer = ShardWriter::create(&self.dir.join(WEIGHTS_FILE), header)?;
+        for (name, elements) in &tensors {
+            writer.put(name, &elements.bytes)?;
+        }
+        let sum = writer.finish()?;
+        let json = serde_json::to_vec_pretty(&self.config).expect("a config serialises");
+        write_atomically(&self.dir.join(CONFIG_FILE), &json)?;
+        Ok(sum)
+    }
+
+    /// Reads an adapter and refuses it if it was not trained on `artifact`.
+    pub fn open(dir: &Path, artifact: &Artifact) -> Result<Self> {
+        let adapter = Self::read(dir)?;
+        let pin = &adapter.config.decomposition;
+        if pin.content_sha256 != artifact.content_sha256 {
+            return Err(Error::AdapterMismatch {
+                adapter: dir.into(),
+                what: "the decomposition with content",
+                expected: pin.content_sha256.clone(),
+                found: artifact.content_sha256.clone(),
+            });
+        }
+        for (module, delta) in &adapter.delta {
+            let expected = artifact.svd.modules.get(module).map(|record| record.q);
+            if expected != Some(delta.len()) {
+                return Err(Error::Adapter {
+                    path: dir.join(WEIGHTS_FILE),
+                    reason: match expected {
+                        Some(q) => {
+                            format!("`{module}.delta` has {} numbers, expected {q}", delta.len())
+                        }
+                        None => format!("`{module}` is not a module of the decomposition"),
+                    },
+                });
+            }
+        }
+        Ok(adapter)
+    }
+
+    /// Reads an adapter on its own.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let config_path = dir.join(CONFIG_FILE);
+        if !config_path.exists() {
+            return Err(Error::Adapter {
+                path: dir.into(),
+                reason: format!("no adapter is here: {CONFIG_FILE} is missing"),
+            });
+        }
+        let config: AdapterConfig =
+            serde_json::from_value(read_json(&config_path)?).map_err(|source| Error::Json {
+                path: config_path.clone(),
+                source,
+            })?;
+        if config.schema > SCHEMA {
+            return Err(Error::Adapter {
+                path: config_path,
+                reason: format!(
+                    "schema {} is newer than this build, which reads up to {SCHEMA}",
+                    config.schema
+                ),
+            });
+        }
+        let path = dir.join(WEIGHTS_FILE);
+        let file = WeightFile {
+            name: WEIGHTS_FILE.into(),
+            header: Header::read(&path)?,
+        };
+        let checkpoint = Checkpoint {
+            dir: dir.into(),
+            inventory: Inventory::new(dir, vec![file])?,
+            indexed: false,
+        };
+        let (mut delta, mut tensors) = (BTreeMap::new(), BTreeMap::new());
+        for (_, entry) in checkpoint.inventory.entries() {
+            if entry.dtype != Dtype::F32 {
+                return Err(Error::Dtype {
+                    tensor: entry.name.clone(),
+                    path,
+                    expected: "F32".into(),
+                    found: crate::weights::dtype_name(entry.dtype),
+                });
+            }
+            let elements = crate::decompose::read_finite(&checkpoint, &entry.name)?;
+            match entry.name.strip_suffix(".delta") {
+                Some(module) => {
+                    delta.insert(module.to_string(), elements.to_f32());
+                }
+                None => {
+                    tensors.insert(entry.name.clone(), elements);
+                }
+            }
+        }
+        Ok(Self {
+            dir: dir.into(),
+            config,
+            delta,
+            tensors,
+        })
+    }
+
+    /// The sha256 of the adapter's weights.
+    pub fn sha256(&self) -> Result<String> {
+        sha256_file(&self.dir.join(WEIGHTS_FILE), |_| {})
+    }
+}
+
+/// A weighted sum of adapters of one decomposition: exactly linear in Δσ.
+#[derive(Debug, Clone, Default)]
+pub struct Mixture {
+    pub parts: Vec<(Adapter, f64)>,
+}
+
+impl Mixture {
+    /// Σ weight·Δσ of a module with q triplets, summed in f64.
+    pub fn delta(&self, module: &str, q: usize) -> Vec<f32> {
+        let mut sum = vec![0f64; q];
+        for (adapter, weight) in &self.parts {
+            if let Some(delta) = adapter.delta.get(module) {
+                for (total, &d) in sum.iter_mut().zip(delta) {
+                    *total += weight * f64::from(d);
+                }
+            }
+        }
+        sum.into_iter().map(|x| x as f32).collect()
+    }
+
+    /// base + Σ weight·(trained − base), in f32, or `None` where no part trained the tensor.
+    pub fn tensor(&self, name: &str, base: &Elements) -> Option<Elements> {
+        let original = base.to_f32();
+        let mut sum: Option<Vec<f64>> = None;
+        for (adapter, weight) in &self.parts {
+            let Some(trained) = adapter.tensors.get(name).filter(|t| t.shape == base.shape) else {
+                continue;
+            };
+            let sum = sum.get_or_insert_with(|| original.iter().map(|&x| x.into()).collect());
+            for ((total, &x), t) in sum.iter_mut().zip(&original).zip(trained.to_f32()) {
+                *total += weight * (f64::from(t) - f64::from(x));
+            }
+        }
+        let values: Vec<f32> = sum?.into_iter().map(|x| x as f32).collect();
+        Some(Elements::from_f32(&base.shape, &values))
+    }
+}

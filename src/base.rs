@@ -1,0 +1,141 @@
+//! A base model on this machine, and where it came from.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::error::{Error, IoContext, Result};
+use crate::event::{Observer, Stage, Unit};
+use crate::weights::shard::sha256_file;
+use crate::weights::{Checkpoint, Layout};
+
+/// A model directory whose headers have been read and checked.
+#[derive(Debug, Clone)]
+pub struct Base {
+    pub dir: PathBuf,
+    pub checkpoint: Checkpoint,
+    /// Hub id and commit, if it came from a Hub.
+    pub repo: Option<String>,
+    pub revision: Option<String>,
+}
+
+impl Base {
+    /// Opens a model directory.
+    pub fn open(dir: &Path, repo: Option<String>, revision: Option<String>) -> Result<Self> {
+        if !dir.is_dir() {
+            return Err(Error::NotAModel {
+                path: dir.into(),
+                missing: "the directory itself".into(),
+            });
+        }
+        Ok(Self {
+            dir: dir.into(),
+            checkpoint: Checkpoint::open(dir, Layout::Model)?,
+            repo,
+            revision,
+        })
+    }
+
+    /// The sha256 of every weight file.
+    pub fn hash(&self, observer: &dyn Observer) -> Result<BTreeMap<String, String>> {
+        let files = &self.checkpoint.inventory.files;
+        let total = files.iter().map(|f| f.header.file_bytes()).sum();
+        observer.start(Stage::Hash, total, Unit::Bytes);
+        let sums = files
+            .iter()
+            .map(|file| {
+                let sum = sha256_file(&self.dir.join(&file.name), |bytes| {
+                    observer.advance(Stage::Hash, bytes, &file.name);
+                })?;
+                Ok((file.name.clone(), sum))
+            })
+            .collect();
+        observer.finish(Stage::Hash);
+        sums
+    }
+}
+
+/// Files that are neither weights nor ours: tokenizer, templates, licences. They travel along unchanged.
+pub fn side_files(dir: &Path) -> Result<Vec<String>> {
+    const OURS: [&str; 6] = [
+        "config.json",
+        "README.md",
+        "report.json",
+        ".gitattributes",
+        crate::artifact::BASE_CONFIG,
+        crate::artifact::BASE_INDEX,
+    ];
+    const WEIGHTS: [&str; 11] = [
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".onnx",
+        ".h5",
+        ".msgpack",
+        ".index.json",
+        ".partial",
+    ];
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).context("list", dir)? {
+        let entry = entry.context("list", dir)?;
+        let Ok(name) = entry.file_name().into_string() else {
+            continue;
+        };
+        // a file, or a link to one: snapshots in the Hub's cache consist of links
+        let is_file = entry.path().is_file();
+        let skipped = OURS.contains(&name.as_str())
+            || name.starts_with('.')
+            || WEIGHTS.iter().any(|end| name.ends_with(end));
+        if is_file && !skipped {
+            files.push(name);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Copies side files from one directory to another.
+pub fn copy_side_files(from: &Path, to: &Path) -> Result<()> {
+    for name in side_files(from)? {
+        let bytes = std::fs::read(from.join(&name)).context("read", from.join(&name))?;
+        crate::weights::shard::write_atomically(&to.join(&name), &bytes)?;
+    }
+    Ok(())
+}
+
+/// The YAML front matter of a model card, as far as plain `key: value` lines and lists go.
+///
+/// Enough to inherit a licence and languages; anything richer is left alone.
+pub fn card_facts(dir: &Path) -> Value {
+    let mut facts = serde_json::Map::new();
+    let Ok(text) = std::fs::read_to_string(dir.join("README.md")) else {
+        return Value::Null;
+    };
+    let mut lines = text.lines();
+    if lines.next().map(str::trim_end) != Some("---") {
+        return Value::Null;
+    }
+    let mut list: Option<String> = None;
+    for line in lines.map(str::trim_end).take_while(|&l| l != "---") {
+        let unquoted =
+            |s: &str| Value::String(s.trim().trim_matches(|c| c == '"' || c == '\'').to_string());
+        if let Some(item) = line.trim_start().strip_prefix("- ") {
+            if let Some(Value::Array(items)) = list.as_ref().and_then(|key| facts.get_mut(key)) {
+                items.push(unquoted(item));
+            }
+        } else if let Some((key, value)) = line.split_once(':').filter(|_| !line.starts_with(' ')) {
+            list = value.trim().is_empty().then(|| key.to_string());
+            let value = if list.is_some() {
+                Value::Array(Vec::new())
+            } else {
+                unquoted(value)
+            };
+            facts.insert(key.to_string(), value);
+        }
+    }
+    Value::Object(facts)
+}

@@ -1,0 +1,276 @@
+//! What can go wrong, as facts. Advice on what to do next is added at the edge (`cli/advice.rs`).
+
+use std::path::PathBuf;
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything an operation can fail with: each variant carries the facts and never repeats its source.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    // -- files ------------------------------------------------------------------------------
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        action: &'static str,
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("no space left while writing {}", path.display())]
+    DiskFull { path: PathBuf },
+    #[error("{} needs {needed} bytes, its disk has {free} free", path.display())]
+    DiskTooSmall {
+        path: PathBuf,
+        needed: u64,
+        free: u64,
+    },
+    #[error("{} is not valid JSON", path.display())]
+    Json {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
+    #[error("{} is not a directory with a model in it: {missing} is missing", path.display())]
+    NotAModel { path: PathBuf, missing: String },
+    #[error("{} already holds {found}", path.display())]
+    OutputOccupied { path: PathBuf, found: String },
+    #[error("{} holds unfinished work of another job: {what} was {before}, now {now}", path.display())]
+    OutputMismatch {
+        path: PathBuf,
+        what: String,
+        before: String,
+        now: String,
+    },
+    #[error("another svdhub process is working in {}", path.display())]
+    OutputLocked { path: PathBuf },
+
+    // -- weights ----------------------------------------------------------------------------
+    #[error("{} is not a safetensors file: {reason}", path.display())]
+    Header { path: PathBuf, reason: String },
+    #[error("{} is cut short: expected {expected} bytes, found {found}", path.display())]
+    Truncated {
+        path: PathBuf,
+        expected: u64,
+        found: u64,
+    },
+    #[error("index {} names the file `{file}`, which is not there", index.display())]
+    ShardMissing { index: PathBuf, file: String },
+    #[error("index {} places tensor `{tensor}` in `{file}`, which does not hold it", index.display())]
+    IndexedTensorMissing {
+        index: PathBuf,
+        tensor: String,
+        file: String,
+    },
+    #[error("tensor `{tensor}` in {} is not named by the index", path.display())]
+    TensorNotIndexed { tensor: String, path: PathBuf },
+    #[error("index {} names `{name}`, which is not a plain file name", index.display())]
+    UnsafeName { index: PathBuf, name: String },
+    #[error("tensor `{tensor}` is missing from {}", path.display())]
+    TensorMissing { tensor: String, path: PathBuf },
+    #[error("tensor `{tensor}` in {}: expected shape {expected:?}, found {found:?}", path.display())]
+    Shape {
+        tensor: String,
+        path: PathBuf,
+        expected: Vec<usize>,
+        found: Vec<usize>,
+    },
+    #[error("tensor `{tensor}` in {}: expected dtype {expected}, found {found}", path.display())]
+    Dtype {
+        tensor: String,
+        path: PathBuf,
+        expected: String,
+        found: String,
+    },
+    #[error("tensor `{tensor}` in {} holds {value} at element {index:?}", path.display())]
+    NotFinite {
+        tensor: String,
+        path: PathBuf,
+        value: f32,
+        index: Vec<usize>,
+    },
+    #[error("{what} in {}: expected sha256 {expected}, found {found}", path.display())]
+    Checksum {
+        what: String,
+        path: PathBuf,
+        expected: String,
+        found: String,
+    },
+
+    // -- models -----------------------------------------------------------------------------
+    #[error("{}: the architecture `{found}` is not supported (supported: {supported})", path.display())]
+    Architecture {
+        path: PathBuf,
+        found: String,
+        supported: String,
+    },
+    #[error("{}: `{key}` {reason}", path.display())]
+    Config {
+        path: PathBuf,
+        key: String,
+        reason: String,
+    },
+    #[error("{}: the `svd` section {reason}", path.display())]
+    SvdSection { path: PathBuf, reason: String },
+    #[error("{} is not a decomposition: its config.json has no `svd` section", path.display())]
+    NotAnArtifact { path: PathBuf },
+    #[error("the adapter {} was trained on another decomposition: expected {what} {expected}, found {found}", adapter.display())]
+    AdapterMismatch {
+        adapter: PathBuf,
+        what: &'static str,
+        expected: String,
+        found: String,
+    },
+    #[error("{}: {reason}", path.display())]
+    Adapter { path: PathBuf, reason: String },
+    #[error("the sidecar {} needs its base model {base}", artifact.display())]
+    BaseNeeded { artifact: PathBuf, base: String },
+    #[error("cannot read {value:?} as {what}: {reason}")]
+    Parse {
+        what: &'static str,
+        value: String,
+        reason: String,
+    },
+    #[error("no tensor of {} is decomposed: {reason}", path.display())]
+    NothingToDecompose { path: PathBuf, reason: String },
+
+    // -- numbers ----------------------------------------------------------------------------
+    #[error("LAPACK's {routine} failed on a {rows} × {columns} matrix (info = {info})")]
+    Lapack {
+        routine: &'static str,
+        rows: usize,
+        columns: usize,
+        info: i32,
+    },
+    #[error(
+        "no algorithm reached the tolerance on `{module}`: residual {residual:.1e}, orthogonality {orthogonality:.1e}, wanted {tolerance:.1e}"
+    )]
+    Uncertified {
+        module: String,
+        residual: f64,
+        orthogonality: f64,
+        tolerance: f64,
+    },
+    #[error("no gradient reaches {}", dead.join(", "))]
+    DeadGradient { dead: Vec<String> },
+    #[error("the loss became {loss} at step {step}")]
+    Diverged { step: usize, loss: f32 },
+    #[error("the tensor library failed")]
+    Candle(#[from] candle_core::Error),
+    #[error("the device {device} cannot be used: {reason}")]
+    Device { device: String, reason: String },
+
+    // -- data -------------------------------------------------------------------------------
+    #[error("{} line {line} is not JSON", path.display())]
+    DataLine {
+        path: PathBuf,
+        line: usize,
+        source: serde_json::Error,
+    },
+    #[error("{} line {line}: expected an object with a text field `text`, found {found}", path.display())]
+    DataField {
+        path: PathBuf,
+        line: usize,
+        found: String,
+    },
+    #[error("{} is not UTF-8 text (byte {offset})", path.display())]
+    DataEncoding { path: PathBuf, offset: usize },
+    #[error("{} has {found} tokens, at least {needed} are needed", path.display())]
+    DataTooSmall {
+        path: PathBuf,
+        found: usize,
+        needed: usize,
+    },
+    #[error("the tokenizer {} failed: {reason}", path.display())]
+    Tokenizer { path: PathBuf, reason: String },
+    #[error("token id {id} of {} is outside the model's vocabulary of {vocabulary}", path.display())]
+    TokenOutside {
+        path: PathBuf,
+        id: u32,
+        vocabulary: usize,
+    },
+
+    // -- the Hub ----------------------------------------------------------------------------
+    #[error("the Hub at {endpoint} cannot be reached")]
+    HubUnreachable {
+        endpoint: String,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    #[error(
+        "no repository `{repo}` at {endpoint} (or it is private and the token does not open it)"
+    )]
+    RepoNotFound { repo: String, endpoint: String },
+    #[error("no revision `{revision}` in `{repo}`")]
+    RevisionNotFound { repo: String, revision: String },
+    #[error("no file `{file}` in `{repo}` at {revision}")]
+    EntryNotFound {
+        repo: String,
+        revision: String,
+        file: String,
+    },
+    #[error("`{repo}` is gated: its terms must be accepted at {endpoint}/{repo}")]
+    Gated { repo: String, endpoint: String },
+    #[error("the Hub does not accept the token ({detail})")]
+    Unauthorized { detail: String },
+    #[error("the token has no right to {action} ({detail})")]
+    Forbidden { action: String, detail: String },
+    #[error("the Hub's rate limit is reached, next try in {retry_after_s} s")]
+    RateLimited { retry_after_s: u64 },
+    #[error("the Hub answered {status} to {request}: {detail}")]
+    HubStatus {
+        status: u16,
+        request: String,
+        detail: String,
+    },
+    #[error(
+        "`{branch}` of `{repo}` moved while publishing: expected {expected}, found another commit"
+    )]
+    BranchMoved {
+        repo: String,
+        branch: String,
+        expected: String,
+    },
+    #[error("the download of `{file}` broke off at {received} of {expected} bytes")]
+    DownloadCut {
+        file: String,
+        received: u64,
+        expected: u64,
+    },
+    #[error(
+        "the repository `{repo}` holds the file name `{name}`, which would leave the folder it is downloaded to"
+    )]
+    HostilePath { repo: String, name: String },
+    #[error("`{repo}` is not in the cache and HF_HUB_OFFLINE is set")]
+    Offline { repo: String },
+    #[error("the remote copy of `{repo}` differs from the local files: {}", differing.join(", "))]
+    RemoteDiffers {
+        repo: String,
+        differing: Vec<String>,
+    },
+    #[error("the model card template failed")]
+    Card(#[from] minijinja::Error),
+}
+
+impl Error {
+    /// Wraps an I/O error with what was tried on which path; a full disk gets a name of its own.
+    pub fn io(action: &'static str, path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        let path = path.into();
+        if source.kind() == std::io::ErrorKind::StorageFull {
+            Self::DiskFull { path }
+        } else {
+            Self::Io {
+                action,
+                path,
+                source,
+            }
+        }
+    }
+}
+
+/// Adds what was tried, and on which path, to the result of an I/O call.
+pub trait IoContext<T> {
+    fn context(self, action: &'static str, path: impl Into<PathBuf>) -> Result<T>;
+}
+
+impl<T> IoContext<T> for std::io::Result<T> {
+    fn context(self, action: &'static str, path: impl Into<PathBuf>) -> Result<T> {
+        self.map_err(|source| Error::io(action, path, source))
+    }
+}

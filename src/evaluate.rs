@@ -1,0 +1,97 @@
+//! `evaluate`: the next-token loss of a model, or of a decomposition with adapters, on a text.
+
+use std::path::Path;
+use std::time::Instant;
+
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::event::{Observer, Stage, Unit};
+use crate::model::Trained;
+use crate::source::Source;
+use crate::train::data::Corpus;
+use crate::train::{load, stacked};
+
+/// How to evaluate.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Windows at a time.
+    pub batch: usize,
+    /// Tokens per window.
+    pub length: usize,
+    pub device: Device,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            batch: 4,
+            length: 256,
+            device: Device::Cpu,
+        }
+    }
+}
+
+/// The facts of an evaluation.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Facts {
+    /// Mean negative log likelihood per predicted token, in nats.
+    pub loss: f64,
+    /// exp(loss)
+    pub perplexity: f64,
+    /// Predicted tokens.
+    pub tokens: usize,
+    pub data: String,
+    pub length: usize,
+    pub seconds: f64,
+    pub tokens_per_s: f64,
+}
+
+/// Evaluates `source` on the text at `data`, in consecutive windows that share no context.
+pub fn run(
+    source: &Source,
+    data: &Path,
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<Facts> {
+    let config = source.config()?;
+    let corpus = Corpus::read(data, source.dir(), &config, options.length)?;
+    let decoder = load(source, Trained::default(), &options.device, observer)?;
+    let started = Instant::now();
+    let windows: Vec<&[u32]> = corpus.windows().collect();
+    let total: usize = windows.iter().map(|w| w.len() - 1).sum();
+    observer.start(Stage::Evaluate, total as u64, Unit::Tokens);
+    let (mut loss, mut tokens) = (0f64, 0usize);
+    // the last window may be shorter and then makes a batch of its own
+    for batch in windows.chunk_by(|a, b| a.len() == b.len()) {
+        for batch in batch.chunks(options.batch.max(1)) {
+            let (sum, predicted) = decoder.loss(&stacked(batch, &options.device)?)?;
+            loss += f64::from(sum.flatten_all()?.to_vec1::<f32>()?[0]);
+            tokens += predicted;
+            observer.advance(Stage::Evaluate, predicted as u64, "");
+        }
+    }
+    observer.finish(Stage::Evaluate);
+    let mean = loss / tokens as f64;
+    if !mean.is_finite() {
+        return Err(Error::Diverged {
+            step: 0,
+            loss: mean as f32,
+        });
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    Ok(Facts {
+        loss: mean,
+        perplexity: mean.exp(),
+        tokens,
+        data: data
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned(),
+        length: options.length,
+        seconds,
+        tokens_per_s: tokens as f64 / seconds.max(1e-9),
+    })
+}

@@ -1,0 +1,87 @@
+//! What a running verb tells whoever watches: the library reports, the binary draws.
+
+/// A part of a job that takes long enough to be watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    Download,
+    Hash,
+    Decompose,
+    Write,
+    Load,
+    Train,
+    Evaluate,
+    Merge,
+    Upload,
+    Verify,
+}
+
+/// What the numbers of a stage count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    Bytes,
+    Flops,
+    Tokens,
+    Steps,
+}
+
+/// One thing that happened.
+#[derive(Debug, Clone)]
+pub enum Event<'a> {
+    Started {
+        stage: Stage,
+        total: u64,
+        unit: Unit,
+    },
+    Advanced {
+        stage: Stage,
+        by: u64,
+        item: &'a str,
+    },
+    Finished {
+        stage: Stage,
+    },
+    /// One optimizer step: `loss` is the mean over the step's tokens, before the update.
+    Stepped {
+        step: usize,
+        steps: usize,
+        loss: f32,
+        learning_rate: f64,
+        tokens_per_s: f64,
+    },
+    /// Something the user should know although the work goes on.
+    Warned {
+        message: String,
+    },
+    /// A decision worth a line: what is kept, resumed, or chosen.
+    Noted {
+        message: String,
+    },
+}
+
+/// Watches a verb at work. Called from worker threads.
+pub trait Observer: Sync {
+    fn event(&self, event: &Event<'_>);
+
+    fn start(&self, stage: Stage, total: u64, unit: Unit) {
+        self.event(&Event::Started { stage, total, unit });
+    }
+    fn advance(&self, stage: Stage, by: u64, item: &str) {
+        self.event(&Event::Advanced { stage, by, item });
+    }
+    fn finish(&self, stage: Stage) {
+        self.event(&Event::Finished { stage });
+    }
+    fn warn(&self, message: String) {
+        self.event(&Event::Warned { message });
+    }
+    fn note(&self, message: String) {
+        self.event(&Event::Noted { message });
+    }
+}
+
+/// Watches nothing.
+pub struct Silent;
+
+impl Observer for Silent {
+    fn event(&self, _: &Event<'_>) {}
+}

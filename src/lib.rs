@@ -1,0 +1,31 @@
+//! Fine-tune Hugging Face models by their singular values.
+//!
+//! Every linear weight is split once as `M = M′ + uᵀ·diag(σ)·v`; training moves σ alone; merging gives back an ordinary
+//! model. Data flows one way, and a directory is the interface between two verbs:
+//!
+//! ```text
+//! hub ─→ base ─→ plan ─→ decompose ─→ artifact ─→ train ─→ adapter ─→ merge ─→ card ─→ publish ─→ hub
+//!                        (linalg, split)          (model)
+//! ```
+
+pub mod adapter;
+pub mod artifact;
+pub mod base;
+pub mod decompose;
+pub mod error;
+pub mod evaluate;
+pub mod event;
+pub mod linalg;
+pub mod merge;
+pub mod model;
+pub mod plan;
+pub mod report;
+pub mod source;
+pub mod split;
+pub mod train;
+pub mod verify;
+pub mod weights;
+pub mod workers;
+pub mod workspace;
+
+pub use error::{Error, Result};

@@ -1,0 +1,293 @@
+//! `merge`: a decomposition and adapters in, an ordinary model out, under the base's own names.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::adapter::Mixture;
+use crate::artifact::{Artifact, BASE_CONFIG, BASE_INDEX, read_json};
+use crate::base::copy_side_files;
+use crate::error::{Error, IoContext, Result};
+use crate::event::{Observer, Stage, Unit};
+use crate::split::RoundingLoss;
+use crate::weights::element::is_float;
+use crate::weights::shard::write_atomically;
+use crate::weights::{Dtype, Elements, Entry, Header, Layout, ShardWriter, dtype_name};
+use crate::workspace::{Claim, Workspace, check_free_space};
+use crate::{linalg, report, workers};
+
+/// How to merge.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// `None` keeps every tensor in the base's dtype.
+    pub dtype: Option<Dtype>,
+    pub threads: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            dtype: None,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+        }
+    }
+}
+
+/// The facts of a merge, as `report.json` keeps them.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Facts {
+    /// `base`, or the dtype asked for.
+    pub dtype: String,
+    /// The sha256 of each adapter's weights, and its factor.
+    pub adapters: Vec<(String, f64)>,
+    /// The sha256 of each weight file written.
+    pub sha256: BTreeMap<String, String>,
+    /// Every weight file is the base's, byte for byte.
+    pub identical_to_base: bool,
+    /// ‖round(W) − W‖ / ‖W − M‖ over all changed weights: how much of the training rounding ate.
+    pub rounding_loss: f64,
+    /// Share of the changed weights' elements that rounding put back on the base's value.
+    pub unchanged_share: f64,
+    pub bytes: u64,
+    pub seconds: f64,
+}
+
+/// Above this, most of what training changed did not survive rounding.
+const ROUNDING_LOSS_WARNED: f64 = 0.5;
+
+/// Merges `mixture` into the model of `artifact` and writes it to `out`.
+///
+/// An empty mixture, or one whose Δσ are all zero, gives back the base's files byte for byte; that is checked against
+/// the pinned hashes.
+pub fn run(
+    artifact: &Artifact,
+    mixture: &Mixture,
+    out: &Path,
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<Facts> {
+    let started = Instant::now();
+    linalg::single_threaded_blas();
+    let headers: Vec<(String, Header)> = artifact
+        .base_headers()?
+        .into_iter()
+        .map(|(file, header)| Ok((file, recast(header, options.dtype)?)))
+        .collect::<Result<_>>()?;
+    let adapters: Vec<(String, f64)> = mixture
+        .parts
+        .iter()
+        .map(|(adapter, weight)| Ok((adapter.sha256()?, *weight)))
+        .collect::<Result<_>>()?;
+    let dtype = options.dtype.map_or("base".into(), dtype_name);
+    let settings = BTreeMap::from([
+        ("decomposition".into(), artifact.content_sha256.clone()),
+        ("adapters".into(), format!("{adapters:?}")),
+        ("dtype".into(), dtype.clone()),
+    ]);
+    let (workspace, claim) = Workspace::claim(out, "merge", settings)?;
+    let total: u64 = headers.iter().map(|(_, header)| header.file_bytes()).sum();
+    match claim {
+        Claim::Finished => {
+            observer.note(format!("{} is complete already", out.display()));
+            let section = report::read(out)?.remove("merge").unwrap_or_default();
+            return serde_json::from_value(section).map_err(|source| Error::Json {
+                path: out.join(report::FILE),
+                source,
+            });
+        }
+        Claim::Interrupted => observer.note(format!("going on in {}", out.display())),
+        Claim::Fresh => check_free_space(out, total)?,
+    }
+
+    observer.start(Stage::Merge, total, Unit::Bytes);
+    let mut loss = RoundingLoss::default();
+    let mut sha256 = BTreeMap::new();
+    for (file, header) in &headers {
+        let sum = write_file(
+            artifact, mixture, out, file, header, options, observer, &mut loss,
+        )?;
+        sha256.insert(file.clone(), sum);
+    }
+    observer.finish(Stage::Merge);
+    let untrained = mixture.parts.iter().all(|(adapter, weight)| {
+        *weight == 0.0
+            || (adapter.tensors.is_empty() && adapter.delta.values().flatten().all(|&d| d == 0.0))
+    });
+    let identical = sha256 == artifact.svd.base.sha256;
+    if untrained && options.dtype.is_none() && !identical {
+        refuse_difference(artifact, out, &sha256)?;
+    }
+    let facts = Facts {
+        dtype,
+        adapters,
+        sha256,
+        identical_to_base: identical,
+        rounding_loss: loss.relative(),
+        unchanged_share: loss.unchanged as f64 / loss.elements.max(1) as f64,
+        bytes: total,
+        seconds: started.elapsed().as_secs_f64(),
+    };
+    if facts.rounding_loss > ROUNDING_LOSS_WARNED {
+        observer.warn(format!(
+            "rounding to 16 bits ate most of the training: the error is {:.0} % of the change. \
+             Merge with --dtype f32, or publish the adapter",
+            100.0 * facts.rounding_loss
+        ));
+    }
+    write_config(artifact, out, options.dtype)?;
+    write_index(artifact, out, &headers, options.dtype)?;
+    copy_side_files(&artifact.dir, out)?;
+    let mut inherited = report::read(&artifact.dir)?;
+    for (adapter, _) in &mixture.parts {
+        for (section, facts) in report::read(&adapter.dir)? {
+            inherited.insert(section, facts);
+        }
+    }
+    report::add(out, inherited, "merge", &facts)?;
+    workspace.finish()?;
+    Ok(facts)
+}
+
+/// The header with every float tensor in another dtype.
+fn recast(header: Header, dtype: Option<Dtype>) -> Result<Header> {
+    let Some(dtype) = dtype else {
+        return Ok(header);
+    };
+    Header::compose(header.entries.iter().map(|entry| {
+        let dtype = if is_float(entry.dtype) {
+            dtype
+        } else {
+            entry.dtype
+        };
+        (entry.name.as_str(), dtype, entry.shape.as_slice())
+    }))
+}
+
+#[allow(clippy::too_many_arguments)]
+fn write_file(
+    artifact: &Artifact,
+    mixture: &Mixture,
+    out: &Path,
+    file: &str,
+    header: &Header,
+    options: &Options,
+    observer: &dyn Observer,
+    loss: &mut RoundingLoss,
+) -> Result<String> {
+    let path = out.join(file);
+    let mut writer = ShardWriter::create(&path, header.clone())?;
+    workers::in_order(
+        &header.entries,
+        options.threads,
+        |entry| merged(artifact, mixture, entry),
+        |entry, (elements, eaten)| {
+            loss.add(&eaten);
+            observer.advance(Stage::Merge, entry.bytes, &entry.name);
+            writer.put(&entry.name, &elements.bytes)
+        },
+    )?;
+    writer.finish()
+}
+
+/// One tensor of the merged model, in the dtype its entry announces.
+fn merged(
+    artifact: &Artifact,
+    mixture: &Mixture,
+    entry: &Entry,
+) -> Result<(Elements, RoundingLoss)> {
+    let module = entry.name.strip_suffix(".weight").unwrap_or(&entry.name);
+    let Some(record) = artifact.svd.modules.get(module) else {
+        let base = artifact.base_tensor(&entry.name)?;
+        let trained = mixture.tensor(&entry.name, &base);
+        let elements = trained.unwrap_or(base);
+        let cast = if is_float(elements.dtype) {
+            elements.cast(entry.dtype)
+        } else {
+            elements
+        };
+        return Ok((cast, RoundingLoss::default()));
+    };
+    let delta = mixture.delta(module, record.q);
+    let factors = artifact.factors(module)?;
+    let matrix = artifact.restore(module, record, &factors)?;
+    if matrix.shape != record.shape {
+        return Err(Error::Shape {
+            tensor: entry.name.clone(),
+            path: artifact.dir.clone(),
+            expected: record.shape.to_vec(),
+            found: matrix.shape,
+        });
+    }
+    Ok(factors.merge(&matrix, &delta, entry.dtype))
+}
+
+/// Names the tensor or file in which an untrained merge differs from the pinned base.
+fn refuse_difference(
+    artifact: &Artifact,
+    out: &Path,
+    sha256: &BTreeMap<String, String>,
+) -> Result<()> {
+    for (file, expected) in &artifact.svd.base.sha256 {
+        if sha256.get(file) != Some(expected) {
+            return Err(Error::Checksum {
+                what: format!("the untrained merge `{file}` is not the pinned base file"),
+                path: out.join(file),
+                expected: expected.clone(),
+                found: sha256.get(file).cloned().unwrap_or("(no such file)".into()),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn write_config(artifact: &Artifact, out: &Path, dtype: Option<Dtype>) -> Result<()> {
+    let kept = artifact.dir.join(BASE_CONFIG);
+    let verbatim = std::fs::read(&kept).context("read", &kept)?;
+    let Some(dtype) = dtype else {
+        return write_atomically(&out.join("config.json"), &verbatim).map(drop);
+    };
+    let mut config = read_json(&kept)?;
+    let name = match dtype {
+        Dtype::F16 => "float16",
+        Dtype::BF16 => "bfloat16",
+        _ => "float32",
+    };
+    // transformers 5 writes `dtype`, older ones `torch_dtype`
+    let key = if config["dtype"].is_null() {
+        "torch_dtype"
+    } else {
+        "dtype"
+    };
+    config[key] = Value::from(name);
+    let json = serde_json::to_vec_pretty(&config).expect("a JSON value serialises");
+    write_atomically(&out.join("config.json"), &json).map(drop)
+}
+
+fn write_index(
+    artifact: &Artifact,
+    out: &Path,
+    headers: &[(String, Header)],
+    dtype: Option<Dtype>,
+) -> Result<()> {
+    let kept = artifact.dir.join(BASE_INDEX);
+    if !kept.exists() {
+        return Ok(());
+    }
+    let path = out.join(Layout::Model.index_file());
+    if dtype.is_none() {
+        let verbatim = std::fs::read(&kept).context("read", &kept)?;
+        return write_atomically(&path, &verbatim).map(drop);
+    }
+    let mut index = read_json(&kept)?;
+    let total: u64 = headers
+        .iter()
+        .flat_map(|(_, header)| &header.entries)
+        .map(|entry| entry.bytes)
+        .sum();
+    index["metadata"]["total_size"] = total.into();
+    let json = serde_json::to_vec_pretty(&index).expect("a JSON value serialises");
+    write_atomically(&path, &json).map(drop)
+}

@@ -1,0 +1,11 @@
+//! The differentiable decoder: one definition for every family, with gradients that are written down.
+
+pub mod config;
+pub mod decoder;
+pub mod layers;
+pub mod ops;
+pub mod rope;
+mod vjp;
+
+pub use config::ModelConfig;
+pub use decoder::{Decoder, Tensors, Trained};

@@ -1,0 +1,109 @@
+//! Rotary position embedding: the angles of every position, and their application.
+
+use candle_core::{D, Device, Result, Tensor};
+
+use super::config::{Rope, Scaling};
+
+/// cos and sin of positions 0 … t − 1, each (t, dim/2) in f32.
+#[derive(Debug, Clone)]
+pub struct Angles {
+    cos: Tensor,
+    sin: Tensor,
+    dim: usize,
+}
+
+impl Rope {
+    /// The angles of the first `length` positions.
+    ///
+    /// Computed in f64 from the config's numbers; stored in f32 whatever the model's dtype, because bf16 cannot tell
+    /// position 257 from 256.
+    pub fn angles(&self, length: usize, device: &Device) -> Result<Angles> {
+        let frequencies = self.frequencies(length);
+        let attention = match &self.scaling {
+            Scaling::LongRope { attention, .. } => *attention,
+            _ => 1.0,
+        };
+        let half = frequencies.len();
+        let mut cos = Vec::with_capacity(length * half);
+        let mut sin = Vec::with_capacity(length * half);
+        for position in 0..length {
+            for frequency in &frequencies {
+                // the reference multiplies in f32: the angle of a late position carries its rounding
+                let angle = f64::from(position as f32 * *frequency as f32);
+                cos.push((angle.cos() * attention) as f32);
+                sin.push((angle.sin() * attention) as f32);
+            }
+        }
+        Ok(Angles {
+            cos: Tensor::from_vec(cos, (length, half), device)?,
+            sin: Tensor::from_vec(sin, (length, half), device)?,
+            dim: self.dim,
+        })
+    }
+
+    /// θ^(−2i/dim), stretched as the scaling says (transformers, `modeling_rope_utils`).
+    fn frequencies(&self, length: usize) -> Vec<f64> {
+        let plain = (0..self.dim / 2).map(|i| self.theta.powf(-2.0 * i as f64 / self.dim as f64));
+        match &self.scaling {
+            Scaling::None | Scaling::Unsupported(_) => plain.collect(),
+            Scaling::Linear { factor } => plain.map(|f| f / factor).collect(),
+            Scaling::Llama3 {
+                factor,
+                low,
+                high,
+                original,
+            } => plain
+                .map(|f| {
+                    let wavelength = std::f64::consts::TAU / f;
+                    if wavelength < original / high {
+                        f
+                    } else if wavelength > original / low {
+                        f / factor
+                    } else {
+                        let smooth = (original / wavelength - low) / (high - low);
+                        (1.0 - smooth) * f / factor + smooth * f
+                    }
+                })
+                .collect(),
+            Scaling::LongRope {
+                short,
+                long,
+                original,
+                ..
+            } => {
+                let stretch = if length > *original { long } else { short };
+                plain.zip(stretch).map(|(f, s)| f / s).collect()
+            }
+        }
+    }
+}
+
+impl Angles {
+    /// Rotates the leading `dim` elements of each head of `x (b, h, t, d)`; `back` rotates the other way.
+    pub fn apply(&self, x: &Tensor, back: bool) -> Result<Tensor> {
+        let d = x.dim(D::Minus1)?;
+        let dtype = x.dtype();
+        let sin = if back {
+            self.sin.neg()?
+        } else {
+            self.sin.clone()
+        };
+        let (cos, sin) = (self.cos.to_dtype(dtype)?, sin.to_dtype(dtype)?);
+        if self.dim == d {
+            return candle_nn::rotary_emb::rope(&x.contiguous()?, &cos, &sin);
+        }
+        let turning = x.narrow(D::Minus1, 0, self.dim)?.contiguous()?;
+        let still = x.narrow(D::Minus1, self.dim, d - self.dim)?.contiguous()?;
+        let turned = candle_nn::rotary_emb::rope(&turning, &cos, &sin)?;
+        Tensor::cat(&[turned, still], D::Minus1)
+    }
+
+    /// The angles of positions `start … start + length − 1`.
+    pub fn narrow(&self, start: usize, length: usize) -> Result<Self> {
+        Ok(Self {
+            cos: self.cos.narrow(0, start, length)?.contiguous()?,
+            sin: self.sin.narrow(0, start, length)?.contiguous()?,
+            dim: self.dim,
+        })
+    }
+}

@@ -1,0 +1,46 @@
+//! `report.json`: the facts of every run that led to a directory. Pages are rendered from it and compute nothing.
+
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use crate::artifact::{Tool, read_json};
+use crate::error::Result;
+use crate::weights::shard::write_atomically;
+
+/// The report's file name.
+pub const FILE: &str = "report.json";
+
+/// All sections of a directory's report; empty where there is none.
+pub fn read(dir: &Path) -> Result<Map<String, Value>> {
+    let path = dir.join(FILE);
+    if !path.exists() {
+        return Ok(Map::new());
+    }
+    match read_json(&path)? {
+        Value::Object(sections) => Ok(sections),
+        _ => Ok(Map::new()),
+    }
+}
+
+/// Writes `section` into a directory's report, after the sections it `inherits`.
+pub fn add(
+    dir: &Path,
+    inherits: Map<String, Value>,
+    section: &str,
+    facts: &impl Serialize,
+) -> Result<()> {
+    let mut sections = inherits;
+    for (name, facts) in read(dir)? {
+        sections.insert(name, facts);
+    }
+    let facts = serde_json::to_value(facts).expect("facts serialise");
+    sections.insert(
+        "tool".into(),
+        serde_json::to_value(Tool::this()).expect("a tool serialises"),
+    );
+    sections.insert(section.into(), facts);
+    let json = serde_json::to_vec_pretty(&sections).expect("a JSON value serialises");
+    write_atomically(&dir.join(FILE), &json).map(drop)
+}

@@ -1,0 +1,383 @@
+//! The identity the project stands on: M = M′ + uᵀ·diag(σ)·v, and what follows from it.
+//!
+//! Nothing else computes M′, restores M, or merges a trained σ. All products are accumulated in f64: their error is some
+//! 10⁻¹³ of the elements, far inside a 16- or 32-bit rounding interval, so that the order of summation (another BLAS,
+//! another machine, more threads) cannot change a restored byte. The few elements for which this cannot be shown are
+//! stored exactly.
+
+use std::ops::Range;
+
+use ndarray::{Array1, Array2, s};
+use safetensors::Dtype;
+
+use crate::linalg::gemm;
+use crate::weights::Elements;
+use crate::weights::element::{push_rounded, rounding_margin};
+
+/// The frozen vectors and the original singular values of one weight M (m, n).
+#[derive(Debug, Clone)]
+pub struct Factors {
+    /// (q, m)
+    pub u: Array2<f32>,
+    /// (q,)
+    pub sigma: Array1<f32>,
+    /// (q, n)
+    pub v: Array2<f32>,
+}
+
+/// M′, and the elements that M′ + uᵀ·diag(σ)·v does not provably round to.
+#[derive(Debug, Clone)]
+pub struct Residual {
+    /// (m, n), row-major
+    pub values: Vec<f32>,
+    /// Positions in row-major order, ascending.
+    pub exact_at: Vec<u64>,
+    /// Their bytes in M's own dtype.
+    pub exact: Vec<u8>,
+}
+
+/// What rounding a merged weight to its dtype did to the training.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RoundingLoss {
+    /// Σ (round(W) − W)²
+    pub error: f64,
+    /// Σ (W − M)²
+    pub change: f64,
+    /// Elements that kept M's value although W differs from it.
+    pub unchanged: u64,
+    pub elements: u64,
+}
+
+impl RoundingLoss {
+    pub fn add(&mut self, other: &Self) {
+        self.error += other.error;
+        self.change += other.change;
+        self.unchanged += other.unchanged;
+        self.elements += other.elements;
+    }
+
+    /// ‖round(W) − W‖ / ‖W − M‖: 0 keeps the training, 1 and more erases it.
+    pub fn relative(&self) -> f64 {
+        if self.change > 0.0 {
+            (self.error / self.change).sqrt()
+        } else {
+            0.0
+        }
+    }
+}
+
+/// Tiles of this side bound the f64 copies to some megabytes, whatever the matrix.
+const TILE: usize = 1024;
+
+impl Factors {
+    pub fn q(&self) -> usize {
+        self.sigma.len()
+    }
+
+    /// (m, n)
+    pub fn shape(&self) -> (usize, usize) {
+        (self.u.ncols(), self.v.ncols())
+    }
+
+    /// uᵀ·diag(weights)·v on one tile, in f64.
+    fn product(&self, weights: &[f64], rows: Range<usize>, columns: Range<usize>) -> Array2<f64> {
+        let mut left = self.u.slice(s![.., rows]).mapv(f64::from);
+        for (mut row, &w) in left.rows_mut().into_iter().zip(weights) {
+            row *= w;
+        }
+        let right = self.v.slice(s![.., columns]).mapv(f64::from);
+        gemm(left.view(), true, right.view(), false)
+    }
+
+    /// Calls `visit(flat index, uᵀ·diag(weights)·v there)` for every element.
+    fn for_each_product(&self, weights: &[f64], mut visit: impl FnMut(usize, f64)) {
+        let (m, n) = self.shape();
+        for rows in tiles(m) {
+            for columns in tiles(n) {
+                let tile = self.product(weights, rows.clone(), columns.clone());
+                for (row, i) in tile.rows().into_iter().zip(rows.clone()) {
+                    for (&p, j) in row.iter().zip(columns.clone()) {
+                        visit(i * n + j, p);
+                    }
+                }
+            }
+        }
+    }
+
+    fn sigma_f64(&self) -> Vec<f64> {
+        self.sigma.iter().map(|&x| f64::from(x)).collect()
+    }
+
+    /// √(Σₖ σₖ wₖᵢ²) for each column i of `w`: by Cauchy–Schwarz, the product of two of them bounds Σₖ|uₖᵢ σₖ vₖⱼ|.
+    fn column_bounds(&self, w: &Array2<f32>) -> Vec<f64> {
+        let mut sums = vec![0f64; w.ncols()];
+        for (row, &sigma) in w.rows().into_iter().zip(&self.sigma) {
+            for (sum, &x) in sums.iter_mut().zip(row) {
+                *sum += f64::from(sigma) * f64::from(x).powi(2);
+            }
+        }
+        sums.into_iter().map(f64::sqrt).collect()
+    }
+
+    /// M′ = M − uᵀ·diag(σ)·v in f32, and the exceptions.
+    pub fn residual(&self, matrix: &Elements) -> Residual {
+        let (m, n) = self.shape();
+        assert_eq!(matrix.shape, [m, n], "the factors belong to the matrix");
+        let original = matrix.to_f32();
+        let width = matrix.dtype.bitsize() / 8;
+        let (rows, columns) = (self.column_bounds(&self.u), self.column_bounds(&self.v));
+        // Any summation order of q products errs by at most γ·Σ|terms|, γ = q·ε/(1 − q·ε) (Higham 2002, §3.1);
+        // two more roundings scale and add. Ours and the reader's each err once.
+        let gamma = 2.0 * (self.q() as f64 + 4.0) * f64::EPSILON;
+        let mut values = vec![0f32; m * n];
+        let mut unsafe_at = Vec::new();
+        self.for_each_product(&self.sigma_f64(), |at, p| {
+            let x = original[at];
+            let rest = (f64::from(x) - p) as f32;
+            values[at] = rest;
+            let off = (f64::from(rest) + p - f64::from(x)).abs();
+            let doubt = gamma * (rows[at / n] * columns[at % n] + f64::from(x).abs());
+            // a zero has a sign that arithmetic does not keep
+            if x == 0.0 || off + doubt >= rounding_margin(matrix.dtype, x) {
+                unsafe_at.push(at as u64);
+            }
+        });
+        unsafe_at.sort_unstable();
+        let exact = unsafe_at
+            .iter()
+            .flat_map(|&at| &matrix.bytes[at as usize * width..(at as usize + 1) * width])
+            .copied()
+            .collect();
+        Residual {
+            values,
+            exact_at: unsafe_at,
+            exact,
+        }
+    }
+
+    /// M, byte for byte.
+    pub fn restore(&self, residual: &Residual, dtype: Dtype) -> Elements {
+        let (m, n) = self.shape();
+        let width = dtype.bitsize() / 8;
+        let mut bytes = vec![0u8; m * n * width];
+        let mut rounded = Vec::with_capacity(width);
+        self.for_each_product(&self.sigma_f64(), |at, p| {
+            rounded.clear();
+            push_rounded(dtype, f64::from(residual.values[at]) + p, &mut rounded);
+            bytes[at * width..(at + 1) * width].copy_from_slice(&rounded);
+        });
+        for (&at, value) in residual
+            .exact_at
+            .iter()
+            .zip(residual.exact.chunks_exact(width))
+        {
+            bytes[at as usize * width..][..width].copy_from_slice(value);
+        }
+        Elements {
+            dtype,
+            shape: vec![m, n],
+            bytes,
+        }
+    }
+
+    /// W = M + uᵀ·diag(Δσ)·v, each element rounded once to `dtype`. With Δσ = 0, M itself.
+    pub fn merge(
+        &self,
+        matrix: &Elements,
+        delta: &[f32],
+        dtype: Dtype,
+    ) -> (Elements, RoundingLoss) {
+        assert_eq!(delta.len(), self.q(), "one Δσ for each triplet");
+        let mut loss = RoundingLoss {
+            elements: matrix.len() as u64,
+            ..RoundingLoss::default()
+        };
+        if delta.iter().all(|&d| d == 0.0) {
+            return (matrix.cast(dtype), loss);
+        }
+        let original = matrix.to_f32();
+        let width = dtype.bitsize() / 8;
+        let mut bytes = vec![0u8; original.len() * width];
+        let weights: Vec<f64> = delta.iter().map(|&d| f64::from(d)).collect();
+        let mut rounded = Vec::with_capacity(width);
+        let mut value = [0f32];
+        self.for_each_product(&weights, |at, p| {
+            let x = f64::from(original[at]);
+            rounded.clear();
+            push_rounded(dtype, x + p, &mut rounded);
+            crate::weights::element::widen(dtype, &rounded, &mut value);
+            loss.error += (f64::from(value[0]) - (x + p)).powi(2);
+            loss.change += p * p;
+            loss.unchanged += u64::from(p != 0.0 && value[0] == original[at]);
+            bytes[at * width..(at + 1) * width].copy_from_slice(&rounded);
+        });
+        let merged = Elements {
+            dtype,
+            shape: matrix.shape.clone(),
+            bytes,
+        };
+        (merged, loss)
+    }
+}
+
+fn tiles(side: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..side)
+        .step_by(TILE)
+        .map(move |start| start..(start + TILE).min(side))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::{Algorithm, decompose};
+    use proptest::prelude::*;
+
+    fn random(m: usize, n: usize, dtype: Dtype, seed: u64) -> Elements {
+        let mut state = seed;
+        let values: Vec<f32> = (0..m * n)
+            .map(|_| {
+                // a product of two uniforms has many small elements, the hard ones
+                let mut uniform = || {
+                    state = state
+                        .wrapping_mul(6364136223846793005)
+                        .wrapping_add(1442695040888963407);
+                    ((state >> 40) as f32 / (1u64 << 24) as f32) * 2.0 - 1.0
+                };
+                uniform() * uniform() * uniform()
+            })
+            .collect();
+        Elements::from_f32(&[m, n], &values).cast(dtype)
+    }
+
+    fn factors(matrix: &Elements, q: usize) -> Factors {
+        let a = Array2::from_shape_vec((matrix.shape[0], matrix.shape[1]), matrix.to_f32())
+            .expect("the shape fits");
+        let svd = decompose("test", a.view(), q, &Algorithm::default()).expect("decomposes");
+        Factors {
+            u: svd.u,
+            sigma: svd.sigma,
+            v: svd.v,
+        }
+    }
+
+    /// A reader with another arithmetic: terms added in reverse, in pairs, or in f64 after f32 products of u·σ.
+    fn restore_differently(
+        factors: &Factors,
+        residual: &Residual,
+        dtype: Dtype,
+        way: usize,
+    ) -> Vec<u8> {
+        let (m, n) = factors.shape();
+        let width = dtype.bitsize() / 8;
+        let mut bytes = Vec::new();
+        for i in 0..m {
+            for j in 0..n {
+                let mut terms: Vec<f64> = (0..factors.q())
+                    .map(|k| {
+                        let (u, s, v) = (
+                            f64::from(factors.u[(k, i)]),
+                            f64::from(factors.sigma[k]),
+                            f64::from(factors.v[(k, j)]),
+                        );
+                        match way {
+                            0 => u * s * v,
+                            1 => u * (s * v),
+                            _ => (u * v) * s,
+                        }
+                    })
+                    .collect();
+                if way == 1 {
+                    terms.reverse();
+                }
+                let sum = if way == 2 {
+                    terms
+                        .chunks(3)
+                        .map(|c| c.iter().sum::<f64>())
+                        .rev()
+                        .sum::<f64>()
+                } else {
+                    terms.iter().sum()
+                };
+                push_rounded(
+                    dtype,
+                    f64::from(residual.values[i * n + j]) + sum,
+                    &mut bytes,
+                );
+            }
+        }
+        for (&at, value) in residual
+            .exact_at
+            .iter()
+            .zip(residual.exact.chunks_exact(width))
+        {
+            bytes[at as usize * width..][..width].copy_from_slice(value);
+        }
+        bytes
+    }
+
+    #[test]
+    fn exceptions_of_sixteen_bit_weights_are_few() {
+        let matrix = random(200, 300, Dtype::BF16, 7);
+        let factors = factors(&matrix, 20);
+        let residual = factors.residual(&matrix);
+        let share = residual.exact_at.len() as f64 / matrix.len() as f64;
+        assert!(share < 2e-3, "{share} of the elements are stored exactly");
+        assert_eq!(factors.restore(&residual, Dtype::BF16), matrix);
+    }
+
+    #[test]
+    fn merging_moves_every_element_by_the_rank_q_change() {
+        let matrix = random(30, 40, Dtype::F32, 3);
+        let factors = factors(&matrix, 6);
+        let delta = [0.5f32, -0.25, 0.125, 1.0, -1.0, 0.75];
+        let (merged, loss) = factors.merge(&matrix, &delta, Dtype::F32);
+        let (merged, original) = (merged.to_f32(), matrix.to_f32());
+        for i in 0..30 {
+            for j in 0..40 {
+                let change: f64 = (0..6)
+                    .map(|k| {
+                        f64::from(factors.u[(k, i)])
+                            * f64::from(delta[k])
+                            * f64::from(factors.v[(k, j)])
+                    })
+                    .sum();
+                let wanted = (f64::from(original[i * 40 + j]) + change) as f32;
+                assert!((merged[i * 40 + j] - wanted).abs() <= wanted.abs() * f32::EPSILON);
+            }
+        }
+        assert!(loss.relative() < 1e-6 && loss.change > 0.0);
+        // ‖uᵀ·diag(Δσ)·v‖² = Σ Δσ² for orthonormal vectors
+        let wanted: f64 = delta.iter().map(|&d| f64::from(d).powi(2)).sum();
+        assert!((loss.change / wanted - 1.0).abs() < 1e-5);
+    }
+
+    #[test]
+    fn a_small_change_is_reported_as_lost_in_bf16() {
+        let matrix = random(64, 64, Dtype::BF16, 5);
+        let factors = factors(&matrix, 6);
+        let delta: Vec<f32> = factors.sigma.iter().map(|s| s * 1e-4).collect();
+        let (_, loss) = factors.merge(&matrix, &delta, Dtype::BF16);
+        assert!(loss.relative() > 0.8, "{loss:?}");
+        let (_, kept) = factors.merge(&matrix, &delta, Dtype::F32);
+        assert!(kept.relative() < 1e-2, "{kept:?}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn every_byte_returns_whatever_the_summation_order(
+            m in 1usize..40, n in 1usize..40, share in 0.05f64..1.0, seed: u64,
+            dtype in prop_oneof![Just(Dtype::BF16), Just(Dtype::F16), Just(Dtype::F32)],
+        ) {
+            let matrix = random(m, n, dtype, seed);
+            let factors = factors(&matrix, ((m.min(n) as f64 * share) as usize).max(1));
+            let residual = factors.residual(&matrix);
+            prop_assert_eq!(&factors.restore(&residual, dtype).bytes, &matrix.bytes);
+            for way in 0..3 {
+                prop_assert_eq!(&restore_differently(&factors, &residual, dtype, way), &matrix.bytes);
+            }
+            let zero = vec![0f32; factors.q()];
+            prop_assert_eq!(&factors.merge(&matrix, &zero, dtype).0.bytes, &matrix.bytes);
+        }
+    }
+}

@@ -1,0 +1,476 @@
+//! `verify`: reads a directory again, byte by byte, and says what is not as it should be.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::adapter::{self, Adapter};
+use crate::artifact::{self, Artifact, ArtifactLayout};
+use crate::base::Base;
+use crate::error::{Error, Result};
+use crate::event::{Observer, Stage, Unit};
+use crate::linalg::{self, svd::certify};
+use crate::weights::shard::{sha256_file, sha256_hex};
+use crate::weights::{Checkpoint, Layout, dtype_name};
+use crate::{decompose, merge, report, workers};
+
+/// What was found.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Facts {
+    pub ok: bool,
+    /// `decomposition`, `adapter` or `model`
+    pub kind: &'static str,
+    pub files: usize,
+    pub tensors: usize,
+    pub bytes: u64,
+    /// What was compared, in words.
+    pub checks: Vec<String>,
+    pub problems: Vec<Problem>,
+}
+
+/// One thing that is not as it should be.
+#[derive(Debug, Clone, Serialize)]
+pub struct Problem {
+    pub file: String,
+    pub tensor: Option<String>,
+    pub expected: String,
+    pub found: String,
+}
+
+impl Facts {
+    fn problem(
+        &mut self,
+        file: &str,
+        tensor: Option<&str>,
+        expected: impl Into<String>,
+        found: impl Into<String>,
+    ) {
+        self.problems.push(Problem {
+            file: file.into(),
+            tensor: tensor.map(str::to_string),
+            expected: expected.into(),
+            found: found.into(),
+        });
+    }
+}
+
+/// Verifies whatever `dir` holds; a model is also held against `against`.
+///
+/// Damage is an answer, not an error: it comes back in [`Facts::problems`].
+pub fn run(dir: &Path, against: Option<&Base>, observer: &dyn Observer) -> Result<Facts> {
+    linalg::single_threaded_blas();
+    let mut facts = Facts::default();
+    let looked = if artifact::is_artifact(dir) {
+        facts.kind = "decomposition";
+        decomposition(dir, against, observer, &mut facts)
+    } else if adapter::is_adapter(dir) {
+        facts.kind = "adapter";
+        adapter(dir, &mut facts)
+    } else {
+        facts.kind = "model";
+        model(dir, against, observer, &mut facts)
+    };
+    match looked {
+        Ok(()) => {}
+        // a file that cannot be understood is what verify is there to find
+        Err(error) if tells_of_damage(&error) => {
+            let (file, tensor, expected, found) = as_problem(dir, &error);
+            facts.problem(&file, tensor.as_deref(), expected, found);
+        }
+        Err(error) => return Err(error),
+    }
+    facts.ok = facts.problems.is_empty();
+    Ok(facts)
+}
+
+fn tells_of_damage(error: &Error) -> bool {
+    !matches!(
+        error,
+        Error::Io { .. } | Error::BaseNeeded { .. } | Error::DiskFull { .. }
+    ) && !matches!(error, Error::NotAModel { missing, .. } if missing.starts_with("the directory"))
+}
+
+fn as_problem(dir: &Path, error: &Error) -> (String, Option<String>, String, String) {
+    let name = |path: &Path| path.strip_prefix(dir).unwrap_or(path).display().to_string();
+    match error {
+        Error::Header { path, reason } => (
+            name(path),
+            None,
+            "a safetensors file".into(),
+            reason.clone(),
+        ),
+        Error::Truncated {
+            path,
+            expected,
+            found,
+        } => (
+            name(path),
+            None,
+            format!("{expected} bytes"),
+            format!("{found} bytes"),
+        ),
+        Error::ShardMissing { index, file } => (
+            file.clone(),
+            None,
+            format!("the file, as {} says", name(index)),
+            "nothing".into(),
+        ),
+        Error::IndexedTensorMissing {
+            index,
+            tensor,
+            file,
+        } => (
+            file.clone(),
+            Some(tensor.clone()),
+            format!("the tensor, as {} says", name(index)),
+            "nothing".into(),
+        ),
+        Error::TensorNotIndexed { tensor, path } => (
+            name(path),
+            Some(tensor.clone()),
+            "an index entry".into(),
+            "none".into(),
+        ),
+        Error::TensorMissing { tensor, path } => (
+            name(path),
+            Some(tensor.clone()),
+            "the tensor".into(),
+            "nothing".into(),
+        ),
+        Error::Shape {
+            tensor,
+            path,
+            expected,
+            found,
+        } => (
+            name(path),
+            Some(tensor.clone()),
+            format!("{expected:?}"),
+            format!("{found:?}"),
+        ),
+        Error::Dtype {
+            tensor,
+            path,
+            expected,
+            found,
+        } => (
+            name(path),
+            Some(tensor.clone()),
+            expected.clone(),
+            found.clone(),
+        ),
+        Error::NotFinite {
+            tensor,
+            path,
+            value,
+            index,
+        } => (
+            name(path),
+            Some(tensor.clone()),
+            "finite numbers".into(),
+            format!("{value} at {index:?}"),
+        ),
+        Error::Json { path, source } => (name(path), None, "valid JSON".into(), source.to_string()),
+        Error::SvdSection { path, reason } => (
+            name(path),
+            None,
+            "a valid `svd` section".into(),
+            reason.clone(),
+        ),
+        other => (
+            String::new(),
+            None,
+            "a sound directory".into(),
+            other.to_string(),
+        ),
+    }
+}
+
+fn decomposition(
+    dir: &Path,
+    against: Option<&Base>,
+    observer: &dyn Observer,
+    facts: &mut Facts,
+) -> Result<()> {
+    let remembered = decompose::remembered_base(dir)
+        .filter(|base| base.is_dir())
+        .map(|base| Base::open(&base, None, None))
+        .transpose()?;
+    let base = against.cloned().or(remembered);
+    let artifact = Artifact::open(dir, base.clone())?;
+    let sums = artifact.sums()?;
+    let inventory = &artifact.checkpoint.inventory;
+    facts.files = inventory.files.len();
+    facts.tensors = inventory.entries().count();
+    facts.bytes = inventory.files.iter().map(|f| f.header.file_bytes()).sum();
+    observer.start(Stage::Verify, facts.bytes, Unit::Bytes);
+
+    for (file, expected) in &sums.files {
+        let path = dir.join(file);
+        if !path.exists() {
+            facts.problem(file, None, "the file", "nothing");
+            continue;
+        }
+        let found = sha256_file(&path, |_| {})?;
+        if &found != expected {
+            facts.problem(
+                file,
+                None,
+                format!("sha256 {expected}"),
+                format!("sha256 {found}"),
+            );
+        }
+    }
+    let mut total = 0;
+    for (file, entry) in inventory.entries() {
+        let elements = artifact.checkpoint.read(&entry.name)?;
+        total += entry.bytes;
+        observer.advance(Stage::Verify, entry.bytes, &entry.name);
+        let found = sha256_hex(&elements.bytes);
+        match sums.tensors.get(&entry.name) {
+            Some(expected) if *expected == found => {}
+            Some(expected) => facts.problem(
+                &file.name,
+                Some(&entry.name),
+                format!("sha256 {expected}"),
+                format!("sha256 {found}"),
+            ),
+            None => facts.problem(&file.name, Some(&entry.name), "a hash in the index", "none"),
+        }
+        if let Some((index, value)) = elements.first_not_finite() {
+            facts.problem(
+                &file.name,
+                Some(&entry.name),
+                "finite numbers",
+                format!("{value} at {index:?}"),
+            );
+        }
+    }
+    let index_file = Layout::Decomposition.index_file();
+    let stated = artifact::read_json(&dir.join(&index_file))?["metadata"]["total_size"].as_u64();
+    if stated != Some(total) {
+        facts.problem(
+            &index_file,
+            None,
+            format!("total_size {total}"),
+            format!("{stated:?}"),
+        );
+    }
+    observer.finish(Stage::Verify);
+    facts
+        .checks
+        .push("headers, index and `svd` section agree".into());
+    facts.checks.push("sha256 of every file and tensor".into());
+    if !facts.problems.is_empty() {
+        // the arithmetic below would only repeat that the bytes are wrong
+        return Ok(());
+    }
+    if artifact.svd.layout == ArtifactLayout::Sidecar && base.is_none() {
+        facts.checks.push(format!(
+            "not checked: M itself, the base {} is not here",
+            artifact.svd.base.describe()
+        ));
+        return Ok(());
+    }
+    if let (ArtifactLayout::Sidecar, Some(base)) = (artifact.svd.layout, &base) {
+        let found = base.hash(observer)?;
+        compare_sums(&artifact.svd.base.sha256, &found, facts);
+    }
+    modules(&artifact, observer, facts)
+}
+
+/// σ descends, the triplets belong to M, and M comes back byte for byte.
+fn modules(artifact: &Artifact, observer: &dyn Observer, facts: &mut Facts) -> Result<()> {
+    let modules: Vec<_> = artifact.svd.modules.iter().collect();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let elements = |record: &artifact::ModuleRecord| (record.shape[0] * record.shape[1]) as u64;
+    let total = modules
+        .iter()
+        .map(|(_, record)| elements(record))
+        .sum::<u64>();
+    observer.start(Stage::Verify, 4 * total, Unit::Bytes);
+    workers::in_order(
+        &modules,
+        threads,
+        |(module, record)| {
+            let factors = artifact.factors(module)?;
+            let matrix = artifact.restore(module, record, &factors)?;
+            let values = ndarray::Array2::from_shape_vec(
+                (record.shape[0], record.shape[1]),
+                matrix.to_f32(),
+            )
+            .expect("restored in the shape of its record");
+            let certificate = certify(values.view(), &factors.u, &factors.sigma, &factors.v, 1);
+            let descending = factors
+                .sigma
+                .windows(2)
+                .into_iter()
+                .all(|pair| pair[0] >= pair[1]);
+            Ok((sha256_hex(&matrix.bytes), certificate, descending))
+        },
+        |(module, record), (sum, certificate, descending)| {
+            let file = artifact.checkpoint.path_of(&format!("{module}.u"));
+            let file = file
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
+            observer.advance(Stage::Verify, 4 * elements(record), module);
+            if sum != record.sha256 {
+                facts.problem(
+                    &file,
+                    Some(module),
+                    format!("M with sha256 {}", record.sha256),
+                    format!("M with sha256 {sum}"),
+                );
+            }
+            if !descending {
+                facts.problem(
+                    &file,
+                    Some(&format!("{module}.sigma")),
+                    "descending singular values",
+                    "others",
+                );
+            }
+            let tolerance = artifact.svd.algorithm.tolerance;
+            if !certificate.holds(tolerance) {
+                facts.problem(
+                    &file,
+                    Some(module),
+                    format!("singular triplets of M to {tolerance:.0e}"),
+                    format!(
+                        "residual {:.1e}, orthogonality {:.1e}",
+                        certificate.residual, certificate.orthogonality
+                    ),
+                );
+            }
+            Ok(())
+        },
+    )?;
+    observer.finish(Stage::Verify);
+    facts.checks.push(format!(
+        "M = M′ + uᵀ·diag(σ)·v restores all {} weights byte for byte",
+        modules.len()
+    ));
+    facts
+        .checks
+        .push("σ descends, u and v are orthonormal triplets of M (random probes)".into());
+    Ok(())
+}
+
+fn adapter(dir: &Path, facts: &mut Facts) -> Result<()> {
+    let adapter = Adapter::read(dir)?;
+    facts.files = 1;
+    facts.tensors = adapter.delta.len() + adapter.tensors.len();
+    let path = dir.join(adapter::WEIGHTS_FILE);
+    facts.bytes = std::fs::metadata(&path).map(|m| m.len()).unwrap_or(0);
+    facts
+        .checks
+        .push("header, config and finite numbers".into());
+    if let Some(expected) = report::read(dir)?
+        .get("train")
+        .and_then(|t| t["adapter_sha256"].as_str())
+    {
+        let found = adapter.sha256()?;
+        facts.checks.push("sha256 of the weights".into());
+        if found != expected {
+            facts.problem(
+                adapter::WEIGHTS_FILE,
+                None,
+                format!("sha256 {expected}"),
+                format!("sha256 {found}"),
+            );
+        }
+    }
+    Ok(())
+}
+
+fn model(
+    dir: &Path,
+    against: Option<&Base>,
+    observer: &dyn Observer,
+    facts: &mut Facts,
+) -> Result<()> {
+    let base = Base::open(dir, None, None)?;
+    let inventory = &base.checkpoint.inventory;
+    facts.files = inventory.files.len();
+    facts.tensors = inventory.entries().count();
+    facts.bytes = inventory.files.iter().map(|f| f.header.file_bytes()).sum();
+    facts.checks.push("headers and index agree".into());
+    observer.start(Stage::Verify, facts.bytes, Unit::Bytes);
+    for (file, entry) in inventory.entries() {
+        let elements = base.checkpoint.read(&entry.name)?;
+        observer.advance(Stage::Verify, entry.bytes, &entry.name);
+        if let Some((index, value)) = elements.first_not_finite() {
+            facts.problem(
+                &file.name,
+                Some(&entry.name),
+                "finite numbers",
+                format!("{value} at {index:?}"),
+            );
+        }
+    }
+    observer.finish(Stage::Verify);
+    facts.checks.push("every number is finite".into());
+    let merged = report::read(dir)?.remove("merge");
+    if let Some(expected) =
+        merged.and_then(|section| serde_json::from_value::<merge::Facts>(section).ok())
+    {
+        let found = base.hash(observer)?;
+        compare_sums(&expected.sha256, &found, facts);
+        facts.checks.push("sha256 of every weight file".into());
+    }
+    if let Some(original) = against {
+        same_tensors(original, &base.checkpoint, facts);
+        facts
+            .checks
+            .push("names, shapes and dtypes are the base's".into());
+    }
+    Ok(())
+}
+
+fn compare_sums(
+    expected: &BTreeMap<String, String>,
+    found: &BTreeMap<String, String>,
+    facts: &mut Facts,
+) {
+    for (file, sum) in expected {
+        match found.get(file) {
+            Some(other) if other == sum => {}
+            Some(other) => facts.problem(
+                file,
+                None,
+                format!("sha256 {sum}"),
+                format!("sha256 {other}"),
+            ),
+            None => facts.problem(file, None, "the file", "nothing"),
+        }
+    }
+}
+
+fn same_tensors(original: &Base, merged: &Checkpoint, facts: &mut Facts) {
+    let describe = |dtype, shape: &[usize]| format!("{} {shape:?}", dtype_name(dtype));
+    for (file, entry) in original.checkpoint.inventory.entries() {
+        let expected = describe(entry.dtype, &entry.shape);
+        match merged.inventory.get(&entry.name) {
+            None => facts.problem(&file.name, Some(&entry.name), expected, "nothing"),
+            Some((place, other)) => {
+                let found = describe(other.dtype, &other.shape);
+                if found != expected {
+                    facts.problem(&place.name, Some(&entry.name), expected, found);
+                }
+            }
+        }
+    }
+    for (file, entry) in merged.inventory.entries() {
+        if !original.checkpoint.inventory.contains(&entry.name) {
+            facts.problem(
+                &file.name,
+                Some(&entry.name),
+                "no such tensor",
+                describe(entry.dtype, &entry.shape),
+            );
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! Safetensors on disk: the one place that reads and writes weight files.
+
+pub mod checkpoint;
+pub mod element;
+pub mod header;
+pub mod shard;
+
+pub use checkpoint::{Checkpoint, Inventory, Layout};
+pub use element::{Elements, dtype_name};
+pub use header::{Entry, Header};
+pub use safetensors::Dtype;
+pub use shard::{FileSink, ShardWriter};

@@ -1,0 +1,252 @@
+//! A set of weight files that belong together: one file, or shards and their index.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::element::Elements;
+use super::header::{Entry, Header};
+use crate::error::{Error, IoContext, Result};
+
+/// How the files of a checkpoint are called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// `model.safetensors` or `model-0000i-of-0000N.safetensors`: what every Hugging Face tool loads.
+    Model,
+    /// `svd-0000i-of-0000N.safetensors`: a decomposition, which nothing may take for a model.
+    Decomposition,
+}
+
+impl Layout {
+    pub fn stem(self) -> &'static str {
+        match self {
+            Self::Model => "model",
+            Self::Decomposition => "svd",
+        }
+    }
+
+    pub fn single_file(self) -> String {
+        format!("{}.safetensors", self.stem())
+    }
+
+    pub fn index_file(self) -> String {
+        format!("{}.safetensors.index.json", self.stem())
+    }
+
+    /// The name of shard `number` (from 1) of `count`.
+    pub fn shard_file(self, number: usize, count: usize) -> String {
+        format!("{}-{number:05}-of-{count:05}.safetensors", self.stem())
+    }
+}
+
+/// One weight file and what its header says.
+#[derive(Debug, Clone)]
+pub struct WeightFile {
+    pub name: String,
+    pub header: Header,
+}
+
+/// What a checkpoint holds, known from its headers alone.
+#[derive(Debug, Clone)]
+pub struct Inventory {
+    pub files: Vec<WeightFile>,
+    places: BTreeMap<String, (usize, usize)>,
+}
+
+impl Inventory {
+    /// Joins headers; a tensor that two files hold is refused.
+    pub fn new(root: &Path, files: Vec<WeightFile>) -> Result<Self> {
+        let mut places = BTreeMap::new();
+        for (f, file) in files.iter().enumerate() {
+            for (e, entry) in file.header.entries.iter().enumerate() {
+                if let Some((other, _)) = places.insert(entry.name.clone(), (f, e)) {
+                    let other: &WeightFile = &files[other];
+                    return Err(Error::Header {
+                        path: root.join(&file.name),
+                        reason: format!("it repeats tensor `{}` of {}", entry.name, other.name),
+                    });
+                }
+            }
+        }
+        Ok(Self { files, places })
+    }
+
+    pub fn get(&self, tensor: &str) -> Option<(&WeightFile, &Entry)> {
+        let &(f, e) = self.places.get(tensor)?;
+        Some((&self.files[f], &self.files[f].header.entries[e]))
+    }
+
+    pub fn contains(&self, tensor: &str) -> bool {
+        self.places.contains_key(tensor)
+    }
+
+    /// Every tensor, in the order of the files and of the bytes in them.
+    pub fn entries(&self) -> impl Iterator<Item = (&WeightFile, &Entry)> {
+        self.files
+            .iter()
+            .flat_map(|file| file.header.entries.iter().map(move |entry| (file, entry)))
+    }
+
+    /// The bytes of all tensors.
+    pub fn total_bytes(&self) -> u64 {
+        self.entries().map(|(_, entry)| entry.bytes).sum()
+    }
+}
+
+/// The part of an index file that says where tensors are.
+#[derive(Deserialize)]
+pub struct Index {
+    pub weight_map: BTreeMap<String, String>,
+    #[serde(default)]
+    pub metadata: serde_json::Value,
+}
+
+impl Index {
+    /// Parses an index; file names that could lead out of the folder are refused.
+    pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let index: Self = serde_json::from_slice(bytes).map_err(|source| Error::Json {
+            path: path.into(),
+            source,
+        })?;
+        for name in index.weight_map.values() {
+            if !is_plain_file_name(name) {
+                return Err(Error::UnsafeName {
+                    index: path.into(),
+                    name: name.clone(),
+                });
+            }
+        }
+        Ok(index)
+    }
+
+    /// The files the index names, each once, in order.
+    pub fn files(&self) -> Vec<String> {
+        let mut files: Vec<String> = self.weight_map.values().cloned().collect();
+        files.sort();
+        files.dedup();
+        files
+    }
+
+    /// Refuses headers that disagree with the index, in either direction.
+    pub fn check(&self, path: &Path, inventory: &Inventory) -> Result<()> {
+        for (tensor, file) in &self.weight_map {
+            if inventory.get(tensor).is_none_or(|(f, _)| &f.name != file) {
+                return Err(Error::IndexedTensorMissing {
+                    index: path.into(),
+                    tensor: tensor.clone(),
+                    file: file.clone(),
+                });
+            }
+        }
+        for (file, entry) in inventory.entries() {
+            if !self.weight_map.contains_key(&entry.name) {
+                return Err(Error::TensorNotIndexed {
+                    tensor: entry.name.clone(),
+                    path: path.with_file_name(&file.name),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_plain_file_name(name: &str) -> bool {
+    !name.is_empty()
+        && name != "."
+        && name != ".."
+        && !name.contains(['/', '\\', '\0'])
+        && name.ends_with(".safetensors")
+}
+
+/// A checkpoint on this machine's disk. Tensors are read one at a time, by position: nothing is mapped or cached.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    pub dir: PathBuf,
+    pub inventory: Inventory,
+    /// Whether an index file names the shards (a single file needs none).
+    pub indexed: bool,
+}
+
+impl Checkpoint {
+    /// Reads index and headers, and checks them against each other and against the files' lengths.
+    ///
+    /// A single file wins over an index beside it, as in transformers.
+    pub fn open(dir: &Path, layout: Layout) -> Result<Self> {
+        if dir.join(layout.single_file()).exists() {
+            let header = Header::read(&dir.join(layout.single_file()))?;
+            let files = vec![WeightFile {
+                name: layout.single_file(),
+                header,
+            }];
+            return Ok(Self {
+                dir: dir.into(),
+                inventory: Inventory::new(dir, files)?,
+                indexed: false,
+            });
+        }
+        let path = dir.join(layout.index_file());
+        if !path.exists() {
+            return Err(Error::NotAModel {
+                path: dir.into(),
+                missing: format!("{} (or {})", layout.single_file(), layout.index_file()),
+            });
+        }
+        let bytes = std::fs::read(&path).context("read", &path)?;
+        let index = Index::parse(&path, &bytes)?;
+        let files = index
+            .files()
+            .into_iter()
+            .map(|name| {
+                let file = dir.join(&name);
+                if !file.exists() {
+                    return Err(Error::ShardMissing {
+                        index: path.clone(),
+                        file: name,
+                    });
+                }
+                let header = Header::read(&file)?;
+                Ok(WeightFile { name, header })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let inventory = Inventory::new(dir, files)?;
+        index.check(&path, &inventory)?;
+        Ok(Self {
+            dir: dir.into(),
+            inventory,
+            indexed: true,
+        })
+    }
+
+    /// The file that holds `tensor`, for error messages.
+    pub fn path_of(&self, tensor: &str) -> PathBuf {
+        match self.inventory.get(tensor) {
+            Some((file, _)) => self.dir.join(&file.name),
+            None => self.dir.clone(),
+        }
+    }
+
+    /// Reads one tensor.
+    pub fn read(&self, tensor: &str) -> Result<Elements> {
+        let (file, entry) = self
+            .inventory
+            .get(tensor)
+            .ok_or_else(|| Error::TensorMissing {
+                tensor: tensor.into(),
+                path: self.dir.clone(),
+            })?;
+        let path = self.dir.join(&file.name);
+        let opened = File::open(&path).context("open", &path)?;
+        let mut bytes = vec![0u8; entry.bytes as usize];
+        opened
+            .read_exact_at(&mut bytes, entry.offset)
+            .context("read", &path)?;
+        Ok(Elements {
+            dtype: entry.dtype,
+            shape: entry.shape.clone(),
+            bytes,
+        })
+    }
+}

@@ -1,0 +1,270 @@
+//! The header of one safetensors file: what it says it holds, checked before anything believes it.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+
+use crate::error::{Error, IoContext, Result};
+
+/// The longest header that is read, as in the reference implementation.
+pub const HEADER_BYTES_MAX: u64 = 100_000_000;
+
+/// One tensor of a file: `offset` counts from the start of the file.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    pub offset: u64,
+    pub bytes: u64,
+}
+
+impl Entry {
+    /// The number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// A checked header: entries in file order, without holes or overlaps.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Header {
+    pub entries: Vec<Entry>,
+    /// The header as stored, length prefix and padding included: the file is these bytes and then the tensors.
+    pub prefix: Vec<u8>,
+}
+
+impl Header {
+    /// Reads the header of a local file and checks it against the file's length.
+    pub fn read(path: &Path) -> Result<Self> {
+        let file = File::open(path).context("open", path)?;
+        let found = file.metadata().context("read", path)?.len();
+        let mut length = [0u8; 8];
+        if found < 8 {
+            return Err(Error::Truncated {
+                path: path.into(),
+                expected: 8,
+                found,
+            });
+        }
+        file.read_exact_at(&mut length, 0).context("read", path)?;
+        let length = checked_length(path, length)?;
+        if found < 8 + length {
+            return Err(Error::Truncated {
+                path: path.into(),
+                expected: 8 + length,
+                found,
+            });
+        }
+        let mut prefix = vec![0u8; 8 + length as usize];
+        file.read_exact_at(&mut prefix, 0).context("read", path)?;
+        let header = Self::parse(path, prefix)?;
+        let expected = header.file_bytes();
+        if found < expected {
+            return Err(Error::Truncated {
+                path: path.into(),
+                expected,
+                found,
+            });
+        }
+        if found > expected {
+            return Err(Error::Header {
+                path: path.into(),
+                reason: format!("{} bytes follow the last tensor", found - expected),
+            });
+        }
+        Ok(header)
+    }
+
+    /// Parses length prefix and JSON; `path` names the file in errors.
+    pub fn parse(path: &Path, prefix: Vec<u8>) -> Result<Self> {
+        let refuse = |reason: String| Error::Header {
+            path: path.into(),
+            reason,
+        };
+        let (length, json) = prefix
+            .split_first_chunk::<8>()
+            .ok_or_else(|| refuse("it has no length prefix".into()))?;
+        if checked_length(path, *length)? != json.len() as u64 {
+            return Err(refuse("its length prefix does not match its header".into()));
+        }
+        refuse_repeated_keys(json).map_err(refuse)?;
+        let metadata: Metadata = serde_json::from_slice(json).map_err(|e| refuse(e.to_string()))?;
+        let mut entries: Vec<Entry> = metadata
+            .tensors()
+            .into_iter()
+            .map(|(name, info)| Entry {
+                name,
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                offset: prefix.len() as u64 + info.data_offsets.0 as u64,
+                bytes: (info.data_offsets.1 - info.data_offsets.0) as u64,
+            })
+            .collect();
+        // empty tensors share an offset: the name settles the order
+        entries.sort_by(|a, b| (a.offset, a.bytes, &a.name).cmp(&(b.offset, b.bytes, &b.name)));
+        Ok(Self { entries, prefix })
+    }
+
+    /// Lays out tensors one after the other in the given order.
+    pub fn compose<'a>(
+        tensors: impl IntoIterator<Item = (&'a str, Dtype, &'a [usize])>,
+    ) -> Result<Self> {
+        Self::compose_with(&[], tensors)
+    }
+
+    /// As [`Header::compose`], with entries for the file's metadata.
+    pub fn compose_with<'a>(
+        metadata: &[(&str, &str)],
+        tensors: impl IntoIterator<Item = (&'a str, Dtype, &'a [usize])>,
+    ) -> Result<Self> {
+        use serde_json::{Map, Value, json};
+        let mut map = Map::new();
+        // transformers refuses a file whose metadata does not name its format
+        let mut about = Map::from_iter([("format".to_string(), json!("pt"))]);
+        about.extend(
+            metadata
+                .iter()
+                .map(|&(key, value)| (key.to_string(), json!(value))),
+        );
+        map.insert("__metadata__".into(), about.into());
+        let mut end = 0u64;
+        for (name, dtype, shape) in tensors {
+            let start = end;
+            end += (shape.iter().product::<usize>() * dtype.bitsize() / 8) as u64;
+            let entry =
+                json!({"dtype": dtype_value(dtype), "shape": shape, "data_offsets": [start, end]});
+            let repeated = map.insert(name.into(), entry).is_some();
+            assert!(!repeated, "tensor names of one file are distinct: {name}");
+        }
+        let mut json = serde_json::to_vec(&Value::Object(map)).expect("a JSON value serialises");
+        // the data starts at a multiple of eight, as the reference implementation writes it
+        json.resize(json.len().next_multiple_of(8), b' ');
+        let mut prefix = (json.len() as u64).to_le_bytes().to_vec();
+        prefix.extend_from_slice(&json);
+        Self::parse(Path::new("<new file>"), prefix)
+    }
+
+    /// One entry of the file's metadata.
+    pub fn metadata(&self, key: &str) -> Option<String> {
+        let json: serde_json::Value = serde_json::from_slice(self.prefix.get(8..)?).ok()?;
+        json["__metadata__"][key].as_str().map(str::to_string)
+    }
+
+    /// The length of the whole file.
+    pub fn file_bytes(&self) -> u64 {
+        self.prefix.len() as u64 + self.entries.iter().map(|e| e.bytes).sum::<u64>()
+    }
+}
+
+fn dtype_value(dtype: Dtype) -> serde_json::Value {
+    serde_json::to_value(dtype).expect("a dtype serialises to its name")
+}
+
+fn checked_length(path: &Path, prefix: [u8; 8]) -> Result<u64> {
+    let length = u64::from_le_bytes(prefix);
+    if length > HEADER_BYTES_MAX {
+        return Err(Error::Header {
+            path: path.into(),
+            reason: format!(
+                "its header claims {length} bytes, at most {HEADER_BYTES_MAX} are read"
+            ),
+        });
+    }
+    Ok(length)
+}
+
+/// JSON parsers keep the last of two equal keys; a file that says two things about one tensor is refused.
+fn refuse_repeated_keys(json: &[u8]) -> Result<(), String> {
+    struct Keys;
+    impl<'de> serde::de::Visitor<'de> for Keys {
+        type Value = ();
+        fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+            f.write_str("a JSON object")
+        }
+        fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+            let mut seen = HashSet::new();
+            while let Some(key) = map.next_key::<String>()? {
+                map.next_value::<serde::de::IgnoredAny>()?;
+                if let Some(key) = seen.replace(key) {
+                    return Err(serde::de::Error::custom(format!("it names `{key}` twice")));
+                }
+            }
+            Ok(())
+        }
+    }
+    let mut parser = serde_json::Deserializer::from_slice(json);
+    serde::Deserializer::deserialize_map(&mut parser, Keys).map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn parse(json: &str) -> Result<Header> {
+        let mut prefix = (json.len() as u64).to_le_bytes().to_vec();
+        prefix.extend_from_slice(json.as_bytes());
+        Header::parse(Path::new("x.safetensors"), prefix)
+    }
+
+    #[test]
+    fn a_hostile_header_is_refused_with_its_reason() {
+        let cases = [
+            (
+                r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#,
+                "twice",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#,
+                "a",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[18446744073709551615,2],"data_offsets":[0,8]}}"#,
+                "verflow",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,8]}}"#,
+                "-1",
+            ),
+            (
+                r#"{"a":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}"#,
+                "F99",
+            ),
+            ("[]", "JSON object"),
+            ("{", "EOF"),
+        ];
+        for (json, reason) in cases {
+            let error = parse(json).expect_err(json).to_string();
+            assert!(error.contains(reason), "{json}: {error}");
+        }
+        let error =
+            Header::parse(Path::new("x"), u64::MAX.to_le_bytes().to_vec()).expect_err("too long");
+        assert!(error.to_string().contains("claims"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn composed_headers_read_back(shapes in proptest::collection::vec(proptest::collection::vec(0usize..5, 0..4), 0..6)) {
+            let names: Vec<String> = (0..shapes.len()).map(|i| format!("t{i}")).collect();
+            let header = Header::compose(names.iter().zip(&shapes).map(|(n, s)| (n.as_str(), Dtype::BF16, s.as_slice()))).expect("composes");
+            prop_assert_eq!(header.prefix.len() % 8, 0);
+            for (name, shape) in names.iter().zip(&shapes) {
+                let entry = header.entries.iter().find(|e| &e.name == name).expect("is there");
+                prop_assert_eq!(&entry.shape, shape);
+                prop_assert_eq!(entry.bytes as usize, 2 * shape.iter().product::<usize>());
+            }
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes: Vec<u8>) {
+            let mut prefix = (bytes.len() as u64).to_le_bytes().to_vec();
+            prefix.extend_from_slice(&bytes);
+            let _ = Header::parse(Path::new("x"), prefix);
+        }
+    }
+}

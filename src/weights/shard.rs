@@ -1,0 +1,155 @@
+//! Writing files that are either whole or not there.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::header::Header;
+use crate::error::{Error, IoContext, Result};
+
+/// A file being written: a temporary sibling until [`FileSink::finish`] makes it durable and gives it its name.
+///
+/// Dropped unfinished, the temporary file is removed.
+pub struct FileSink {
+    file: File,
+    temporary: PathBuf,
+    path: PathBuf,
+    hash: Sha256,
+    finished: bool,
+}
+
+impl FileSink {
+    pub fn create(path: &Path) -> Result<Self> {
+        let name = path
+            .file_name()
+            .expect("a file to write has a name")
+            .to_string_lossy();
+        let temporary = path.with_file_name(format!(".{name}.partial"));
+        let file = File::create(&temporary).context("create", &temporary)?;
+        Ok(Self {
+            file,
+            temporary,
+            path: path.into(),
+            hash: Sha256::new(),
+            finished: false,
+        })
+    }
+
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.hash.update(bytes);
+        self.file
+            .write_all(bytes)
+            .map_err(|source| Error::io("write", &self.path, source))
+    }
+
+    /// Flushes to disk, gives the file its name, and returns the sha256 of its contents in hex.
+    pub fn finish(mut self) -> Result<String> {
+        self.file.sync_all().context("flush", &self.path)?;
+        std::fs::rename(&self.temporary, &self.path).context("rename", &self.path)?;
+        self.finished = true;
+        sync_directory(&self.path)?;
+        Ok(hex(&std::mem::take(&mut self.hash).finalize()))
+    }
+}
+
+impl Drop for FileSink {
+    fn drop(&mut self) {
+        if !self.finished {
+            let _ = std::fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+/// Writes a whole small file atomically and durably.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<String> {
+    let mut sink = FileSink::create(path)?;
+    sink.write(bytes)?;
+    sink.finish()
+}
+
+fn sync_directory(path: &Path) -> Result<()> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    File::open(parent)
+        .and_then(|dir| dir.sync_all())
+        .context("flush", parent)
+}
+
+/// Bytes as lower-case hex.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// The sha256 of some bytes, in hex.
+pub fn sha256_hex(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+/// The sha256 of a file, in hex; `progress` is told the bytes read.
+pub fn sha256_file(path: &Path, mut progress: impl FnMut(u64)) -> Result<String> {
+    use std::io::Read;
+    let mut file = File::open(path).context("open", path)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0u8; 1 << 20];
+    loop {
+        let n = file.read(&mut buffer).context("read", path)?;
+        if n == 0 {
+            return Ok(hex(&hash.finalize()));
+        }
+        hash.update(&buffer[..n]);
+        progress(n as u64);
+    }
+}
+
+/// Writes one safetensors file, tensor by tensor, in the order its header lays down.
+pub struct ShardWriter {
+    sink: FileSink,
+    header: Header,
+    next: usize,
+}
+
+impl ShardWriter {
+    pub fn create(path: &Path, header: Header) -> Result<Self> {
+        let mut sink = FileSink::create(path)?;
+        sink.write(&header.prefix)?;
+        Ok(Self {
+            sink,
+            header,
+            next: 0,
+        })
+    }
+
+    /// Writes the next tensor.
+    ///
+    /// # Panics
+    /// If it is not the one the header announces: the caller iterates over that very header.
+    pub fn put(&mut self, tensor: &str, bytes: &[u8]) -> Result<()> {
+        let entry = &self.header.entries[self.next];
+        assert_eq!(entry.name, tensor, "tensors arrive in header order");
+        assert_eq!(
+            entry.bytes,
+            bytes.len() as u64,
+            "tensor {tensor} is as long as announced"
+        );
+        self.next += 1;
+        self.sink.write(bytes)
+    }
+
+    /// Completes the file and returns its sha256 in hex.
+    pub fn finish(self) -> Result<String> {
+        assert_eq!(
+            self.next,
+            self.header.entries.len(),
+            "every announced tensor was written"
+        );
+        self.sink.finish()
+    }
+}

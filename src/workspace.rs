@@ -1,0 +1,230 @@
+//! An output directory while a verb works in it: whose it is, how far the work is, who else is there.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, IoContext, Result};
+use crate::weights::shard::write_atomically;
+
+/// Our folder inside an output directory. It is never published.
+pub const STATE_DIR: &str = ".svdhub";
+
+/// What the directory was found to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Claim {
+    /// New or empty.
+    Fresh,
+    /// The same job was interrupted here.
+    Interrupted,
+    /// The same job ended here.
+    Finished,
+}
+
+/// An output directory held by this process until dropped.
+#[derive(Debug)]
+pub struct Workspace {
+    dir: PathBuf,
+    job: Job,
+    _lock: File,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Job {
+    verb: String,
+    finished: bool,
+    settings: BTreeMap<String, String>,
+}
+
+impl Workspace {
+    /// Takes `dir` for a job. The same job, interrupted, may go on; anything else in there is refused.
+    pub fn claim(
+        dir: &Path,
+        verb: &str,
+        settings: BTreeMap<String, String>,
+    ) -> Result<(Self, Claim)> {
+        let occupied = |found: String| Error::OutputOccupied {
+            path: dir.into(),
+            found,
+        };
+        if dir.exists() && !dir.is_dir() {
+            return Err(occupied("a file of that name".into()));
+        }
+        let state = dir.join(STATE_DIR);
+        let job_file = state.join("job.json");
+        if !job_file.exists() && dir.exists() {
+            let entries = std::fs::read_dir(dir).context("list", dir)?;
+            for entry in entries {
+                let name = entry.context("list", dir)?.file_name();
+                if name != STATE_DIR {
+                    return Err(occupied(format!(
+                        "files of something else ({})",
+                        name.to_string_lossy()
+                    )));
+                }
+            }
+        }
+        std::fs::create_dir_all(&state).context("create", &state)?;
+        let lock_file = state.join("lock");
+        let lock = File::create(&lock_file).context("create", &lock_file)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(std::fs::TryLockError::WouldBlock) => {
+                return Err(Error::OutputLocked { path: dir.into() });
+            }
+            Err(std::fs::TryLockError::Error(source)) => {
+                return Err(Error::io("lock", lock_file, source));
+            }
+        }
+        let job = Job {
+            verb: verb.into(),
+            finished: false,
+            settings,
+        };
+        let claim = if job_file.exists() {
+            let bytes = std::fs::read(&job_file).context("read", &job_file)?;
+            let before: Job = serde_json::from_slice(&bytes).map_err(|source| Error::Json {
+                path: job_file.clone(),
+                source,
+            })?;
+            if before.verb != job.verb {
+                return Err(occupied(format!("the work of `svdhub {}`", before.verb)));
+            }
+            same_settings(dir, &before.settings, &job.settings)?;
+            if before.finished {
+                Claim::Finished
+            } else {
+                Claim::Interrupted
+            }
+        } else {
+            Claim::Fresh
+        };
+        let workspace = Self {
+            dir: dir.into(),
+            job,
+            _lock: lock,
+        };
+        if claim == Claim::Fresh {
+            workspace.save()?;
+        }
+        Ok((workspace, claim))
+    }
+
+    /// A path in our own folder of the directory.
+    pub fn state(&self, name: &str) -> PathBuf {
+        self.dir.join(STATE_DIR).join(name)
+    }
+
+    /// Notes that the job is complete.
+    pub fn finish(mut self) -> Result<()> {
+        self.job.finished = true;
+        self.save()
+    }
+
+    fn save(&self) -> Result<()> {
+        let json = serde_json::to_vec_pretty(&self.job).expect("a job serialises");
+        write_atomically(&self.state("job.json"), &json).map(drop)
+    }
+}
+
+fn same_settings(
+    dir: &Path,
+    before: &BTreeMap<String, String>,
+    now: &BTreeMap<String, String>,
+) -> Result<()> {
+    let none = String::from("(not set)");
+    for what in before.keys().chain(now.keys()) {
+        let (a, b) = (
+            before.get(what).unwrap_or(&none),
+            now.get(what).unwrap_or(&none),
+        );
+        if a != b {
+            return Err(Error::OutputMismatch {
+                path: dir.into(),
+                what: what.clone(),
+                before: a.clone(),
+                now: b.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a disk that cannot hold `needed` more bytes.
+pub fn check_free_space(dir: &Path, needed: u64) -> Result<()> {
+    use std::ffi::CString;
+    use std::os::unix::ffi::OsStrExt;
+    let existing = dir
+        .ancestors()
+        .find(|path| path.exists())
+        .unwrap_or(Path::new("."));
+    let Ok(path) = CString::new(existing.as_os_str().as_bytes()) else {
+        return Ok(());
+    };
+    // SAFETY: statvfs fills the zeroed struct for a NUL-terminated path.
+    let free = unsafe {
+        let mut stat: libc::statvfs = std::mem::zeroed();
+        if libc::statvfs(path.as_ptr(), &mut stat) != 0 {
+            return Ok(());
+        }
+        stat.f_bavail as u64 * stat.f_frsize as u64
+    };
+    if free < needed {
+        return Err(Error::DiskTooSmall {
+            path: dir.into(),
+            needed,
+            free,
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(rank: &str) -> BTreeMap<String, String> {
+        [("rank".to_string(), rank.to_string())].into()
+    }
+
+    #[test]
+    fn a_directory_belongs_to_one_job() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let out = dir.path().join("out");
+        let (held, claim) = Workspace::claim(&out, "decompose", settings("8")).expect("fresh");
+        assert_eq!(claim, Claim::Fresh);
+        assert!(matches!(
+            Workspace::claim(&out, "decompose", settings("8")),
+            Err(Error::OutputLocked { .. })
+        ));
+        drop(held);
+        let (again, claim) = Workspace::claim(&out, "decompose", settings("8")).expect("resumes");
+        assert_eq!(claim, Claim::Interrupted);
+        again.finish().expect("finishes");
+        assert_eq!(
+            Workspace::claim(&out, "decompose", settings("8"))
+                .expect("done")
+                .1,
+            Claim::Finished
+        );
+        assert!(matches!(
+            Workspace::claim(&out, "decompose", settings("9")),
+            Err(Error::OutputMismatch { .. })
+        ));
+        assert!(matches!(
+            Workspace::claim(&out, "merge", settings("8")),
+            Err(Error::OutputOccupied { .. })
+        ));
+    }
+
+    #[test]
+    fn foreign_files_are_left_alone() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        std::fs::write(dir.path().join("thesis.tex"), "precious").expect("writes");
+        let error = Workspace::claim(dir.path(), "merge", settings("8")).expect_err("refused");
+        assert!(error.to_string().contains("thesis.tex"), "{error}");
+        assert!(!dir.path().join(STATE_DIR).exists());
+    }
+}

@@ -1,0 +1,172 @@
+//! Our decoder and training step against PyTorch's numbers (`fixtures/make_golden.py`).
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use serde_json::Value;
+
+use svdhub::adapter::Mixture;
+use svdhub::artifact::Artifact;
+use svdhub::base::Base;
+use svdhub::event::Silent;
+use svdhub::model::Trained;
+use svdhub::source::Source;
+use svdhub::train::optimizer::AdamW;
+use svdhub::train::{Run, load};
+use svdhub::{decompose, evaluate};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("fixtures")
+        .join(name)
+}
+
+fn golden(name: &str) -> Value {
+    let path = fixture("golden").join(name);
+    serde_json::from_slice(&std::fs::read(path).expect("golden file")).expect("golden JSON")
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    let list = value.as_array().expect("a list");
+    list.iter().map(|x| x.as_f64().expect("a number")).collect()
+}
+
+fn base() -> Base {
+    Base::open(&fixture("shakespeare-1m"), None, None).expect("the fixture model opens")
+}
+
+/// Largest difference, relative to the largest value of `wanted`.
+fn difference(got: &[f64], wanted: &[f64]) -> f64 {
+    assert_eq!(got.len(), wanted.len());
+    let scale = wanted.iter().fold(0f64, |m, x| m.max(x.abs()));
+    let worst = got
+        .iter()
+        .zip(wanted)
+        .fold(0f64, |m, (a, b)| m.max((a - b).abs()));
+    worst / scale
+}
+
+#[test]
+fn logits_match_pytorch() {
+    let golden = golden("logits.json");
+    let ids: Vec<u32> = numbers(&golden["input_ids"])
+        .iter()
+        .map(|&x| x as u32)
+        .collect();
+    let t = ids.len();
+    let decoder = load(
+        &Source::Model(base()),
+        Trained::default(),
+        &Device::Cpu,
+        &Silent,
+    )
+    .expect("loads");
+    let ids = Tensor::from_vec(ids, (1, t), &Device::Cpu).expect("ids");
+    let logits = decoder.logits(&ids).expect("forward");
+    let last = logits
+        .get(0)
+        .and_then(|l| l.get(t - 1))
+        .and_then(|l| l.to_vec1::<f32>())
+        .expect("last logits");
+    let last: Vec<f64> = last.into_iter().map(f64::from).collect();
+    let off = difference(&last, &numbers(&golden["logits_last"]));
+    assert!(off < 1e-5, "logits are {off:.1e} off");
+    let (sum, tokens) = decoder.loss(&ids).expect("loss");
+    let loss = f64::from(
+        sum.flatten_all()
+            .and_then(|s| s.to_vec1::<f32>())
+            .expect("scalar")[0],
+    ) / tokens as f64;
+    assert!((loss - golden["loss"].as_f64().expect("loss")).abs() < 1e-5);
+}
+
+#[test]
+fn held_out_losses_match_pytorch() {
+    let golden = golden("heldout.json");
+    for text in ["shakespeare", "eighty"] {
+        let golden = &golden[text];
+        let data = fixture(&format!("{text}-heldout.txt"));
+        let facts = evaluate::run(
+            &Source::Model(base()),
+            &data,
+            &evaluate::Options::default(),
+            &Silent,
+        )
+        .expect("evaluates");
+        assert_eq!(
+            facts.tokens as u64,
+            golden["predicted_tokens"].as_u64().expect("tokens")
+        );
+        let wanted = golden["loss"].as_f64().expect("loss");
+        assert!(
+            (facts.loss - wanted).abs() < 1e-5 * wanted,
+            "{} instead of {wanted}",
+            facts.loss
+        );
+    }
+}
+
+#[test]
+fn first_ten_steps_match_pytorch() {
+    let golden = golden("sigma_training.json");
+    let out = tempfile::tempdir().expect("temporary directory");
+    let out = out.path().join("decomposition");
+    decompose::run(&base(), &out, &decompose::Options::default(), &Silent).expect("decomposes");
+    let artifact = Artifact::open(&out, None).expect("opens");
+    for (module, sigma) in golden["sigma"].as_object().expect("modules") {
+        let ours: Vec<f64> = artifact
+            .factors(module)
+            .expect("factors")
+            .sigma
+            .iter()
+            .map(|&x| x.into())
+            .collect();
+        let off = difference(&ours, &numbers(sigma));
+        assert!(off < 1e-6, "σ of {module} are {off:.1e} off");
+    }
+    let source = Source::Decomposition {
+        artifact,
+        mixture: Mixture::default(),
+    };
+    let trained = Trained {
+        sigma: true,
+        norms: false,
+    };
+    let decoder = load(&source, trained, &Device::Cpu, &Silent).expect("loads");
+    let mut run = Run {
+        decoder: &decoder,
+        optimizer: AdamW::default(),
+        losses: Vec::new(),
+    };
+    let learning_rate = golden["lr"].as_f64().expect("lr");
+    for (step, batch) in golden["batches"]
+        .as_array()
+        .expect("batches")
+        .iter()
+        .enumerate()
+    {
+        let windows: Vec<Vec<u32>> = batch
+            .as_array()
+            .expect("windows")
+            .iter()
+            .map(|w| numbers(w).iter().map(|&x| x as u32).collect())
+            .collect();
+        let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+        run.step(&windows, learning_rate, step == 0).expect("steps");
+    }
+    let losses: Vec<f64> = run.losses.iter().map(|&x| x.into()).collect();
+    let off = difference(&losses, &numbers(&golden["losses"]));
+    assert!(off < 1e-5, "losses are {off:.1e} off: {losses:?}");
+    for (module, wanted) in golden["delta_after"].as_object().expect("modules") {
+        let variable = &decoder.variables[&format!("{module}.delta")];
+        let ours: Vec<f64> = variable
+            .to_vec1::<f32>()
+            .expect("values")
+            .into_iter()
+            .map(f64::from)
+            .collect();
+        let off = difference(&ours, &numbers(wanted));
+        // Adam divides by the root of tiny second moments: gradients that differ in the last bit move apart a little
+        assert!(off < 1e-3, "Δσ of {module} are {off:.1e} off");
+    }
+}
