@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::base::Base;
 use crate::error::{Error, IoContext, Result};
+use crate::event::Observer;
 use crate::linalg::{Algorithm, Certificate, Route};
 use crate::plan::Rank;
 use crate::split::{Factors, Residual};
@@ -352,6 +353,32 @@ impl Artifact {
             Some(base) => base.checkpoint.inventory.contains(tensor),
             None => self.checkpoint.inventory.contains(tensor),
         }
+    }
+
+    /// Refuses a base whose files are not the pinned ones.
+    pub fn check_base(&self, observer: &dyn Observer) -> Result<()> {
+        let base = self.need_base()?;
+        let found = base.hash(observer)?;
+        for (file, expected) in &self.svd.base.sha256 {
+            match found.get(file) {
+                Some(sum) if sum == expected => {}
+                Some(sum) => {
+                    return Err(Error::Checksum {
+                        what: format!("`{file}` of the base is not what was decomposed"),
+                        path: base.dir.join(file),
+                        expected: expected.clone(),
+                        found: sum.clone(),
+                    });
+                }
+                None => {
+                    return Err(Error::NotAModel {
+                        path: base.dir.clone(),
+                        missing: file.clone(),
+                    });
+                }
+            }
+        }
+        Ok(())
     }
 
     fn need_base(&self) -> Result<&Base> {

@@ -11,14 +11,17 @@
 pub mod adapter;
 pub mod artifact;
 pub mod base;
+pub mod card;
 pub mod decompose;
 pub mod error;
 pub mod evaluate;
 pub mod event;
+pub mod hub;
 pub mod linalg;
 pub mod merge;
 pub mod model;
 pub mod plan;
+pub mod publish;
 pub mod report;
 pub mod source;
 pub mod split;

@@ -25,6 +25,8 @@ pub fn read(dir: &Path) -> Result<Map<String, Value>> {
 }
 
 /// Writes `section` into a directory's report, after the sections it `inherits`.
+///
+/// Evaluations gather: those inherited stay beside those made here.
 pub fn add(
     dir: &Path,
     inherits: Map<String, Value>,
@@ -33,14 +35,26 @@ pub fn add(
 ) -> Result<()> {
     let mut sections = inherits;
     for (name, facts) in read(dir)? {
-        sections.insert(name, facts);
+        match (sections.get_mut(&name), facts) {
+            (Some(Value::Array(gathered)), Value::Array(own)) => {
+                let new = own.into_iter().filter(|e| !gathered.contains(e));
+                let new: Vec<Value> = new.collect();
+                gathered.extend(new);
+            }
+            (_, facts) => {
+                sections.insert(name, facts);
+            }
+        }
     }
     let facts = serde_json::to_value(facts).expect("facts serialise");
-    sections.insert(
-        "tool".into(),
-        serde_json::to_value(Tool::this()).expect("a tool serialises"),
-    );
-    sections.insert(section.into(), facts);
+    let tool = serde_json::to_value(Tool::this()).expect("a tool serialises");
+    sections.insert("tool".into(), tool);
+    match (sections.get_mut(section), facts) {
+        (Some(Value::Array(gathered)), Value::Array(new)) => gathered.extend(new),
+        (_, facts) => {
+            sections.insert(section.into(), facts);
+        }
+    }
     let json = serde_json::to_vec_pretty(&sections).expect("a JSON value serialises");
     write_atomically(&dir.join(FILE), &json).map(drop)
 }

@@ -77,6 +77,8 @@ impl Default for Options {
 pub struct Facts {
     pub method: String,
     pub trained: Vec<String>,
+    /// Hub id of the decomposition, if it came from one.
+    pub decomposition: Option<String>,
     /// Numbers that moved.
     pub parameters: u64,
     pub data: String,
@@ -191,6 +193,7 @@ pub fn run(
     let facts = Facts {
         method: adapter.config.method.clone(),
         trained: adapter.config.trained.clone(),
+        decomposition: adapter.config.decomposition.repo.clone(),
         parameters: decoder
             .variables
             .values()

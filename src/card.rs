@@ -1,0 +1,199 @@
+//! The model card: facts of `report.json` in, Markdown with standard metadata out. Nothing is computed here.
+
+use minijinja::{Environment, Value as Shown};
+use serde_json::{Map, Value, json};
+
+use crate::error::Result;
+
+/// What a directory holds, as its card presents it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Decomposition,
+    Adapter,
+    Model,
+}
+
+/// In every card of ours, and in no other: a README without it was written by somebody and is left alone.
+pub const MARK: &str = "<!-- rendered by svdhub from report.json";
+
+const TEMPLATE: &str = include_str!("../templates/card.md");
+
+/// Renders the card of a directory that will be (or is) published as `repo`.
+pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<String> {
+    let mut environment = Environment::new();
+    environment.add_filter("yaml", |value: Shown| {
+        // JSON is YAML, and its quoting is beyond doubt
+        serde_json::to_string(&value).unwrap_or_default()
+    });
+    environment.add_filter("thousands", |n: u64| thousands(n));
+    environment.add_filter("bytes", |n: u64| bytes(n));
+    environment.add_filter("fixed", |x: f64, digits: usize| format!("{x:.digits$}"));
+    // a file name must not end the table it stands in
+    environment.add_filter("cell", |text: String| {
+        text.replace('|', "\\|").replace(['\n', '\r'], " ")
+    });
+    environment.add_template("card", TEMPLATE)?;
+
+    let section = |name: &str| report.get(name).cloned().unwrap_or_default();
+    let decompose = section("decompose");
+    let base_card = &decompose["base_card"];
+    let base = &decompose["base"];
+    let base_text = match (base["repo"].as_str(), base["revision"].as_str()) {
+        (Some(repo), Some(revision)) => format!("`{repo}` at commit `{revision}`"),
+        _ => "a local model".into(),
+    };
+    let rank = &decompose["rank"];
+    let rank_text = match rank["mode"].as_str() {
+        Some("fraction") => format!("min(m, n) · {}", rank["value"]),
+        _ => rank["value"].to_string(),
+    };
+    let train = section("train");
+    let decomposition_text = match train["decomposition"].as_str() {
+        Some(repo) => repo.to_string(),
+        None => "DECOMPOSITION".into(),
+    };
+    let facts = json!({
+        "kind": match kind {
+            Kind::Decomposition => "decomposition",
+            Kind::Adapter => "adapter",
+            Kind::Model => "model",
+        },
+        "repo": repo,
+        "title": repo.rsplit('/').next().unwrap_or(repo),
+        "license": base_card["license"],
+        "license_name": base_card["license_name"],
+        "license_link": base_card["license_link"],
+        "language": base_card["language"],
+        "pipeline_tag": base_card["pipeline_tag"].as_str().unwrap_or("text-generation"),
+        "library_name": if kind == Kind::Model { "transformers" } else { "svdhub" },
+        "base_model": base["repo"],
+        "relation": if kind == Kind::Model { "finetune" } else { "adapter" },
+        "base_text": base_text,
+        "rank_text": rank_text,
+        "decomposition_text": decomposition_text,
+        "evaluations": shown_evaluations(kind, &section("evaluate")),
+        "merge": non_null(section("merge"), kind == Kind::Model),
+        "train": non_null(train, kind != Kind::Decomposition),
+        "tool": section("tool"),
+        "decompose": decompose,
+    });
+    let facts: Shown = serde_json::from_value(facts).expect("any JSON is a template value");
+    Ok(environment.get_template("card")?.render(facts)?)
+}
+
+fn non_null(value: Value, wanted: bool) -> Option<Value> {
+    (wanted && !value.is_null()).then_some(value)
+}
+
+/// A decomposition is evaluated as the base it restores; what was trained later is not its matter.
+fn shown_evaluations(kind: Kind, evaluations: &Value) -> Vec<Value> {
+    evaluations
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|e| kind != Kind::Decomposition || e["subject"] == "base")
+        .cloned()
+        .collect()
+}
+
+/// 1234567 → 1,234,567
+pub fn thousands(n: u64) -> String {
+    let digits = n.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// Bytes in the unit a person would use (powers of 1000, as disks and the Hub count).
+pub fn bytes(n: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 999.5 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{n} B")
+    } else if value < 9.95 {
+        format!("{value:.1} {}", UNITS[unit])
+    } else {
+        format!("{value:.0} {}", UNITS[unit])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn report() -> Map<String, Value> {
+        let report = json!({
+            "tool": {"name": "svdhub", "version": "0.1.0"},
+            "decompose": {
+                "base": {"repo": "org/base", "revision": "0123456789012345678901234567890123456789"},
+                "base_card": {"license": "other", "license_name": "it's: \"odd\"", "language": ["en", "no"]},
+                "rank": {"mode": "fraction", "value": 0.1}, "linear_layers": 42, "parameters": 1_220_224,
+                "trainable": {"sigma": 432, "norms": 1664, "embeddings": 0}, "captured_energy": 0.5,
+                "algorithm": {"tolerance": 1e-4}, "layout": "residual", "exceptions": 12
+            },
+            "train": {"trained": ["sigma"], "parameters": 432, "data": "a|b.txt", "data_tokens": 1000, "steps": 3, "batch": 4,
+                "length": 256, "learning_rate": 0.05, "schedule": "linear", "weight_decay": 0.0, "seed": 0,
+                "losses": [5.0, 4.0, 3.0], "tokens_per_s": 100.0, "device": "cpu", "adapter_bytes": 1728},
+            "evaluate": [{"subject": "base", "data": "h.txt", "loss": 5.0, "perplexity": 148.4, "tokens": 9, "length": 256},
+                {"subject": "merged", "data": "h.txt", "loss": 4.0, "perplexity": 54.6, "tokens": 9, "length": 256}],
+            "merge": {"dtype": "base", "identical_to_base": false, "rounding_loss": 0.125, "unchanged_share": 0.3}
+        });
+        report.as_object().expect("an object").clone()
+    }
+
+    #[test]
+    fn a_merged_models_card_says_what_it_is() {
+        let card = render(Kind::Model, "me/tuned", &report()).expect("renders");
+        for fact in [
+            "base_model: \"org/base\"",
+            "base_model_relation: finetune",
+            "library_name: transformers",
+            "license: \"other\"",
+            "license_name: \"it's: \\\"odd\\\"\"",
+            "language: [\"en\",\"no\"]",
+            "432 of 1,220,224",
+            "| merged | h.txt | 4.0000 |",
+            "a\\|b.txt",
+            "12.5 %",
+            "0123456789012345678901234567890123456789",
+        ] {
+            assert!(card.contains(fact), "{fact} is missing from\n{card}");
+        }
+        assert!(card.starts_with("---\n") && card.contains(MARK));
+    }
+
+    #[test]
+    fn a_decompositions_card_tells_nothing_of_training() {
+        let card = render(Kind::Decomposition, "me/svd", &report()).expect("renders");
+        assert!(!card.contains("## Training") && !card.contains("| merged |"));
+        assert!(card.contains("svdhub train me/svd") && card.contains("library_name: svdhub"));
+    }
+
+    #[test]
+    fn sizes_read_naturally() {
+        assert_eq!(
+            [
+                bytes(999),
+                bytes(1000),
+                bytes(5_000_000_000),
+                bytes(12_345_678)
+            ],
+            ["999 B", "1.0 kB", "5.0 GB", "12 MB"]
+        );
+        assert_eq!(
+            [thousands(1), thousands(1000), thousands(98_500_608)],
+            ["1", "1,000", "98,500,608"]
+        );
+    }
+}

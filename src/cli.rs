@@ -1,0 +1,111 @@
+//! The command line: what can be asked, and who answers.
+
+mod advice;
+mod decompose;
+mod demo;
+mod env;
+mod evaluate;
+mod hub;
+mod merge;
+mod output;
+mod plan;
+mod progress;
+mod publish;
+mod session;
+mod train;
+mod verify;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use session::Session;
+
+/// Fine-tune Hugging Face models by their singular values.
+///
+/// Every linear weight M is split once as M = M′ + uᵀ·diag(σ)·v; training moves σ alone, a few hundred thousand numbers;
+/// merging gives back an ordinary model. Each verb reads a directory or a Hub repository and writes a directory.
+#[derive(Parser)]
+#[command(
+    name = "svdhub",
+    version,
+    max_term_width = 110,
+    arg_required_else_help = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+    #[command(flatten)]
+    global: Global,
+}
+
+/// Options of every verb.
+#[derive(Args)]
+pub struct Global {
+    /// Print the facts as JSON on standard output
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Say nothing of progress
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Talk to this Hub [default: HF_ENDPOINT, else the public one]
+    #[arg(long, global = true, value_name = "URL", help_heading = "Hub")]
+    pub endpoint: Option<String>,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Say what will be done with every tensor, and what can be trained: reads headers only
+    Plan(plan::Command),
+    /// Split every linear weight into singular values and vectors
+    Decompose(decompose::Command),
+    /// Move the singular values on a text
+    Train(train::Command),
+    /// Measure the next-token loss on a text
+    Evaluate(evaluate::Command),
+    /// Put trained singular values back into an ordinary model
+    Merge(merge::Command),
+    /// Push a directory to the Hub, with a card
+    Publish(publish::Command),
+    /// Read a directory again and check every hash, shape and number
+    Verify(verify::Command),
+    /// Run everything once, from a Hub and back to it
+    Demo(demo::Command),
+    /// Serve a Hub of your own on this machine
+    Hub(hub::Command),
+}
+
+/// Parses the arguments, runs the verb, and explains what went wrong.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    env::start_logging();
+    let session = Session::new(&cli.global);
+    let result = match &cli.verb {
+        Verb::Plan(command) => command.run(&session),
+        Verb::Decompose(command) => command.run(&session),
+        Verb::Train(command) => command.run(&session),
+        Verb::Evaluate(command) => command.run(&session),
+        Verb::Merge(command) => command.run(&session),
+        Verb::Publish(command) => command.run(&session),
+        Verb::Verify(command) => command.run(&session),
+        Verb::Demo(command) => command.run(&session),
+        Verb::Hub(command) => command.run(&session),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            session.explain(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

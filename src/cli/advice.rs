@@ -1,0 +1,81 @@
+//! What to do about an error. The library says what is; here is said what helps.
+
+use svdhub::Error;
+
+/// One sentence that gets the user on, where there is one.
+pub fn advice(error: &Error) -> Option<String> {
+    let text = match error {
+        Error::DiskFull { .. } | Error::DiskTooSmall { .. } => {
+            "free some space, or choose another disk with --out; the same command then goes on where it stopped"
+        }
+        Error::OutputOccupied { found, .. } if found.contains("unfinished training") => {
+            "add --resume to go on, or choose another --out"
+        }
+        Error::OutputOccupied { .. } => "choose another --out; nothing there was touched",
+        Error::OutputMismatch { .. } => {
+            "repeat the first command to finish that job, or choose another --out"
+        }
+        Error::OutputLocked { .. } => "wait for it, or choose another --out",
+        Error::Truncated { .. } | Error::Header { .. } | Error::ShardMissing { .. } => {
+            "the file was cut short or damaged on its way: fetch or copy it again"
+        }
+        Error::IndexedTensorMissing { .. } | Error::TensorNotIndexed { .. } => {
+            "index and shards come from different versions: fetch or copy the model again"
+        }
+        Error::TensorMissing { .. } | Error::Shape { .. } => {
+            "weights and config.json do not belong together: check that both come from the same model"
+        }
+        Error::NotFinite { .. } => {
+            "the checkpoint itself is broken there; ask its author, or take an earlier revision (org/name@revision)"
+        }
+        Error::Dtype { .. } => "decompose the unquantised checkpoint of this model",
+        Error::Checksum { .. } => {
+            "the bytes changed on disk or on their way: fetch or copy them again"
+        }
+        Error::NotAnArtifact { .. } => "run `svdhub decompose` on it first",
+        Error::AdapterMismatch { .. } => {
+            "use the decomposition the adapter was trained on: svd_adapter.json names it"
+        }
+        Error::BaseNeeded { .. } => "give the base model's directory with --base",
+        Error::NothingToDecompose { .. } => {
+            "`svdhub plan` shows the module names that patterns match"
+        }
+        Error::Diverged { .. } => "lower --lr",
+        Error::DeadGradient { .. } => {
+            "this is a defect of svdhub: please report it with the model's config.json"
+        }
+        Error::DataField { .. } => "each line needs the form {\"text\": \"…\"}",
+        Error::DataLine { .. } => {
+            "each line must be one JSON object; a plain text needs another ending than .jsonl"
+        }
+        Error::DataTooSmall { .. } => "give a longer text",
+        Error::HubUnreachable { .. } => {
+            "check the network and --endpoint; with HF_HUB_OFFLINE=1 the cache alone is used"
+        }
+        Error::RepoNotFound { .. } => {
+            "check the spelling; a private repository needs a token in HF_TOKEN that may read it"
+        }
+        Error::RevisionNotFound { .. } => "name a branch, a tag or a full commit after the @",
+        Error::Gated { .. } => {
+            "accept the terms there with your account, then set HF_TOKEN to one of its tokens"
+        }
+        Error::Unauthorized { .. } => {
+            "set HF_TOKEN to a valid token (huggingface.co/settings/tokens)"
+        }
+        Error::Forbidden { .. } => "the token needs the `write` role, or rights on this repository",
+        Error::RateLimited { .. } => "wait, or set HF_TOKEN: the limits of an account are higher",
+        Error::BranchMoved { .. } => "somebody pushed in between: run the same command again",
+        Error::DownloadCut { .. } => "run the same command again: it goes on where it stopped",
+        Error::Offline { .. } => "unset HF_HUB_OFFLINE once to fetch it",
+        Error::RemoteDiffers { .. } => "run the same command again: it sends what differs",
+        Error::Device { .. } => "use --device cpu",
+        Error::NotAModel { missing, .. } if missing.contains("tokenizer") => {
+            "training and evaluation need a fast tokenizer: put the model's tokenizer.json there"
+        }
+        Error::Architecture { .. } => {
+            "a model of another family cannot be trained by this version; `svdhub --version` tells yours"
+        }
+        _ => return None,
+    };
+    Some(text.into())
+}

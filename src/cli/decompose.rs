@@ -1,0 +1,126 @@
+//! `svdhub decompose`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use svdhub::card::{bytes, thousands};
+use svdhub::decompose::{self, Facts, Options};
+use svdhub::hub::ModelRef;
+use svdhub::linalg::Algorithm;
+use svdhub::{Error, Result};
+
+use super::plan::PlanArgs;
+use super::progress::clock;
+use super::session::{Session, shown};
+
+/// Split every linear weight into singular values and vectors.
+///
+/// Works on a few matrices at a time, whatever the size of the model. Interrupted, the same command goes on where it
+/// stopped. The result restores the base byte for byte, can be published once, and trained from by many.
+#[derive(Args)]
+pub struct Command {
+    /// A Hub id (org/name, org/name@revision) or a directory
+    model: ModelRef,
+    /// Where to write the decomposition
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    #[command(flatten)]
+    plan: PlanArgs,
+    /// Largest relative error of each kept singular value
+    #[arg(long, value_name = "T", default_value_t = Algorithm::default().tolerance, value_parser = tolerance)]
+    tolerance: f64,
+    /// Start a new file when one would grow beyond this (500MB, 5GB)
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size)]
+    shard_size: u64,
+}
+
+fn tolerance(text: &str) -> Result<f64> {
+    let value = text
+        .parse::<f64>()
+        .ok()
+        .filter(|t| (1e-6..=0.1).contains(t));
+    value.ok_or_else(|| Error::Parse {
+        what: "a tolerance",
+        value: text.into(),
+        reason: "expected a number from 1e-6 (the limit of f32 factors) to 0.1".into(),
+    })
+}
+
+/// `5GB`, `300 MB`, `1000000`: powers of 1000.
+pub fn size(text: &str) -> Result<u64> {
+    let refuse = || Error::Parse {
+        what: "a size",
+        value: text.into(),
+        reason: "expected a number with B, kB, MB, GB or TB".into(),
+    };
+    let split = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kb" => 1e3,
+        "m" | "mb" => 1e6,
+        "g" | "gb" => 1e9,
+        "t" | "tb" => 1e12,
+        _ => return Err(refuse()),
+    };
+    let bytes = number.parse::<f64>().map_err(|_| refuse())? * factor;
+    if bytes >= 1.0 {
+        Ok(bytes as u64)
+    } else {
+        Err(refuse())
+    }
+}
+
+impl Command {
+    pub fn run(&self, session: &Session) -> Result<ExitCode> {
+        let base = session.base(&self.model)?;
+        let options = Options {
+            plan: self.plan.options(),
+            algorithm: Algorithm {
+                tolerance: self.tolerance,
+                ..Algorithm::default()
+            },
+            shard_bytes_max: self.shard_size,
+        };
+        let facts = decompose::run(&base, &self.out, &options, session.observer())?;
+        session.print(&facts, || show(&facts, &shown(&self.out)))
+    }
+}
+
+fn show(facts: &Facts, out: &str) -> String {
+    let mut text = format!(
+        "{} linear layers, {} singular values, {:.1} % of the energy · {} in {}\n",
+        facts.linear_layers,
+        thousands(facts.trainable.sigma),
+        100.0 * facts.captured_energy,
+        bytes(facts.bytes),
+        clock(facts.seconds),
+    );
+    if facts.exceptions > 0 {
+        text.push_str(&format!(
+            "{} elements ({:.2} %) are stored exactly, so that the base comes back byte for byte\n",
+            thousands(facts.exceptions),
+            100.0 * facts.exceptions_share
+        ));
+    }
+    text.push_str(&format!("\n{out}\n"));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_with_their_unit() {
+        assert_eq!(size("5GB").expect("reads"), 5_000_000_000);
+        assert_eq!(size("1.5 mb").expect("reads"), 1_500_000);
+        assert_eq!(size("42").expect("reads"), 42);
+        for bad in ["", "GB", "5 apples", "-3", "0"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! `svdhub evaluate`.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::{Map, json};
+use svdhub::card::thousands;
+use svdhub::evaluate::{self, Facts, Options};
+use svdhub::hub::ModelRef;
+use svdhub::source::Source;
+use svdhub::{Result, report};
+
+use super::session::{DeviceChoice, Session, Weighted};
+use super::train::length;
+
+/// Measure the next-token loss on a text.
+///
+/// Consecutive windows that share no context; every token but the first of a window is predicted. The result goes into
+/// the report of the adapter or model, where that is a directory of ours.
+#[derive(Args)]
+pub struct Command {
+    /// A model or a decomposition: a Hub id or a directory
+    model: ModelRef,
+    /// An adapter of the decomposition, with a factor if wanted; may be repeated
+    #[arg(long, value_name = "DIR[*WEIGHT]")]
+    adapter: Vec<Weighted>,
+    /// A text, or a .jsonl file with a `text` field in every line
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// Windows at a time
+    #[arg(long, value_name = "N", default_value_t = NonZeroUsize::new(Options::default().batch).expect("the default is positive"))]
+    batch: NonZeroUsize,
+    /// Tokens per window
+    #[arg(long, value_name = "N", default_value_t = Options::default().length, value_parser = length)]
+    length: usize,
+    /// auto, cpu or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: DeviceChoice,
+    /// The base model of a sidecar, if it is not where the sidecar says
+    #[arg(long, value_name = "MODEL")]
+    base: Option<ModelRef>,
+}
+
+impl Command {
+    pub fn run(&self, session: &Session) -> Result<ExitCode> {
+        let source = session.source(&self.model, &self.adapter, self.base.as_ref())?;
+        let options = Options {
+            batch: self.batch.get(),
+            length: self.length,
+            device: session.device(self.device)?,
+        };
+        let facts = evaluate::run(&source, &self.data, &options, session.observer())?;
+        record(&source, &facts)?;
+        session.print(&facts, || {
+            format!(
+                "loss {:.4} nats/token · perplexity {:.2} · {} tokens · {:.0} tokens/s\n",
+                facts.loss,
+                facts.perplexity,
+                thousands(facts.tokens as u64),
+                facts.tokens_per_s
+            )
+        })
+    }
+}
+
+/// Adds an evaluation to the report of what was evaluated: the adapter's, or the model's if it is ours.
+pub fn record(source: &Source, facts: &Facts) -> Result<()> {
+    let (dir, subject): (&Path, &str) = match source {
+        Source::Model(base) => (&base.dir, "merged"),
+        Source::Decomposition { artifact, mixture } => match mixture.parts.as_slice() {
+            [] => (&artifact.dir, "base"),
+            [(adapter, 1.0)] => (&adapter.dir, "trained"),
+            // a mixture has no directory of its own
+            _ => return Ok(()),
+        },
+    };
+    // a directory in the Hub's cache is a link farm that is shared with others
+    let ours = dir.join(svdhub::workspace::STATE_DIR).is_dir() && dir.join(report::FILE).is_file();
+    if !ours {
+        return Ok(());
+    }
+    let mut entry = json!(facts);
+    entry["subject"] = subject.into();
+    report::add(dir, Map::new(), "evaluate", &json!([entry]))
+}

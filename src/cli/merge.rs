@@ -1,0 +1,87 @@
+//! `svdhub merge`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use svdhub::card::bytes;
+use svdhub::hub::ModelRef;
+use svdhub::merge::{self, Facts, Options};
+use svdhub::weights::Dtype;
+use svdhub::{Error, Result};
+
+use super::progress::clock;
+use super::session::{Session, Weighted, shown};
+
+/// Put trained singular values back into an ordinary model.
+///
+/// Files, tensor names and dtypes are the base's. Without an adapter the base itself comes back, byte for byte, and that
+/// is checked. Several adapters of one decomposition are added, each with its factor.
+#[derive(Args)]
+pub struct Command {
+    /// A decomposition: a Hub id or a directory
+    decomposition: ModelRef,
+    /// An adapter, with a factor if wanted; may be repeated (--adapter a*0.7 --adapter b*0.3)
+    #[arg(long, value_name = "DIR[*WEIGHT]")]
+    adapter: Vec<Weighted>,
+    /// Where to write the model
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// base, f32, bf16 or f16
+    #[arg(long, default_value = "base", value_parser = dtype)]
+    dtype: DtypeChoice,
+    /// The base model of a sidecar, if it is not where the sidecar says
+    #[arg(long, value_name = "MODEL")]
+    base: Option<ModelRef>,
+}
+
+/// The base's own dtypes, or one for all.
+#[derive(Clone, Copy)]
+struct DtypeChoice(Option<Dtype>);
+
+fn dtype(text: &str) -> Result<DtypeChoice> {
+    let dtype = match text {
+        "base" => None,
+        "f32" => Some(Dtype::F32),
+        "bf16" => Some(Dtype::BF16),
+        "f16" => Some(Dtype::F16),
+        _ => {
+            return Err(Error::Parse {
+                what: "a dtype",
+                value: text.into(),
+                reason: "expected base, f32, bf16 or f16".into(),
+            });
+        }
+    };
+    Ok(DtypeChoice(dtype))
+}
+
+impl Command {
+    pub fn run(&self, session: &Session) -> Result<ExitCode> {
+        let (artifact, _) = session.artifact(&self.decomposition, self.base.as_ref())?;
+        let mixture = session.mixture(&artifact, &self.adapter)?;
+        let options = Options {
+            dtype: self.dtype.0,
+            ..Options::default()
+        };
+        let facts = merge::run(&artifact, &mixture, &self.out, &options, session.observer())?;
+        session.print(&facts, || show(&facts, &shown(&self.out)))
+    }
+}
+
+fn show(facts: &Facts, out: &str) -> String {
+    let outcome = if facts.identical_to_base {
+        "the base, byte for byte".to_string()
+    } else {
+        format!(
+            "rounding error {:.1} % of the change, {:.1} % of the elements kept the base's value",
+            100.0 * facts.rounding_loss,
+            100.0 * facts.unchanged_share
+        )
+    };
+    format!(
+        "{} in {} · {outcome}\n\n{out}\n",
+        bytes(facts.bytes),
+        clock(facts.seconds)
+    )
+}

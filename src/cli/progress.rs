@@ -1,0 +1,207 @@
+//! Progress on standard error: bars for people at a terminal, plain lines for logs, nothing for the quiet.
+
+use std::io::IsTerminal;
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use svdhub::card::bytes;
+use svdhub::event::{Event, Observer, Stage, Unit};
+
+/// Draws what a verb reports.
+pub struct Progress {
+    mode: Mode,
+    running: Mutex<Option<Running>>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Mode {
+    Bars,
+    Lines,
+    Silent,
+}
+
+struct Running {
+    stage: Stage,
+    unit: Unit,
+    total: u64,
+    done: u64,
+    started: Instant,
+    said: Instant,
+    bar: Option<ProgressBar>,
+}
+
+/// Plain lines come this often, so that a log of hours stays readable.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+impl Progress {
+    pub fn new(quiet: bool) -> Self {
+        let mode = if quiet {
+            Mode::Silent
+        } else if std::io::stderr().is_terminal() {
+            Mode::Bars
+        } else {
+            Mode::Lines
+        };
+        Self {
+            mode,
+            running: Mutex::new(None),
+        }
+    }
+
+    fn running(&self) -> MutexGuard<'_, Option<Running>> {
+        self.running
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn say(&self, text: &str) {
+        match self.running().as_ref().and_then(|r| r.bar.as_ref()) {
+            Some(bar) => bar.suspend(|| eprintln!("{text}")),
+            None => eprintln!("{text}"),
+        }
+    }
+}
+
+fn name(stage: Stage) -> &'static str {
+    match stage {
+        Stage::Download => "download",
+        Stage::Hash => "hash",
+        Stage::Decompose => "decompose",
+        Stage::Write => "write",
+        Stage::Load => "load",
+        Stage::Train => "train",
+        Stage::Evaluate => "evaluate",
+        Stage::Merge => "merge",
+        Stage::Upload => "upload",
+        Stage::Verify => "verify",
+    }
+}
+
+fn amount(value: f64, unit: Unit) -> String {
+    match unit {
+        Unit::Bytes => bytes(value as u64),
+        Unit::Flops => format!("{:.1} GFLOP", value / 1e9),
+        Unit::Tokens => format!("{value:.0} tokens"),
+        Unit::Steps => format!("{value:.1} steps"),
+    }
+}
+
+impl Running {
+    fn rate(&self) -> f64 {
+        self.done as f64 / self.started.elapsed().as_secs_f64().max(1e-3)
+    }
+
+    fn line(&self) -> String {
+        let share = 100.0 * self.done as f64 / self.total.max(1) as f64;
+        let left = (self.total.saturating_sub(self.done)) as f64 / self.rate().max(1e-9);
+        format!(
+            "{} {share:.0} % · {}/s · {} left",
+            name(self.stage),
+            amount(self.rate(), self.unit),
+            clock(left)
+        )
+    }
+}
+
+/// Seconds as h:mm:ss or m:ss.
+pub fn clock(seconds: f64) -> String {
+    let s = seconds.round().min(1e7) as u64;
+    if s >= 3600 {
+        format!("{}:{:02}:{:02}", s / 3600, s / 60 % 60, s % 60)
+    } else {
+        format!("{}:{:02}", s / 60, s % 60)
+    }
+}
+
+impl Observer for Progress {
+    fn event(&self, event: &Event<'_>) {
+        if let Event::Warned { message } = event {
+            // a warning is no progress: the quiet want to know it too
+            return self.say(&format!("warning: {message}"));
+        }
+        if self.mode == Mode::Silent {
+            return;
+        }
+        match event {
+            Event::Started { stage, total, unit } => {
+                let bar = (self.mode == Mode::Bars).then(|| {
+                    let style = ProgressStyle::with_template(
+                        "{prefix:>10} {bar:28} {percent:>3} % {msg} {eta} left",
+                    )
+                    .unwrap_or_else(|_| ProgressStyle::default_bar());
+                    let target = ProgressDrawTarget::stderr_with_hz(10);
+                    ProgressBar::with_draw_target(Some(*total), target)
+                        .with_style(style)
+                        .with_prefix(name(*stage))
+                });
+                let now = Instant::now();
+                *self.running() = Some(Running {
+                    stage: *stage,
+                    unit: *unit,
+                    total: *total,
+                    done: 0,
+                    started: now,
+                    said: now,
+                    bar,
+                });
+            }
+            Event::Advanced { stage, by, item } => {
+                let mut running = self.running();
+                let Some(running) = running.as_mut().filter(|r| r.stage == *stage) else {
+                    return;
+                };
+                running.done += by;
+                match &running.bar {
+                    Some(bar) => {
+                        bar.set_position(running.done.min(running.total));
+                        if running.unit != Unit::Steps {
+                            bar.set_message(format!(
+                                "{}/s {item}",
+                                amount(running.rate(), running.unit)
+                            ));
+                        }
+                    }
+                    None if running.said.elapsed() >= LINE_EVERY => {
+                        running.said = Instant::now();
+                        eprintln!("{}", running.line());
+                    }
+                    None => {}
+                }
+            }
+            Event::Finished { stage } => {
+                let running = self.running().take();
+                if let Some(running) = running.filter(|r| r.stage == *stage) {
+                    if let Some(bar) = &running.bar {
+                        bar.finish_and_clear();
+                    }
+                    let seconds = running.started.elapsed().as_secs_f64();
+                    if self.mode == Mode::Lines && seconds >= 1.0 {
+                        let done = amount(running.done as f64, running.unit);
+                        eprintln!("{} done: {done} in {}", name(*stage), clock(seconds));
+                    }
+                }
+            }
+            Event::Stepped {
+                step,
+                steps,
+                loss,
+                learning_rate,
+                tokens_per_s,
+            } => {
+                if let Some(bar) = self.running().as_ref().and_then(|r| r.bar.as_ref()) {
+                    bar.set_message(format!("loss {loss:.4} · {tokens_per_s:.0} tokens/s"));
+                }
+                // at a terminal as in a log, some twenty losses stay to be read
+                let every = (steps / 20).max(1);
+                if *step == 1 || step % every == 0 || step == steps {
+                    self.say(&format!(
+                        "step {step:>5} of {steps} · loss {loss:.4} · lr {learning_rate:.1e} · {tokens_per_s:.0} tokens/s"
+                    ));
+                }
+            }
+            Event::Noted { message } => self.say(message),
+            Event::Warned { .. } => {}
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! `svdhub publish`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::json;
+use svdhub::card::bytes;
+use svdhub::hub::{PushOptions, Pushed, published_files};
+use svdhub::{Result, publish};
+
+use super::session::Session;
+
+/// Push a directory to the Hub, with a card.
+///
+/// The card is rendered from report.json (a README of your own is left alone). Everything goes up in one commit, and is
+/// then compared with the local files by hash. Files that are there already are not sent again.
+#[derive(Args)]
+pub struct Command {
+    /// A decomposition, an adapter or a model
+    dir: PathBuf,
+    /// org/name
+    repo: String,
+    /// Create the repository private
+    #[arg(long)]
+    private: bool,
+    /// Push to this branch, made if it is not there
+    #[arg(long, value_name = "BRANCH")]
+    branch: Option<String>,
+    /// Open a pull request instead of committing
+    #[arg(long)]
+    pr: bool,
+    /// Tag the commit
+    #[arg(long, value_name = "TAG")]
+    tag: Option<String>,
+    /// The commit's title
+    #[arg(long, value_name = "TEXT", default_value_t = PushOptions::default().message)]
+    message: String,
+    /// Write the card and say what would be sent
+    #[arg(long)]
+    dry_run: bool,
+}
+
+impl Command {
+    pub fn run(&self, session: &Session) -> Result<ExitCode> {
+        if self.dry_run {
+            publish::write_card(&self.dir, &self.repo, session.observer())?;
+            let files = published_files(&self.dir)?;
+            let facts = json!({"repo": self.repo, "files": files, "dry_run": true});
+            return session.print(&facts, || {
+                let list: String = files.iter().map(|f| format!("  {f}\n")).collect();
+                format!("would be sent to {}:\n{list}", self.repo)
+            });
+        }
+        let options = PushOptions {
+            private: self.private,
+            branch: self.branch.clone(),
+            pull_request: self.pr,
+            tag: self.tag.clone(),
+            message: self.message.clone(),
+        };
+        let pushed = publish::run(
+            &session.hub()?,
+            &self.dir,
+            &self.repo,
+            &options,
+            session.observer(),
+        )?;
+        session.print(&pushed, || show(&pushed))
+    }
+}
+
+fn show(pushed: &Pushed) -> String {
+    format!(
+        "{} files, {} unchanged, {} sent · commit {}\nthe remote files are the local ones, by hash\n\n{}\n",
+        pushed.files,
+        pushed.unchanged,
+        bytes(pushed.bytes_sent),
+        pushed.commit,
+        pushed.pull_request_url.as_ref().unwrap_or(&pushed.url)
+    )
+}

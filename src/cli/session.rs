@@ -1,0 +1,256 @@
+//! One run of the program: the Hub it talks to, who watches, and how names become directories.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use candle_core::Device;
+use serde::Serialize;
+use svdhub::adapter::{Adapter, DecompositionPin, Mixture};
+use svdhub::artifact::{Artifact, ArtifactLayout, is_artifact};
+use svdhub::base::Base;
+use svdhub::event::Observer;
+use svdhub::hub::{Hub, ModelRef, Snapshot};
+use svdhub::source::Source;
+use svdhub::{Error, Result, decompose};
+
+use super::progress::Progress;
+use super::{Global, advice, env};
+
+/// Everything a verb needs from outside.
+pub struct Session {
+    pub json: bool,
+    progress: Progress,
+    endpoint: Option<String>,
+}
+
+impl Session {
+    pub fn new(global: &Global) -> Self {
+        Self {
+            json: global.json,
+            progress: Progress::new(global.quiet),
+            endpoint: global.endpoint.clone(),
+        }
+    }
+
+    pub fn observer(&self) -> &dyn Observer {
+        &self.progress
+    }
+
+    /// The Hub of this session.
+    pub fn hub(&self) -> Result<Hub> {
+        Hub::new(env::hub_options(self.endpoint.as_deref()))
+    }
+
+    /// Prints facts: as JSON where that was asked for, else through `show`.
+    pub fn print(&self, facts: &impl Serialize, show: impl FnOnce() -> String) -> Result<ExitCode> {
+        if self.json {
+            let json = serde_json::to_string_pretty(facts).expect("facts serialise");
+            println!("{json}");
+        } else {
+            print!("{}", show());
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// Tells what went wrong, why, and what helps.
+    pub fn explain(&self, error: &Error) {
+        eprintln!("error: {error}");
+        let mut source = std::error::Error::source(error);
+        let mut said = error.to_string();
+        while let Some(cause) = source {
+            let text = cause.to_string();
+            // many libraries repeat their source in their own text
+            if !said.contains(&text) {
+                eprintln!("  because: {text}");
+                said.push_str(&text);
+            }
+            source = cause.source();
+        }
+        if let Some(help) = advice::advice(error) {
+            eprintln!("  help: {help}");
+        }
+    }
+
+    /// A directory as it is, or a repository in the cache.
+    pub fn locate(&self, model: &ModelRef) -> Result<Snapshot> {
+        match model {
+            ModelRef::Directory(dir) => Ok(Snapshot {
+                dir: dir.clone(),
+                repo: None,
+                commit: None,
+            }),
+            ModelRef::Repo { id, revision } => self.hub()?.snapshot(id, revision, self.observer()),
+        }
+    }
+
+    /// Opens a plain model.
+    pub fn base(&self, model: &ModelRef) -> Result<Base> {
+        let found = self.locate(model)?;
+        Base::open(&found.dir, found.repo, found.commit)
+    }
+
+    /// Opens a decomposition, and the base it needs if it is a sidecar.
+    pub fn artifact(
+        &self,
+        model: &ModelRef,
+        base: Option<&ModelRef>,
+    ) -> Result<(Artifact, DecompositionPin)> {
+        let found = self.locate(model)?;
+        let mut artifact = Artifact::open(&found.dir, None)?;
+        if artifact.svd.layout == ArtifactLayout::Sidecar {
+            let base = self.base_of(&artifact, base)?;
+            artifact = Artifact::open(&found.dir, Some(base))?;
+            artifact.check_base(self.observer())?;
+        }
+        let pin = DecompositionPin {
+            repo: found.repo,
+            revision: found.commit,
+            content_sha256: artifact.content_sha256.clone(),
+        };
+        Ok((artifact, pin))
+    }
+
+    fn base_of(&self, artifact: &Artifact, given: Option<&ModelRef>) -> Result<Base> {
+        if let Some(given) = given {
+            return self.base(given);
+        }
+        let pin = &artifact.svd.base;
+        if let (Some(id), Some(revision)) = (pin.repo.clone(), pin.revision.clone()) {
+            return self.base(&ModelRef::Repo { id, revision });
+        }
+        match decompose::remembered_base(&artifact.dir).filter(|dir| dir.is_dir()) {
+            Some(dir) => Base::open(&dir, None, None),
+            None => Err(Error::BaseNeeded {
+                artifact: artifact.dir.clone(),
+                base: pin.describe(),
+            }),
+        }
+    }
+
+    /// Opens adapters of a decomposition, each `ADAPTER` or `ADAPTER*WEIGHT`.
+    pub fn mixture(&self, artifact: &Artifact, adapters: &[Weighted]) -> Result<Mixture> {
+        let parts = adapters
+            .iter()
+            .map(|adapter| {
+                let found = self.locate(&adapter.adapter)?;
+                Ok((Adapter::open(&found.dir, artifact)?, adapter.weight))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Mixture { parts })
+    }
+
+    /// Opens whatever can be run: a plain model, or a decomposition with adapters.
+    pub fn source(
+        &self,
+        model: &ModelRef,
+        adapters: &[Weighted],
+        base: Option<&ModelRef>,
+    ) -> Result<Source> {
+        let found = self.locate(model)?;
+        if is_artifact(&found.dir) {
+            let (artifact, _) = self.artifact(model, base)?;
+            let mixture = self.mixture(&artifact, adapters)?;
+            Ok(Source::Decomposition { artifact, mixture })
+        } else if adapters.is_empty() {
+            Ok(Source::Model(Base::open(
+                &found.dir,
+                found.repo,
+                found.commit,
+            )?))
+        } else {
+            Err(Error::NotAnArtifact { path: found.dir })
+        }
+    }
+}
+
+/// An adapter and its factor: `DIR`, `DIR*0.7`, `org/name*-1`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Weighted {
+    pub adapter: ModelRef,
+    pub weight: f64,
+}
+
+impl std::str::FromStr for Weighted {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self> {
+        let (name, weight) = match text.rsplit_once('*') {
+            Some((name, weight)) => {
+                let parsed = weight.trim().parse::<f64>().ok().filter(|w| w.is_finite());
+                let weight = parsed.ok_or_else(|| Error::Parse {
+                    what: "an adapter's factor",
+                    value: weight.into(),
+                    reason: "it is not a number".into(),
+                })?;
+                (name, weight)
+            }
+            None => (text, 1.0),
+        };
+        Ok(Self {
+            adapter: name.trim().parse()?,
+            weight,
+        })
+    }
+}
+
+/// `auto`, `cpu` or `cuda:N`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChoice {
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+impl std::str::FromStr for DeviceChoice {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self> {
+        let number = |n: &str| n.parse().ok();
+        match text {
+            "auto" => Some(Self::Auto),
+            "cpu" => Some(Self::Cpu),
+            "cuda" => Some(Self::Cuda(0)),
+            other => other.strip_prefix("cuda:").and_then(number).map(Self::Cuda),
+        }
+        .ok_or_else(|| Error::Parse {
+            what: "a device",
+            value: text.into(),
+            reason: "expected auto, cpu or cuda:N".into(),
+        })
+    }
+}
+
+impl Session {
+    /// The device to compute on; `auto` takes a GPU where there is one and says so where there is none.
+    pub fn device(&self, choice: DeviceChoice) -> Result<Device> {
+        let cuda = |n: usize| {
+            if !candle_core::utils::cuda_is_available() {
+                return Err(Error::Device {
+                    device: format!("cuda:{n}"),
+                    reason: "this build has no CUDA support (cargo feature `cuda`)".into(),
+                });
+            }
+            Device::new_cuda(n).map_err(|e| Error::Device {
+                device: format!("cuda:{n}"),
+                reason: e.to_string(),
+            })
+        };
+        match choice {
+            DeviceChoice::Cpu => Ok(Device::Cpu),
+            DeviceChoice::Cuda(n) => cuda(n),
+            DeviceChoice::Auto if !candle_core::utils::cuda_is_available() => Ok(Device::Cpu),
+            DeviceChoice::Auto => cuda(0).or_else(|error| {
+                self.observer()
+                    .warn(format!("{error}; computing on the CPU"));
+                Ok(Device::Cpu)
+            }),
+        }
+    }
+}
+
+/// A directory in one's own terms: relative where it lies below the current one.
+pub fn shown(path: &Path) -> String {
+    let here = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("."));
+    path.strip_prefix(here)
+        .unwrap_or(path)
+        .display()
+        .to_string()
+}

@@ -1,0 +1,102 @@
+//! The Hub: the only place that speaks HTTP. hf-hub for metadata, refs and repositories; our own thin layer for bytes,
+//! because hf-hub 1.0.0 stores error pages as weights, accepts truncated files and sends large files inline.
+
+mod client;
+mod download;
+pub mod server;
+mod upload;
+
+pub use client::{Hub, HubOptions, Token};
+pub use download::Snapshot;
+pub use upload::{PushOptions, Pushed, published_files};
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
+
+/// How a model, a decomposition or an adapter is named: a directory, or a repository at a revision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelRef {
+    Directory(PathBuf),
+    Repo { id: String, revision: String },
+}
+
+impl FromStr for ModelRef {
+    type Err = Error;
+
+    /// An existing directory wins; `org/name` or `org/name@revision` is a repository; anything else must be a path.
+    fn from_str(text: &str) -> Result<Self> {
+        let path = PathBuf::from(text);
+        if path.is_dir() || text.starts_with(['.', '/', '~']) {
+            return Ok(Self::Directory(path));
+        }
+        let (id, revision) = text.split_once('@').unwrap_or((text, "main"));
+        let part = |s: &str| {
+            !s.is_empty()
+                && !s.starts_with('.')
+                && !s.contains("..")
+                && s.chars()
+                    .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        };
+        let named = id
+            .split_once('/')
+            .is_some_and(|(org, name)| part(org) && part(name));
+        if named && !revision.is_empty() {
+            Ok(Self::Repo {
+                id: id.into(),
+                revision: revision.into(),
+            })
+        } else {
+            Err(Error::Parse {
+                what: "a model",
+                value: text.into(),
+                reason: "it is neither a directory nor of the form org/name or org/name@revision"
+                    .into(),
+            })
+        }
+    }
+}
+
+impl fmt::Display for ModelRef {
+    fn fmt(&self, out: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Directory(path) => write!(out, "{}", path.display()),
+            Self::Repo { id, revision } if revision == "main" => out.write_str(id),
+            Self::Repo { id, revision } => write!(out, "{id}@{revision}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_are_named_by_directory_or_repository() {
+        let here = env!("CARGO_MANIFEST_DIR");
+        assert_eq!(
+            here.parse::<ModelRef>().expect("a directory"),
+            ModelRef::Directory(here.into())
+        );
+        assert_eq!(
+            "a/b@v1".parse::<ModelRef>().expect("a repo"),
+            ModelRef::Repo {
+                id: "a/b".into(),
+                revision: "v1".into()
+            }
+        );
+        assert_eq!(
+            "a/b".parse::<ModelRef>().expect("a repo").to_string(),
+            "a/b"
+        );
+        assert_eq!(
+            "./missing".parse::<ModelRef>().expect("a path"),
+            ModelRef::Directory("./missing".into())
+        );
+        for bad in ["", "a", "a/b/c", "a/..", "a/b@", "a b/c"] {
+            assert!(bad.parse::<ModelRef>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,484 @@
+//! Files from the Hub into the cache that Python's huggingface_hub shares, verified before they get their name.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use reqwest::header::RANGE;
+use reqwest::{Method, StatusCode};
+use sha1::Sha1;
+use sha2::{Digest, Sha256};
+
+use super::client::{Asked, Hub, RemoteFile, segment, segments};
+use crate::error::{Error, IoContext, Result};
+use crate::event::{Observer, Stage, Unit};
+use crate::weights::checkpoint::{Index, WeightFile};
+use crate::weights::header::HEADER_BYTES_MAX;
+use crate::weights::{Header, Inventory, Layout};
+use crate::workers;
+use crate::workspace::check_free_space;
+
+/// A repository at one commit, on this machine's disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    pub dir: PathBuf,
+    /// Hub id, if it came from one.
+    pub repo: Option<String>,
+    /// 40 hex digits.
+    pub commit: Option<String>,
+}
+
+const PARALLEL_DOWNLOADS: usize = 4;
+/// A broken-off transfer goes on from where it stopped, this many times.
+const RESUMPTIONS: usize = 5;
+
+impl Hub {
+    /// Downloads what a model, decomposition or adapter needs; what is in the cache already is not sent again.
+    pub fn snapshot(
+        &self,
+        repo: &str,
+        revision: &str,
+        observer: &dyn Observer,
+    ) -> Result<Snapshot> {
+        let cache = Cache::of(&self.options.cache, repo);
+        if self.options.offline {
+            return cache.offline(repo, revision);
+        }
+        let commit = self.commit_of(repo, revision)?;
+        let files = needed(self.files(repo, &commit)?);
+        let missing: Vec<RemoteFile> = files
+            .iter()
+            .filter(|file| !cache.blob(&file.oid).exists())
+            .cloned()
+            .collect();
+        let bytes = missing.iter().map(|file| file.size).sum();
+        if !missing.is_empty() {
+            check_free_space(&cache.root, bytes)?;
+            observer.start(Stage::Download, bytes, Unit::Bytes);
+            workers::for_each(&missing, PARALLEL_DOWNLOADS, |file| {
+                self.fetch(repo, &commit, file, &cache, observer)
+            })?;
+            observer.finish(Stage::Download);
+        }
+        let dir = cache.link(&commit, &files)?;
+        if revision != commit {
+            cache.remember(revision, &commit)?;
+        }
+        Ok(Snapshot {
+            dir,
+            repo: Some(repo.into()),
+            commit: Some(commit),
+        })
+    }
+
+    /// `config.json` and the headers of all weight files, without the weights.
+    pub fn headers(
+        &self,
+        repo: &str,
+        revision: &str,
+    ) -> Result<(serde_json::Value, Inventory, String)> {
+        let commit = self.commit_of(repo, revision)?;
+        let files = self.files(repo, &commit)?;
+        let named = |name: &str| files.iter().find(|f| f.path == name);
+        let whole = |name: &str| match named(name) {
+            Some(file) => self.range(repo, &commit, name, 0, file.size),
+            None => Err(Error::EntryNotFound {
+                repo: repo.into(),
+                revision: commit.clone(),
+                file: name.into(),
+            }),
+        };
+        let root = PathBuf::from(repo);
+        let config =
+            serde_json::from_slice(&whole("config.json")?).map_err(|source| Error::Json {
+                path: root.join("config.json"),
+                source,
+            })?;
+        let single = Layout::Model.single_file();
+        let index_file = Layout::Model.index_file();
+        let mut index = None;
+        let names = if named(&single).is_some() {
+            vec![single]
+        } else {
+            let parsed = Index::parse(&root.join(&index_file), &whole(&index_file)?)?;
+            index.insert(parsed).files()
+        };
+        let weights = names
+            .into_iter()
+            .map(|name| {
+                let Some(file) = named(&name) else {
+                    return Err(Error::ShardMissing {
+                        index: root.join(&index_file),
+                        file: name,
+                    });
+                };
+                let header = self.header(repo, &commit, file)?;
+                Ok(WeightFile { name, header })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let inventory = Inventory::new(&root, weights)?;
+        if let Some(index) = index {
+            index.check(&root.join(&index_file), &inventory)?;
+        }
+        Ok((config, inventory, commit))
+    }
+
+    fn header(&self, repo: &str, commit: &str, file: &RemoteFile) -> Result<Header> {
+        let path = PathBuf::from(repo).join(&file.path);
+        // most headers are shorter than this: one request instead of two
+        let guess = file.size.min(64 << 10);
+        let mut prefix = self.range(repo, commit, &file.path, 0, guess)?;
+        let length = match prefix.first_chunk::<8>() {
+            Some(length) => u64::from_le_bytes(*length),
+            None => 0,
+        };
+        if length > HEADER_BYTES_MAX || 8 + length > file.size {
+            return Err(Error::Header {
+                path,
+                reason: format!("its header claims {length} bytes of {}", file.size),
+            });
+        }
+        let needed = 8 + length;
+        if needed > guess {
+            prefix.extend(self.range(repo, commit, &file.path, guess, needed)?);
+        }
+        prefix.truncate(needed as usize);
+        let header = Header::parse(&path, prefix)?;
+        if header.file_bytes() != file.size {
+            return Err(Error::Truncated {
+                path,
+                expected: header.file_bytes(),
+                found: file.size,
+            });
+        }
+        Ok(header)
+    }
+
+    /// Bytes `start … end − 1` of a file.
+    pub fn range(
+        &self,
+        repo: &str,
+        commit: &str,
+        file: &str,
+        start: u64,
+        end: u64,
+    ) -> Result<Vec<u8>> {
+        if start >= end {
+            return Ok(Vec::new());
+        }
+        let what = self.asked(repo, commit, file);
+        let response = self.send(&what, &|url| {
+            self.request(Method::GET, url)
+                .header(RANGE, format!("bytes={start}-{}", end - 1))
+        })?;
+        let partial = response.status() == StatusCode::PARTIAL_CONTENT;
+        let cut = |received: u64| Error::DownloadCut {
+            file: file.into(),
+            received,
+            expected: end - start,
+        };
+        // a server that ignores ranges sends the file from its beginning
+        let skip = if partial { 0 } else { start };
+        let mut bytes = Vec::new();
+        let mut body = response.take(skip + end - start);
+        if body.read_to_end(&mut bytes).is_err() {
+            return Err(cut(bytes.len() as u64));
+        }
+        let bytes: Vec<u8> = bytes.into_iter().skip(skip as usize).collect();
+        if bytes.len() as u64 == end - start {
+            Ok(bytes)
+        } else {
+            Err(cut(bytes.len() as u64))
+        }
+    }
+
+    fn asked(&self, repo: &str, commit: &str, file: &str) -> Asked {
+        Asked {
+            action: "download a file",
+            url: format!(
+                "{}/{repo}/resolve/{}/{}",
+                self.endpoint(),
+                segment(commit),
+                segments(file)
+            ),
+            repo: repo.into(),
+            revision: commit.into(),
+            file: file.into(),
+        }
+    }
+
+    /// One file into the cache: resumed if a part is there, verified, then renamed.
+    fn fetch(
+        &self,
+        repo: &str,
+        commit: &str,
+        file: &RemoteFile,
+        cache: &Cache,
+        observer: &dyn Observer,
+    ) -> Result<()> {
+        let lock_path = cache.lock_path(&file.oid);
+        let lock = File::create(&lock_path).context("create", &lock_path)?;
+        lock.lock().context("lock", &lock_path)?;
+        let blob = cache.blob(&file.oid);
+        if blob.exists() {
+            // another process brought it while we waited
+            observer.advance(Stage::Download, file.size, &file.path);
+            return Ok(());
+        }
+        let partial = blob.with_extension("incomplete");
+        for attempt in 0..=RESUMPTIONS {
+            match self.append(repo, commit, file, &partial, observer) {
+                Ok(()) => break,
+                Err(Error::DownloadCut { .. }) if attempt < RESUMPTIONS => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let found = digest(&partial, file)?;
+        if found != file.oid {
+            // nothing of it can be trusted, not even as a beginning
+            std::fs::remove_file(&partial).context("remove", &partial)?;
+            return Err(Error::Checksum {
+                what: format!("the download of `{}` from {repo}", file.path),
+                path: blob,
+                expected: file.oid.clone(),
+                found,
+            });
+        }
+        std::fs::rename(&partial, &blob).context("rename", &blob)
+    }
+
+    fn append(
+        &self,
+        repo: &str,
+        commit: &str,
+        file: &RemoteFile,
+        partial: &Path,
+        observer: &dyn Observer,
+    ) -> Result<()> {
+        let mut out = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(partial)
+            .context("open", partial)?;
+        let mut received = out.metadata().context("read", partial)?.len();
+        if received > file.size {
+            out.set_len(0).context("write", partial)?;
+            received = 0;
+        }
+        if received == file.size {
+            return Ok(());
+        }
+        let what = self.asked(repo, commit, &file.path);
+        let mut response = self.send(&what, &|url| {
+            let request = self.request(Method::GET, url);
+            if received > 0 {
+                request.header(RANGE, format!("bytes={received}-"))
+            } else {
+                request
+            }
+        })?;
+        if received > 0 && response.status() != StatusCode::PARTIAL_CONTENT {
+            out.set_len(0).context("write", partial)?;
+            received = 0;
+        }
+        let cut = |received: u64| Error::DownloadCut {
+            file: file.path.clone(),
+            received,
+            expected: file.size,
+        };
+        let mut buffer = vec![0u8; 256 << 10];
+        loop {
+            let n = response.read(&mut buffer).map_err(|_| cut(received))?;
+            if n == 0 {
+                break;
+            }
+            out.write_all(&buffer[..n])
+                .map_err(|source| Error::io("write", partial, source))?;
+            received += n as u64;
+            observer.advance(Stage::Download, n as u64, &file.path);
+        }
+        if received != file.size {
+            return Err(cut(received));
+        }
+        out.sync_all().context("flush", partial)
+    }
+}
+
+/// sha256 of an LFS file, git's blob id of a regular one.
+fn digest(path: &Path, file: &RemoteFile) -> Result<String> {
+    if file.lfs {
+        return crate::weights::shard::sha256_file(path, |_| {});
+    }
+    let bytes = std::fs::read(path).context("read", path)?;
+    Ok(git_blob_id(&bytes))
+}
+
+/// The id git gives to a file's contents.
+pub(super) fn git_blob_id(bytes: &[u8]) -> String {
+    let mut hash = Sha1::new();
+    hash.update(format!("blob {}\0", bytes.len()));
+    hash.update(bytes);
+    crate::weights::shard::hex(&hash.finalize())
+}
+
+/// Of a repository's files, those that some verb reads: no pickles, no other formats, no nested folders.
+fn needed(files: Vec<RemoteFile>) -> Vec<RemoteFile> {
+    let single = files
+        .iter()
+        .any(|file| file.path == Layout::Model.single_file());
+    let others = [
+        ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".tflite", ".png",
+        ".jpg", ".gif", ".zip", ".tar.gz",
+    ];
+    files
+        .into_iter()
+        .filter(|file| {
+            let path = &file.path;
+            let weights = path.ends_with(".safetensors");
+            let ours = ["svd-", "adapter.", "adapter_"]
+                .iter()
+                .any(|p| path.starts_with(p));
+            let model = if single {
+                *path == Layout::Model.single_file()
+            } else {
+                path.starts_with("model-")
+            };
+            !path.contains('/')
+                && !others.iter().any(|end| path.ends_with(end))
+                && (!weights || ours || model)
+        })
+        .collect()
+}
+
+/// One repository's part of the cache, laid out as huggingface_hub does.
+struct Cache {
+    root: PathBuf,
+    locks: PathBuf,
+}
+
+impl Cache {
+    fn of(cache: &Path, repo: &str) -> Self {
+        let name = format!("models--{}", repo.replace('/', "--"));
+        Self {
+            root: cache.join(&name),
+            locks: cache.join(".locks").join(&name),
+        }
+    }
+
+    fn blob(&self, oid: &str) -> PathBuf {
+        self.root.join("blobs").join(oid)
+    }
+
+    fn lock_path(&self, oid: &str) -> PathBuf {
+        // the folders are made here, where the first file of a repository passes
+        let _ = std::fs::create_dir_all(&self.locks);
+        let _ = std::fs::create_dir_all(self.root.join("blobs"));
+        self.locks.join(format!("{oid}.lock"))
+    }
+
+    /// Links the files of a commit to their contents.
+    fn link(&self, commit: &str, files: &[RemoteFile]) -> Result<PathBuf> {
+        let dir = self.root.join("snapshots").join(commit);
+        std::fs::create_dir_all(&dir).context("create", &dir)?;
+        for file in files {
+            let link = dir.join(&file.path);
+            let target = PathBuf::from("../../blobs").join(&file.oid);
+            if std::fs::read_link(&link).is_ok_and(|found| found == target) {
+                continue;
+            }
+            let temporary = dir.join(format!(".{}.link", file.path));
+            let _ = std::fs::remove_file(&temporary);
+            std::os::unix::fs::symlink(&target, &temporary).context("link", &temporary)?;
+            std::fs::rename(&temporary, &link).context("rename", &link)?;
+        }
+        Ok(dir)
+    }
+
+    fn remember(&self, revision: &str, commit: &str) -> Result<()> {
+        let path = self.root.join("refs").join(revision);
+        let folder = path.parent().expect("a ref lies in a folder");
+        std::fs::create_dir_all(folder).context("create", folder)?;
+        crate::weights::shard::write_atomically(&path, commit.as_bytes()).map(drop)
+    }
+
+    fn offline(&self, repo: &str, revision: &str) -> Result<Snapshot> {
+        let named = std::fs::read_to_string(self.root.join("refs").join(revision));
+        let commit = named.unwrap_or_else(|_| revision.to_string());
+        let dir = self.root.join("snapshots").join(commit.trim());
+        if !dir.is_dir() {
+            return Err(Error::Offline { repo: repo.into() });
+        }
+        Ok(Snapshot {
+            dir,
+            repo: Some(repo.into()),
+            commit: Some(commit.trim().into()),
+        })
+    }
+}
+
+/// The sha256 and length of what a reader yields, and git's blob id if it is small.
+pub(super) fn local_digest(path: &Path) -> Result<(String, u64)> {
+    let mut file = File::open(path).context("open", path)?;
+    let (mut hash, mut size) = (Sha256::new(), 0);
+    let mut buffer = vec![0u8; 1 << 20];
+    loop {
+        let n = file.read(&mut buffer).context("read", path)?;
+        if n == 0 {
+            return Ok((crate::weights::shard::hex(&hash.finalize()), size));
+        }
+        hash.update(&buffer[..n]);
+        size += n as u64;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blob_ids_are_gits() {
+        // printf 'hello\n' | git hash-object --stdin
+        assert_eq!(
+            git_blob_id(b"hello\n"),
+            "ce013625030ba8dba906f756967f9e9ca394464a"
+        );
+    }
+
+    #[test]
+    fn only_what_a_verb_reads_is_fetched() {
+        let file = |path: &str| RemoteFile {
+            path: path.into(),
+            size: 1,
+            oid: String::new(),
+            lfs: false,
+        };
+        let names = |paths: &[&str]| {
+            let kept = needed(paths.iter().map(|p| file(p)).collect());
+            kept.into_iter().map(|f| f.path).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            names(&[
+                "config.json",
+                "model.safetensors",
+                "model-00001-of-00002.safetensors",
+                "pytorch_model.bin",
+                "onnx/model.onnx",
+                "consolidated.safetensors"
+            ]),
+            ["config.json", "model.safetensors"]
+        );
+        assert_eq!(
+            names(&[
+                "model-00001-of-00002.safetensors",
+                "model.safetensors.index.json",
+                "tokenizer.json"
+            ])
+            .len(),
+            3
+        );
+        assert_eq!(
+            names(&["svd-00001-of-00001.safetensors", "adapter.safetensors"]).len(),
+            2
+        );
+    }
+}

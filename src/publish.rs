@@ -1,0 +1,58 @@
+//! `publish`: renders the card, pushes a directory to the Hub, and makes sure that it arrived.
+
+use std::path::Path;
+
+use crate::card::{self, Kind};
+use crate::error::{IoContext, Result};
+use crate::event::Observer;
+use crate::hub::{Hub, PushOptions, Pushed};
+use crate::weights::shard::write_atomically;
+use crate::{adapter, artifact, report};
+
+/// What a directory is.
+pub fn kind(dir: &Path) -> Kind {
+    if artifact::is_artifact(dir) {
+        Kind::Decomposition
+    } else if adapter::is_adapter(dir) {
+        Kind::Adapter
+    } else {
+        Kind::Model
+    }
+}
+
+/// Writes the card of `dir`, unless somebody wrote one of their own there.
+pub fn write_card(dir: &Path, repo: &str, observer: &dyn Observer) -> Result<()> {
+    let path = dir.join("README.md");
+    if path.exists() {
+        let text = std::fs::read_to_string(&path).context("read", &path)?;
+        if !text.contains(card::MARK) {
+            observer.note(format!("{} is not ours and stays as it is", path.display()));
+            return Ok(());
+        }
+    }
+    let report = report::read(dir)?;
+    if report.get("decompose").is_none() {
+        observer.note(format!(
+            "{} has no report: no card is written",
+            dir.display()
+        ));
+        return Ok(());
+    }
+    if report["decompose"]["base_card"]["license"].is_null() {
+        observer.warn("the base's card names no licence: the card will name none either".into());
+    }
+    let card = card::render(kind(dir), repo, &report)?;
+    write_atomically(&path, card.as_bytes()).map(drop)
+}
+
+/// Publishes `dir` as `repo`.
+pub fn run(
+    hub: &Hub,
+    dir: &Path,
+    repo: &str,
+    options: &PushOptions,
+    observer: &dyn Observer,
+) -> Result<Pushed> {
+    write_card(dir, repo, observer)?;
+    hub.push(dir, repo, options, observer)
+}
