@@ -24,7 +24,7 @@ use svdhub::{Error, Result, decompose, evaluate, merge, publish, train, verify};
 use super::evaluate::record;
 use super::output::Table;
 use super::plan::PlanArgs;
-use super::session::{Session, shown};
+use super::session::{Session, keep_freed_memory, shown};
 
 /// Run everything once, from a Hub and back to it.
 ///
@@ -119,6 +119,7 @@ struct Outcome {
 
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
+        keep_freed_memory();
         let out = match &self.out {
             Some(out) => out.clone(),
             None => free_name("svdhub-demo"),

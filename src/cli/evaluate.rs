@@ -12,7 +12,7 @@ use svdhub::hub::ModelRef;
 use svdhub::source::Source;
 use svdhub::{Result, report};
 
-use super::session::{DeviceChoice, Session, Weighted};
+use super::session::{DeviceChoice, Session, Weighted, keep_freed_memory};
 use super::train::length;
 
 /// Measure the next-token loss on a text.
@@ -45,6 +45,7 @@ pub struct Command {
 
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
+        keep_freed_memory();
         let source = session.source(&self.model, &self.adapter, self.base.as_ref())?;
         let options = Options {
             batch: self.batch.get(),

@@ -14,7 +14,7 @@ use svdhub::train::{self, Duration, Facts, Options};
 use svdhub::{Error, Result};
 
 use super::progress::clock;
-use super::session::{DeviceChoice, Session, shown};
+use super::session::{DeviceChoice, Session, keep_freed_memory, shown};
 
 /// Move the singular values on a text.
 ///
@@ -101,6 +101,7 @@ pub fn length(text: &str) -> Result<usize> {
 
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
+        keep_freed_memory();
         let (artifact, pin) = session.artifact(&self.decomposition, self.base.as_ref())?;
         let source = Source::Decomposition {
             artifact,
