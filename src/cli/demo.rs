@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use clap::Args;
 use serde::Serialize;
+use serde_json::{Map, Value, json};
 use svdhub::adapter::{Adapter, DecompositionPin, Mixture};
 use svdhub::artifact::Artifact;
 use svdhub::base::Base;
@@ -103,8 +104,8 @@ struct Outcome {
     loss_trained: f64,
     loss_merged: f64,
     tokens_heldout: usize,
-    bytes: BTreeMap<&'static str, u64>,
-    seconds: BTreeMap<&'static str, f64>,
+    bytes: Map<String, Value>,
+    seconds: Map<String, Value>,
     train_tokens_per_s: f64,
     rounding_loss: f64,
     /// The untrained merge is the base, by the sha256 of its files.
@@ -114,7 +115,7 @@ struct Outcome {
     verified: bool,
     decomposition: Pushed,
     published: Pushed,
-    directories: BTreeMap<&'static str, PathBuf>,
+    directories: Map<String, Value>,
 }
 
 impl Command {
@@ -169,10 +170,8 @@ impl Walk<'_> {
     }
 
     fn all(&self) -> Result<Outcome> {
-        let mut seconds = BTreeMap::new();
-        let mut timed = |name: &'static str, since: Instant| {
-            seconds.insert(name, since.elapsed().as_secs_f64());
-        };
+        // kept in the order of the path
+        let mut seconds = Map::new();
 
         // a Hub, and the model on it
         let server = Server::start(&self.dir("hub"), &ServerOptions::default())
@@ -203,7 +202,7 @@ impl Walk<'_> {
         self.step(&format!("fetch {repo} from {}", source_hub.endpoint()));
         let started = Instant::now();
         let fetched = source_hub.snapshot(&repo, &revision, self.observer)?;
-        timed("fetch", started);
+        seconds.insert("fetch".into(), json!(started.elapsed().as_secs_f64()));
         let base = Base::open(&fetched.dir, fetched.repo.clone(), fetched.commit.clone())?;
 
         let config = ModelConfig::read(&base.dir)?;
@@ -225,7 +224,7 @@ impl Walk<'_> {
         };
         let decomposed = self.dir("decomposition");
         let split = decompose::run(&base, &decomposed, &options, self.observer)?;
-        timed("decompose", started);
+        seconds.insert("decompose".into(), json!(started.elapsed().as_secs_f64()));
         let name = repo.rsplit('/').next().unwrap_or(&repo).to_string();
         let account = self.command.namespace.as_deref().unwrap_or("demo");
         let artifact = self.open(&decomposed, &base)?;
@@ -245,8 +244,7 @@ impl Walk<'_> {
         ));
         let adapter_dir = self.dir("adapter");
         let trained = self.train(&base, &decomposed, &decomposition, &data, &adapter_dir)?;
-        timed("train", Instant::now());
-        seconds.insert("train", trained.seconds);
+        seconds.insert("train".into(), json!(trained.seconds));
 
         self.step("evaluate, merge, evaluate");
         let artifact = self.open(&decomposed, &base)?;
@@ -272,20 +270,20 @@ impl Walk<'_> {
             &merge::Options::default(),
             self.observer,
         )?;
-        seconds.insert("merge", started.elapsed().as_secs_f64());
+        seconds.insert("merge".into(), json!(started.elapsed().as_secs_f64()));
         let at_last =
             self.evaluate(Source::Model(Base::open(&model_dir, None, None)?), &heldout)?;
 
         self.step("publish, fetch again, verify");
         let started = Instant::now();
         let published = self.publish(target_hub, &model_dir, &format!("{account}/{name}-tuned"))?;
-        seconds.insert("publish", started.elapsed().as_secs_f64());
+        seconds.insert("publish".into(), json!(started.elapsed().as_secs_f64()));
         let again = target_hub.snapshot(&published.repo, &published.commit, self.observer)?;
         let fetched_is_published = same_files(&again, &merged.sha256)?;
         let started = Instant::now();
         let checked = verify::run(&again.dir, Some(&base), self.observer)?;
         let checked_split = verify::run(&decomposed, Some(&base), self.observer)?;
-        seconds.insert("verify", started.elapsed().as_secs_f64());
+        seconds.insert("verify".into(), json!(started.elapsed().as_secs_f64()));
         let untrained = merge::run(
             &artifact,
             &Mixture::default(),
@@ -294,7 +292,15 @@ impl Walk<'_> {
             self.observer,
         )?;
 
-        let weights = |facts: &merge::Facts| facts.bytes;
+        let sizes = Map::from_iter([
+            (
+                "base".to_string(),
+                json!(base.checkpoint.inventory.total_bytes()),
+            ),
+            ("decomposition".into(), json!(split.bytes)),
+            ("adapter".into(), json!(trained.adapter_bytes)),
+            ("merged".into(), json!(merged.bytes)),
+        ]);
         Ok(Outcome {
             model: repo,
             commit: base.revision.clone().unwrap_or_default(),
@@ -304,12 +310,7 @@ impl Walk<'_> {
             loss_trained: after.loss,
             loss_merged: at_last.loss,
             tokens_heldout: at_last.tokens,
-            bytes: BTreeMap::from([
-                ("base", base.checkpoint.inventory.total_bytes()),
-                ("decomposition", split.bytes),
-                ("adapter", trained.adapter_bytes),
-                ("merged", weights(&merged)),
-            ]),
+            bytes: sizes,
             seconds,
             train_tokens_per_s: trained.tokens_per_s,
             rounding_loss: merged.rounding_loss,
@@ -319,8 +320,9 @@ impl Walk<'_> {
             decomposition,
             published,
             directories: ["decomposition", "adapter", "model", "untrained", "hub"]
-                .map(|name| (name, self.dir(name)))
-                .into(),
+                .map(|name| (name.to_string(), json!(self.dir(name))))
+                .into_iter()
+                .collect(),
         })
     }
 
@@ -425,13 +427,14 @@ fn show(o: &Outcome) -> String {
         format!("{:.4}", o.loss_trained),
     ]);
     table.row([
-        format!("{held_out}: merged, fetched again"),
+        format!("{held_out}: merged"),
         format!("{:.4}", o.loss_merged),
     ]);
     for (what, n) in &o.bytes {
-        table.row([format!("size: {what}"), bytes(*n)]);
+        table.row([format!("size: {what}"), bytes(n.as_u64().unwrap_or(0))]);
     }
     for (what, s) in &o.seconds {
+        let s = s.as_f64().unwrap_or(0.0);
         table.row([format!("time: {what}"), format!("{s:.1} s")]);
     }
     table.row([
@@ -453,6 +456,7 @@ fn show(o: &Outcome) -> String {
     table.row(["verify finds nothing", yes(o.verified)]);
     let mut text = format!("\n{}\n", table.render());
     for (what, dir) in &o.directories {
+        let dir = Path::new(dir.as_str().unwrap_or_default());
         text.push_str(&format!("{what:<14} {}\n", shown(dir)));
     }
     text

@@ -83,6 +83,7 @@ fn amount(value: f64, unit: Unit) -> String {
         Unit::Bytes => bytes(value as u64),
         Unit::Flops => format!("{:.1} GFLOP", value / 1e9),
         Unit::Tokens => format!("{value:.0} tokens"),
+        Unit::Steps if value >= 10.0 => format!("{value:.0} steps"),
         Unit::Steps => format!("{value:.1} steps"),
     }
 }
@@ -177,8 +178,11 @@ impl Observer for Progress {
                     }
                     let seconds = running.started.elapsed().as_secs_f64();
                     if self.mode == Mode::Lines && seconds >= 1.0 {
-                        let done = amount(running.done as f64, running.unit);
-                        eprintln!("{} done: {done} in {}", name(*stage), clock(seconds));
+                        let done = match running.done {
+                            0 => String::new(),
+                            done => format!(": {}", amount(done as f64, running.unit)),
+                        };
+                        eprintln!("{} done{done} in {}", name(*stage), clock(seconds));
                     }
                 }
             }

@@ -100,22 +100,39 @@ impl Hub {
     }
 
     /// The commit a revision names now.
+    ///
+    /// Asked without hf-hub, which takes a missing repository for a missing revision (1.0.0).
     pub fn commit_of(&self, repo: &str, revision: &str) -> Result<String> {
         if self.options.offline {
             return Err(Error::Offline { repo: repo.into() });
         }
-        let (owner, name) = hf_hub::split_id(repo);
-        let info = self
-            .api()?
-            .model(owner, name)
-            .info()
-            .revision(revision)
-            .send()
-            .map_err(|e| self.understand(e, repo, revision))?;
-        info.sha.ok_or_else(|| Error::RevisionNotFound {
+        let what = Asked {
+            action: "read the repository",
+            url: format!(
+                "{}/api/models/{repo}/revision/{}",
+                self.endpoint(),
+                segment(revision)
+            ),
             repo: repo.into(),
             revision: revision.into(),
-        })
+            file: String::new(),
+        };
+        let response = self.send(&what, &|url| self.request(Method::GET, url))?;
+        let info: serde_json::Value = response.json().map_err(|e| Error::HubStatus {
+            status: 200,
+            request: what.action.into(),
+            detail: format!("its answer is not JSON ({})", e.without_url()),
+        })?;
+        match info["sha"].as_str() {
+            Some(sha) if sha.len() == 40 && sha.bytes().all(|b| b.is_ascii_hexdigit()) => {
+                Ok(sha.into())
+            }
+            _ => Err(Error::HubStatus {
+                status: 200,
+                request: what.action.into(),
+                detail: "its answer names no commit".into(),
+            }),
+        }
     }
 
     /// Every file of a commit.

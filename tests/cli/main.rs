@@ -1,0 +1,8 @@
+//! The program as its users meet it: by its arguments, its outputs, and what it leaves on disk.
+
+mod bad_input;
+mod hub;
+mod resume;
+mod round_trip;
+mod training;
+mod world;

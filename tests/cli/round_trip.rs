@@ -1,0 +1,216 @@
+//! Untrained means unchanged.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use svdhub::model::ModelConfig;
+use svdhub::weights::{Dtype, Elements};
+
+use crate::world::{World, arg, files, write_model};
+
+/// decompose → merge, and every file but the report is the base's own.
+fn assert_round_trip(world: &World, base: &Path, options: &[&str]) {
+    let name = format!(
+        "{}-{}",
+        base.file_name().expect("a name").to_string_lossy(),
+        options.join("")
+    );
+    let (split, merged) = (
+        world.path(&format!("{name}-svd")),
+        world.path(&format!("{name}-merged")),
+    );
+    world
+        .run(&[&["decompose", arg(base), "--out", arg(&split)], options].concat())
+        .succeeds();
+    world.run(&["verify", arg(&split)]).succeeds();
+    let facts = world.json(&["merge", arg(&split), "--out", arg(&merged)]);
+    assert_eq!(facts["identical_to_base"], true, "{name}");
+    let (mut original, merged) = (files(base), files(&merged));
+    original.remove("README.md");
+    assert_eq!(
+        original.keys().collect::<Vec<_>>(),
+        merged.keys().collect::<Vec<_>>()
+    );
+    for (file, bytes) in original {
+        assert!(merged[&file] == bytes, "{file} of {name} differs");
+    }
+}
+
+#[test]
+fn every_byte_returns_in_every_dtype_and_layout() {
+    let world = World::new();
+    for (dtype, shard_bytes) in [
+        (Dtype::BF16, 600_000),
+        (Dtype::F16, u64::MAX),
+        (Dtype::F32, u64::MAX),
+    ] {
+        let base = world.model(&format!("{dtype:?}"), dtype, shard_bytes);
+        for layout in ["residual", "sidecar"] {
+            assert_round_trip(&world, &base, &["--layout", layout]);
+        }
+    }
+}
+
+#[test]
+fn every_rank_and_selection_returns_every_byte() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    for options in [
+        vec!["--rank-fraction", "1"],
+        vec!["--rank-fraction", "0.001"],
+        vec!["--rank", "7", "--threads", "1"],
+        vec!["--include", "q_proj", "--include", "layers.2"],
+        vec!["--exclude", "mlp", "--shard-size", "300kB"],
+    ] {
+        assert_round_trip(&world, &base, &options);
+    }
+}
+
+/// Small models of the other families, with weights that repeat nothing and hold zeros of both signs.
+fn random_model(world: &World, name: &str, config: Value) -> std::path::PathBuf {
+    let dir = world.path(name);
+    std::fs::create_dir_all(&dir).expect("a directory");
+    std::fs::write(dir.join("config.json"), config.to_string()).expect("writes");
+    let parsed = ModelConfig::read(&dir).expect("parses");
+    let mut state = 7u64;
+    let tensors: BTreeMap<String, Elements> = parsed
+        .tensors("model.")
+        .into_iter()
+        .map(|(name, shape)| {
+            let values: Vec<f32> = (0..shape.iter().product::<usize>())
+                .map(|i| {
+                    state = state
+                        .wrapping_mul(6364136223846793005)
+                        .wrapping_add(1442695040888963407);
+                    let x = (state >> 40) as f32 / (1 << 23) as f32 - 1.0;
+                    match i % 97 {
+                        13 => 0.0,
+                        29 => -0.0,
+                        31 => x * 1e-6,
+                        _ => x * x * x,
+                    }
+                })
+                .collect();
+            (name, Elements::from_f32(&shape, &values).cast(Dtype::BF16))
+        })
+        .collect();
+    write_model(&dir, &tensors, u64::MAX);
+    dir
+}
+
+#[test]
+fn fused_biased_and_untied_families_return_every_byte() {
+    let world = World::new();
+    let config = |family: &str, tied: bool| {
+        json!({"model_type": family, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 50, "tie_word_embeddings": tied, "head_dim": 6, "rms_norm_eps": 1e-6})
+    };
+    for (family, tied) in [
+        ("phi3", false),
+        ("qwen2", true),
+        ("qwen3", true),
+        ("mistral", false),
+    ] {
+        let base = random_model(&world, family, config(family, tied));
+        assert_round_trip(&world, &base, &["--rank-fraction", "0.5"]);
+        let plan = world.json(&["plan", arg(&base)]);
+        let head: Vec<&Value> = plan["modules"]
+            .as_array()
+            .expect("modules")
+            .iter()
+            .filter(|m| m["name"] == "lm_head.weight")
+            .collect();
+        assert_eq!(head.len(), usize::from(!tied));
+        assert!(head.iter().all(|m| m["action"] == "decompose"));
+    }
+}
+
+#[test]
+fn a_decomposition_holds_nothing_that_loads_as_a_model() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, 600_000);
+    let split = world.path("svd");
+    world
+        .run(&["decompose", arg(&base), "--out", arg(&split)])
+        .succeeds();
+    for name in files(&split).keys() {
+        assert!(
+            !name.starts_with("model") && !name.starts_with("pytorch_model"),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn one_flipped_byte_is_found_and_named() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let split = world.path("svd");
+    world
+        .run(&["decompose", arg(&base), "--out", arg(&split)])
+        .succeeds();
+    let shard = split.join("svd-00001-of-00001.safetensors");
+    let whole = std::fs::read(&shard).expect("reads");
+    let checkpoint =
+        svdhub::weights::Checkpoint::open(&split, svdhub::weights::Layout::Decomposition)
+            .expect("opens");
+    for (_, entry) in checkpoint.inventory.entries().step_by(17) {
+        let mut broken = whole.clone();
+        broken[(entry.offset + entry.bytes / 2) as usize] ^= 1;
+        std::fs::write(&shard, &broken).expect("writes");
+        let run = world.run(&["verify", arg(&split), "--json"]);
+        assert_eq!(run.code, Some(1));
+        let facts: Value = serde_json::from_str(&run.stdout).expect("JSON");
+        let named = facts["problems"]
+            .as_array()
+            .expect("problems")
+            .iter()
+            .any(|p| p["tensor"] == entry.name.as_str());
+        assert!(named, "{} is not named in {facts}", entry.name);
+    }
+    std::fs::write(&shard, &whole).expect("writes");
+    world.run(&["verify", arg(&split)]).succeeds();
+    // the header and the small files count too
+    let mut broken = whole.clone();
+    broken[40] ^= 1;
+    std::fs::write(&shard, &broken).expect("writes");
+    assert_eq!(world.run(&["verify", arg(&split)]).code, Some(1));
+    std::fs::write(&shard, &whole).expect("writes");
+    let tokenizer = split.join("tokenizer.json");
+    let text = std::fs::read_to_string(&tokenizer).expect("reads");
+    std::fs::write(&tokenizer, text.replacen('1', "2", 1)).expect("writes");
+    let run = world.run(&["verify", arg(&split)]);
+    assert!(
+        run.code == Some(1) && run.stdout.contains("tokenizer.json"),
+        "{}",
+        run.stdout
+    );
+}
+
+#[test]
+fn a_changed_base_is_refused_by_name() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let split = world.path("svd");
+    world
+        .run(&[
+            "decompose",
+            arg(&base),
+            "--out",
+            arg(&split),
+            "--layout",
+            "sidecar",
+        ])
+        .succeeds();
+    let weights = base.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).expect("reads");
+    let last = bytes.len() - 3;
+    bytes[last] ^= 1;
+    std::fs::write(&weights, bytes).expect("writes");
+    let merged = world.path("merged");
+    world
+        .run(&["merge", arg(&split), "--out", arg(&merged)])
+        .refuses(&["model.safetensors", "not what was decomposed", "sha256"]);
+    assert!(!merged.join("config.json").exists());
+}

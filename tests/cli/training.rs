@@ -1,0 +1,234 @@
+//! Training moves what it should, and merging keeps it.
+
+use std::path::PathBuf;
+
+use serde_json::Value;
+use svdhub::weights::Dtype;
+
+use crate::world::{World, arg, fixture};
+
+fn decomposed(world: &World, options: &[&str]) -> PathBuf {
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let split = world.path("svd");
+    world
+        .run(&[&["decompose", arg(&base), "--out", arg(&split)], options].concat())
+        .succeeds();
+    split
+}
+
+fn trained(world: &World, split: &PathBuf, name: &str, options: &[&str]) -> (PathBuf, Value) {
+    let (out, data) = (world.path(name), fixture("eighty-train.txt"));
+    let base = [
+        "train",
+        arg(split),
+        "--data",
+        arg(&data),
+        "--out",
+        arg(&out),
+        "--lr",
+        "5e-2",
+        "--length",
+        "64",
+    ];
+    let facts = world.json(&[&base, options].concat());
+    (out, facts)
+}
+
+fn loss(world: &World, model: &[&str]) -> f64 {
+    let data = fixture("eighty-heldout.txt");
+    let facts = world.json(
+        &[
+            &["evaluate"],
+            model,
+            &["--data", arg(&data), "--length", "64"],
+        ]
+        .concat(),
+    );
+    facts["loss"].as_f64().expect("a loss")
+}
+
+#[test]
+fn merged_model_answers_like_the_trained_one() {
+    let world = World::new();
+    let split = decomposed(&world, &["--rank-fraction", "0.3"]);
+    let (adapter, facts) = trained(
+        &world,
+        &split,
+        "adapter",
+        &["--steps", "25", "--train", "norms"],
+    );
+    assert_eq!(facts["trained"], serde_json::json!(["sigma", "norms"]));
+    let base = loss(&world, &[arg(&split)]);
+    let before = loss(&world, &[arg(&split), "--adapter", arg(&adapter)]);
+    assert!(
+        before < base - 0.2,
+        "training moved the held-out loss from {base} to {before}"
+    );
+
+    let merged = world.path("merged-f32");
+    let facts = world.json(&[
+        "merge",
+        arg(&split),
+        "--adapter",
+        arg(&adapter),
+        "--out",
+        arg(&merged),
+        "--dtype",
+        "f32",
+    ]);
+    assert_eq!(facts["identical_to_base"], false);
+    let after = loss(&world, &[arg(&merged)]);
+    // some hundred f32 roundings in each of two evaluation orders, averaged over ten thousand tokens
+    assert!(
+        (after - before).abs() < 2e-6 * before,
+        "{after} instead of {before}"
+    );
+
+    let merged = world.path("merged");
+    let facts = world.json(&[
+        "merge",
+        arg(&split),
+        "--adapter",
+        arg(&adapter),
+        "--out",
+        arg(&merged),
+    ]);
+    assert!(facts["rounding_loss"].as_f64().expect("a share") < 0.05);
+    let after = loss(&world, &[arg(&merged)]);
+    assert!(
+        (after - before).abs() < 2e-3 * before,
+        "{after} instead of {before} in bf16"
+    );
+    let base = world.path("base");
+    world
+        .run(&["verify", arg(&merged), "--against", arg(&base)])
+        .succeeds();
+}
+
+#[test]
+fn adapters_add_linearly_and_cancel() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let (a, _) = trained(&world, &split, "a", &["--steps", "8"]);
+    let (b, _) = trained(&world, &split, "b", &["--steps", "8", "--seed", "1"]);
+    let with = |parts: &[String]| {
+        let mut arguments = vec![arg(&split)];
+        for part in parts {
+            arguments.extend(["--adapter", part]);
+        }
+        loss(&world, &arguments)
+    };
+    let (a, b) = (arg(&a).to_string(), arg(&b).to_string());
+    let base = with(&[]);
+    let alone = with(std::slice::from_ref(&a));
+    assert!((alone - base).abs() > 1e-2);
+    assert_eq!(
+        with(&[a.clone(), format!("{a}*-1")]),
+        base,
+        "an adapter and its negation cancel to the bit"
+    );
+    assert_eq!(with(&[format!("{a}*0.5"), format!("{a}*0.5")]), alone);
+    let both = with(&[format!("{a}*0.5"), format!("{b}*0.5")]);
+    assert!(both < base && both != alone);
+    let merged = world.path("cancelled");
+    let facts = world.json(&[
+        "merge",
+        arg(&split),
+        "--adapter",
+        &a,
+        "--adapter",
+        &format!("{a}*-1"),
+        "--out",
+        arg(&merged),
+    ]);
+    assert_eq!(facts["identical_to_base"], true);
+}
+
+#[test]
+fn an_adapter_of_another_decomposition_is_refused() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let (adapter, _) = trained(&world, &split, "adapter", &["--steps", "2"]);
+    let other = world.path("other");
+    world
+        .run(&[
+            "decompose",
+            arg(&world.path("base")),
+            "--out",
+            arg(&other),
+            "--rank",
+            "5",
+        ])
+        .succeeds();
+    let out = world.path("merged");
+    world
+        .run(&[
+            "merge",
+            arg(&other),
+            "--adapter",
+            arg(&adapter),
+            "--out",
+            arg(&out),
+        ])
+        .refuses(&[
+            "another decomposition",
+            "expected",
+            "found",
+            "svd_adapter.json",
+        ]);
+    assert!(!out.exists());
+}
+
+#[test]
+fn a_sidecar_trains_like_a_residual() {
+    let world = World::new();
+    let residual = decomposed(&world, &[]);
+    let sidecar = world.path("sidecar");
+    world
+        .run(&[
+            "decompose",
+            arg(&world.path("base")),
+            "--out",
+            arg(&sidecar),
+            "--layout",
+            "sidecar",
+        ])
+        .succeeds();
+    let (_, a) = trained(&world, &residual, "a", &["--steps", "5"]);
+    let (_, b) = trained(&world, &sidecar, "b", &["--steps", "5"]);
+    assert_eq!(a["losses"], b["losses"], "M is the same to the bit");
+    let size = |dir: &PathBuf| {
+        std::fs::metadata(dir.join("svd-00001-of-00001.safetensors"))
+            .expect("a shard")
+            .len()
+    };
+    assert!(size(&sidecar) < size(&residual) / 4);
+}
+
+#[test]
+fn jsonl_trains_like_text_documents() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let data = world.path("data.jsonl");
+    let text = std::fs::read_to_string(fixture("eighty-train.txt")).expect("reads");
+    let lines: Vec<String> = text
+        .split("\n\n")
+        .map(|p| serde_json::json!({"text": p}).to_string())
+        .collect();
+    std::fs::write(&data, lines.join("\n")).expect("writes");
+    let out = world.path("adapter");
+    let facts = world.json(&[
+        "train",
+        arg(&split),
+        "--data",
+        arg(&data),
+        "--out",
+        arg(&out),
+        "--steps",
+        "3",
+        "--length",
+        "32",
+    ]);
+    assert_eq!(facts["losses"].as_array().map(Vec::len), Some(3));
+    assert!(facts["data_tokens"].as_u64() > Some(60_000));
+}

@@ -1,0 +1,222 @@
+//! A temporary world for one test: a directory, the program, and, where wanted, a Hub.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+use svdhub::hub::server::{Server, ServerOptions};
+use svdhub::weights::{Checkpoint, Dtype, Elements, Header, Layout, ShardWriter};
+use tempfile::TempDir;
+
+/// The only token that writes to a world's Hub.
+pub const TOKEN: &str = "hf_a_secret_that_must_not_show";
+
+pub struct World {
+    dir: TempDir,
+    pub server: Option<Server>,
+}
+
+/// What a run of the program left.
+pub struct Run {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("fixtures")
+        .join(name)
+}
+
+impl World {
+    pub fn new() -> Self {
+        Self {
+            dir: TempDir::new().expect("temporary directory"),
+            server: None,
+        }
+    }
+
+    /// A world with a Hub in it.
+    pub fn with_hub() -> Self {
+        let mut world = Self::new();
+        let options = ServerOptions {
+            port: 0,
+            token: Some(TOKEN.into()),
+        };
+        world.server = Some(Server::start(&world.path("hub"), &options).expect("the Hub starts"));
+        world
+    }
+
+    pub fn hub(&self) -> &Server {
+        self.server.as_ref().expect("this world has a Hub")
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The program with arguments, in this world's directory, with no environment but this world's.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_svdhub"));
+        command
+            .args(arguments)
+            .current_dir(self.dir.path())
+            .env_clear()
+            .env("HOME", self.dir.path())
+            .env("HF_HOME", self.path("hf"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        if let Some(server) = &self.server {
+            command
+                .env("HF_ENDPOINT", server.endpoint())
+                .env("HF_TOKEN", TOKEN);
+        }
+        command
+    }
+
+    pub fn run(&self, arguments: &[&str]) -> Run {
+        Run::of(
+            self.command(arguments)
+                .output()
+                .expect("the program starts"),
+        )
+    }
+
+    /// Runs and returns the JSON it prints.
+    pub fn json(&self, arguments: &[&str]) -> Value {
+        let run = self.run(&[arguments, &["--json"]].concat()).succeeds();
+        serde_json::from_str(&run.stdout).unwrap_or_else(|e| panic!("{e} in {}", run.stdout))
+    }
+
+    /// A copy of the fixture model, every float tensor in `dtype`, in files of at most `shard_bytes`.
+    pub fn model(&self, name: &str, dtype: Dtype, shard_bytes: u64) -> PathBuf {
+        let source = fixture("shakespeare-1m");
+        let checkpoint = Checkpoint::open(&source, Layout::Model).expect("the fixture opens");
+        let tensors: BTreeMap<String, Elements> = checkpoint
+            .inventory
+            .entries()
+            .map(|(_, e)| {
+                (
+                    e.name.clone(),
+                    checkpoint.read(&e.name).expect("reads").cast(dtype),
+                )
+            })
+            .collect();
+        let dir = self.path(name);
+        std::fs::create_dir_all(&dir).expect("a directory");
+        for file in [
+            "config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "LICENSE",
+            "README.md",
+        ] {
+            std::fs::copy(source.join(file), dir.join(file)).expect("copies");
+        }
+        write_model(&dir, &tensors, shard_bytes);
+        dir
+    }
+}
+
+/// Writes weights as one file, or as shards with an index.
+pub fn write_model(dir: &Path, tensors: &BTreeMap<String, Elements>, shard_bytes: u64) {
+    let mut shards: Vec<Vec<(&String, &Elements)>> = vec![Vec::new()];
+    let mut filled = 0;
+    for (name, tensor) in tensors {
+        let bytes = tensor.bytes.len() as u64;
+        if filled > 0 && filled + bytes > shard_bytes {
+            shards.push(Vec::new());
+            filled = 0;
+        }
+        filled += bytes;
+        shards.last_mut().expect("a shard").push((name, tensor));
+    }
+    let count = shards.len();
+    let mut weight_map = BTreeMap::new();
+    for (number, shard) in shards.iter().enumerate() {
+        let file = if count == 1 {
+            Layout::Model.single_file()
+        } else {
+            Layout::Model.shard_file(number + 1, count)
+        };
+        let header = Header::compose(
+            shard
+                .iter()
+                .map(|(n, t)| (n.as_str(), t.dtype, t.shape.as_slice())),
+        );
+        let mut writer =
+            ShardWriter::create(&dir.join(&file), header.expect("composes")).expect("creates");
+        for (name, tensor) in shard {
+            writer.put(name, &tensor.bytes).expect("writes");
+            weight_map.insert((*name).clone(), file.clone());
+        }
+        writer.finish().expect("finishes");
+    }
+    if count > 1 {
+        let total: usize = tensors.values().map(|t| t.bytes.len()).sum();
+        let index =
+            serde_json::json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+        let path = dir.join(Layout::Model.index_file());
+        std::fs::write(path, serde_json::to_vec_pretty(&index).expect("JSON")).expect("writes");
+    }
+}
+
+impl Run {
+    pub fn of(output: Output) -> Self {
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("output is UTF-8");
+        let run = Self {
+            code: output.status.code(),
+            stdout: text(output.stdout),
+            stderr: text(output.stderr),
+        };
+        assert!(
+            !run.stdout.contains(TOKEN) && !run.stderr.contains(TOKEN),
+            "the token shows"
+        );
+        assert!(!run.stderr.contains("panicked"), "{}", run.stderr);
+        run
+    }
+
+    pub fn succeeds(self) -> Self {
+        assert_eq!(self.code, Some(0), "{}\n{}", self.stdout, self.stderr);
+        self
+    }
+
+    /// The program refuses, and its message holds all these words.
+    pub fn refuses(self, words: &[&str]) -> Self {
+        assert_eq!(self.code, Some(1), "{}\n{}", self.stdout, self.stderr);
+        for word in words {
+            assert!(
+                self.stderr.contains(word),
+                "`{word}` is missing from\n{}",
+                self.stderr
+            );
+        }
+        self
+    }
+}
+
+/// Every file of a directory by name, our own folder and the report aside.
+pub fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    for entry in std::fs::read_dir(dir).expect("lists") {
+        let path = entry.expect("an entry").path();
+        let name = path
+            .file_name()
+            .expect("a name")
+            .to_string_lossy()
+            .into_owned();
+        if path.is_file() && name != "report.json" {
+            files.insert(name, std::fs::read(&path).expect("reads"));
+        }
+    }
+    files
+}
+
+/// A path as an argument.
+pub fn arg(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}

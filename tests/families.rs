@@ -1,0 +1,297 @@
+//! Every family against candle-transformers' own decoder, and its gradients against finite differences.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{VarBuilder, VarMap};
+use candle_transformers::models as theirs;
+use serde_json::{Value, json};
+
+use svdhub::error::{Error, Result};
+use svdhub::linalg::{Algorithm, decompose};
+use svdhub::model::{Decoder, ModelConfig, Tensors, Trained};
+use svdhub::plan::{Role, role};
+use svdhub::split::Factors;
+use svdhub::weights::Elements;
+
+const LENGTH: usize = 24;
+
+/// A model in memory; with a share, its linear weights are decomposed.
+struct Memory {
+    tensors: BTreeMap<String, Elements>,
+    share: Option<f64>,
+}
+
+impl Tensors for Memory {
+    fn tensor(&self, name: &str) -> Result<Elements> {
+        let missing = || Error::TensorMissing {
+            tensor: name.into(),
+            path: "memory".into(),
+        };
+        self.tensors.get(name).cloned().ok_or_else(missing)
+    }
+
+    fn spectrum(&self, module: &str) -> Result<Option<(Factors, Vec<f32>)>> {
+        let Some(share) = self.share else {
+            return Ok(None);
+        };
+        let stored = self.tensor(&format!("{module}.weight"))?;
+        let shape = (stored.shape[0], stored.shape[1]);
+        let matrix =
+            ndarray::Array2::from_shape_vec(shape, stored.to_f32()).expect("the shape fits");
+        let q = ((share * shape.0.min(shape.1) as f64) as usize).max(1);
+        let svd = decompose(module, matrix.view(), q, &Algorithm::default())?;
+        // not zero, so that a forward pass that forgets Δσ is seen
+        let delta = svd.sigma.iter().map(|s| 0.1 * s).collect();
+        let (u, sigma, v) = (svd.u, svd.sigma, svd.v);
+        Ok(Some((Factors { u, sigma, v }, delta)))
+    }
+
+    fn prefix(&self) -> &'static str {
+        "model."
+    }
+}
+
+fn config(family: &str, more: Value) -> Value {
+    let mut config = json!({"model_type": family, "vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "hidden_act": "silu", "tie_word_embeddings": false});
+    for (key, value) in more.as_object().expect("an object") {
+        config[key] = value.clone();
+    }
+    config
+}
+
+fn ids() -> Tensor {
+    let ids: Vec<u32> = (0..LENGTH as u32)
+        .map(|i| (i * i * 7 + i * 3 + 1) % 32)
+        .collect();
+    Tensor::from_vec(ids, (1, LENGTH), &Device::Cpu).expect("ids")
+}
+
+/// Builds the other decoder on random weights, and ours on the same ones.
+fn against(
+    config: &Value,
+    build: impl FnOnce(VarBuilder, &VarMap) -> candle_core::Result<Tensor>,
+) -> (Memory, Vec<f32>) {
+    let variables = VarMap::new();
+    let logits = build(
+        VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu),
+        &variables,
+    )
+    .expect("their decoder runs");
+    let logits: Vec<f32> = logits
+        .flatten_all()
+        .and_then(|l| l.to_vec1())
+        .expect("logits");
+    let tensors = variables
+        .data()
+        .lock()
+        .expect("variables")
+        .iter()
+        .map(|(name, v)| {
+            let values: Vec<f32> = v.flatten_all().and_then(|t| t.to_vec1()).expect("values");
+            (name.clone(), Elements::from_f32(v.dims(), &values))
+        })
+        .collect();
+    let memory = Memory {
+        tensors,
+        share: None,
+    };
+    let parsed = ModelConfig::parse(Path::new("config.json"), config).expect("parses");
+    let decoder = Decoder::load(
+        &parsed,
+        &memory,
+        Trained::default(),
+        &Device::Cpu,
+        DType::F32,
+    )
+    .expect("loads");
+    let ours = decoder
+        .logits(&ids())
+        .and_then(|l| Ok(l.get(0)?.get(LENGTH - 1)?.to_vec1::<f32>()?))
+        .expect("our decoder runs");
+    let last = &logits[logits.len() - 32..];
+    let worst = ours
+        .iter()
+        .zip(last)
+        .fold(0f32, |w, (a, b)| w.max((a - b).abs()));
+    assert!(last.iter().any(|x| x.abs() > 0.1), "the logits are alive");
+    assert!(worst < 2e-5, "{} is {worst:.1e} off", config["model_type"]);
+    (memory, ours)
+}
+
+/// Weights that repeat nothing; norms around one.
+fn randomise(variables: &VarMap) {
+    let mut state = 3u64;
+    let data = variables.data().lock().expect("variables");
+    let mut names: Vec<&String> = data.keys().collect();
+    names.sort();
+    for name in names {
+        let variable = &data[name];
+        let values: Vec<f32> = (0..variable.elem_count())
+            .map(|_| {
+                state = state
+                    .wrapping_mul(6364136223846793005)
+                    .wrapping_add(1442695040888963407);
+                let x = (state >> 40) as f32 / (1 << 23) as f32 - 1.0;
+                if role(name) == Role::Norm {
+                    1.0 + 0.2 * x
+                } else {
+                    0.25 * x
+                }
+            })
+            .collect();
+        variable
+            .set(&Tensor::from_vec(values, variable.dims(), &Device::Cpu).expect("values"))
+            .expect("sets");
+    }
+}
+
+macro_rules! theirs {
+    ($config:expr, $model:path, $($first:expr)?) => {
+        against(&$config, |vb, variables| {
+            let parsed = serde_json::from_value($config.clone()).expect("their config parses");
+            let mut model = <$model>::new($($first,)? &parsed, vb)?;
+            randomise(variables);
+            model.forward(&ids(), 0)
+        })
+    };
+}
+
+#[test]
+fn llama_with_stretched_rope() {
+    let config = config(
+        "llama",
+        json!({"rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32, "rope_type": "llama3"}}),
+    );
+    let (memory, _) = against(&config, |vb, variables| {
+        let parsed: theirs::llama::LlamaConfig =
+            serde_json::from_value(config.clone()).expect("their config parses");
+        let parsed = parsed.into_config(false);
+        let model = theirs::llama::Llama::load(vb, &parsed)?;
+        randomise(variables);
+        model.forward(
+            &ids(),
+            0,
+            &mut theirs::llama::Cache::new(false, DType::F32, &parsed, &Device::Cpu)?,
+        )
+    });
+    assert_gradients(memory, &config);
+}
+
+#[test]
+fn qwen2_with_biases_and_tied_head() {
+    let config = config(
+        "qwen2",
+        json!({"sliding_window": 64, "max_window_layers": 2, "tie_word_embeddings": true, "use_sliding_window": false}),
+    );
+    let (memory, _) = theirs!(config, theirs::qwen2::ModelForCausalLM,);
+    assert_gradients(memory, &config);
+}
+
+#[test]
+fn qwen3_with_query_and_key_norms() {
+    let config = config(
+        "qwen3",
+        json!({"head_dim": 16, "attention_bias": false, "max_window_layers": 2, "use_sliding_window": false, "sliding_window": null}),
+    );
+    let (memory, _) = theirs!(config, theirs::qwen3::ModelForCausalLM,);
+    assert_gradients(memory, &config);
+}
+
+#[test]
+fn phi3_with_fused_projections_and_partial_rotary() {
+    let config = config("phi3", json!({"partial_rotary_factor": 0.5}));
+    let (memory, _) = theirs!(config, theirs::phi3::Model,);
+    assert_gradients(memory, &config);
+}
+
+#[test]
+fn mistral_with_a_sliding_window() {
+    let ours = config("mistral", json!({"head_dim": 16, "sliding_window": 7}));
+    let mut other = ours.clone();
+    // their window counts the positions before the own one, transformers' counts the own one too
+    other["sliding_window"] = 6.into();
+    let (memory, _) = against(&ours, |vb, variables| {
+        let parsed = serde_json::from_value(other).expect("their config parses");
+        let mut model = theirs::mistral::Model::new(&parsed, vb)?;
+        randomise(variables);
+        model.forward(&ids(), 0)
+    });
+    assert_gradients(memory, &ours);
+}
+
+/// Every Δσ vector, the head's included, and every norm: one random direction each.
+fn assert_gradients(mut memory: Memory, config: &Value) {
+    memory.share = Some(0.4);
+    let parsed = ModelConfig::parse(Path::new("config.json"), config).expect("parses");
+    let trained = Trained {
+        sigma: true,
+        norms: true,
+    };
+    let decoder =
+        Decoder::load(&parsed, &memory, trained, &Device::Cpu, DType::F32).expect("loads");
+    let linear = memory
+        .tensors
+        .keys()
+        .filter(|n| matches!(role(n), Role::Linear | Role::Head))
+        .count();
+    let norms = memory
+        .tensors
+        .keys()
+        .filter(|n| role(n) == Role::Norm)
+        .count();
+    assert_eq!(decoder.variables.len(), linear + norms);
+    let loss = || -> f64 {
+        let (sum, _) = decoder.loss(&ids()).expect("forward");
+        f64::from(
+            sum.flatten_all()
+                .and_then(|s| s.to_vec1::<f32>())
+                .expect("a loss")[0],
+        )
+    };
+    let (sum, _) = decoder.loss(&ids()).expect("forward");
+    let gradients = sum.backward().expect("backward");
+    for (name, variable) in &decoder.variables {
+        let gradient: Vec<f32> = gradients
+            .get(variable)
+            .unwrap_or_else(|| panic!("no gradient reaches {name}"))
+            .to_vec1()
+            .expect("values");
+        let before: Vec<f32> = variable.to_vec1().expect("values");
+        // along the gradient the change is largest beside f32's rounding of the loss
+        let length = gradient
+            .iter()
+            .map(|g| f64::from(*g).powi(2))
+            .sum::<f64>()
+            .sqrt();
+        assert!(length > 0.0, "{name} has a gradient of zero");
+        let step = 2e-2;
+        let moved = |sign: f64| -> f64 {
+            let values: Vec<f32> = before
+                .iter()
+                .zip(&gradient)
+                .map(|(x, g)| x + (sign * step * f64::from(*g) / length) as f32)
+                .collect();
+            let n = values.len();
+            variable
+                .set(&Tensor::from_vec(values, n, &Device::Cpu).expect("values"))
+                .expect("sets");
+            loss()
+        };
+        let numeric = (moved(1.0) - moved(-1.0)) / (2.0 * step);
+        let n = before.len();
+        variable
+            .set(&Tensor::from_vec(before, n, &Device::Cpu).expect("values"))
+            .expect("sets");
+        // f32: the loss of some 80 nats carries 1e-5, over twice the step; curvature adds its square
+        let allowed = 5e-3 * length + 1e-3;
+        assert!(
+            (numeric - length).abs() < allowed,
+            "{name}: {numeric} by differences, {length} by backward"
+        );
+    }
+}
