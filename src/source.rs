@@ -12,6 +12,7 @@ use crate::split::Factors;
 use crate::weights::Elements;
 
 /// What `evaluate` and `train` load a decoder from.
+#[allow(clippy::large_enum_variant)] // there is one of them in a process
 pub enum Source {
     Model(Base),
     Decomposition {

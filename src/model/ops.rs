@@ -121,7 +121,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, scale: f64) 
 /// Rows of logits that are alive at once in [`cross_entropy`].
 const CHUNK_ROWS: usize = 256;
 
-/// Σ over rows of −log softmax(head(x))[target], without ever holding all logits.
+/// Σ over rows of −log softmax(head(x)) at the row's target, without ever holding all logits.
 ///
 /// `x (rows, n), targets (rows,) u32 → (1,)`. Gradients of x and of the head's Δσ are formed in the forward pass, chunk
 /// by chunk, while the logits are there.

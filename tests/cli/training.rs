@@ -1,6 +1,6 @@
 //! Training moves what it should, and merging keeps it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use svdhub::weights::Dtype;
@@ -16,7 +16,7 @@ fn decomposed(world: &World, options: &[&str]) -> PathBuf {
     split
 }
 
-fn trained(world: &World, split: &PathBuf, name: &str, options: &[&str]) -> (PathBuf, Value) {
+fn trained(world: &World, split: &Path, name: &str, options: &[&str]) -> (PathBuf, Value) {
     let (out, data) = (world.path(name), fixture("eighty-train.txt"));
     let base = [
         "train",
@@ -197,7 +197,7 @@ fn a_sidecar_trains_like_a_residual() {
     let (_, a) = trained(&world, &residual, "a", &["--steps", "5"]);
     let (_, b) = trained(&world, &sidecar, "b", &["--steps", "5"]);
     assert_eq!(a["losses"], b["losses"], "M is the same to the bit");
-    let size = |dir: &PathBuf| {
+    let size = |dir: &Path| {
         std::fs::metadata(dir.join("svd-00001-of-00001.safetensors"))
             .expect("a shard")
             .len()
