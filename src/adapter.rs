@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::artifact::{Artifact, Pin, Tool, read_json};
+use crate::artifact::{Artifact, Pin};
 use crate::error::{Error, Result};
+use crate::json::{self, Tool};
+use crate::weights::element::is_float;
 use crate::weights::shard::{sha256_file, write_atomically};
 use crate::weights::{
     Checkpoint, Dtype, Elements, Header, Inventory, ShardWriter, checkpoint::WeightFile,
@@ -108,6 +110,22 @@ impl Adapter {
                 });
             }
         }
+        for (name, trained) in &adapter.tensors {
+            let found = artifact.base_entry(name);
+            let fits = artifact.module_of(name).is_none()
+                && found
+                    .as_ref()
+                    .is_some_and(|(dtype, shape)| is_float(*dtype) && *shape == trained.shape);
+            if !fits {
+                return Err(Error::Adapter {
+                    path: dir.join(WEIGHTS_FILE),
+                    reason: format!(
+                        "`{name}` {:?} is not a tensor that an adapter of this model trains",
+                        trained.shape
+                    ),
+                });
+            }
+        }
         Ok(adapter)
     }
 
@@ -120,11 +138,7 @@ impl Adapter {
                 reason: format!("no adapter is here: {CONFIG_FILE} is missing"),
             });
         }
-        let config: AdapterConfig =
-            serde_json::from_value(read_json(&config_path)?).map_err(|source| Error::Json {
-                path: config_path.clone(),
-                source,
-            })?;
+        let config: AdapterConfig = json::read(&config_path)?;
         if config.schema > SCHEMA {
             return Err(Error::Adapter {
                 path: config_path,
@@ -154,7 +168,7 @@ impl Adapter {
                     found: crate::weights::dtype_name(entry.dtype),
                 });
             }
-            let elements = crate::decompose::read_finite(&checkpoint, &entry.name)?;
+            let elements = checkpoint.read_finite(&entry.name)?;
             match entry.name.strip_suffix(".delta") {
                 Some(module) => {
                     delta.insert(module.to_string(), elements.to_f32());
@@ -200,10 +214,17 @@ impl Mixture {
 
     /// base + Σ weight·(trained − base), in f32, or `None` where no part trained the tensor.
     pub fn tensor(&self, name: &str, base: &Elements) -> Option<Elements> {
+        if !self
+            .parts
+            .iter()
+            .any(|(adapter, _)| adapter.tensors.contains_key(name))
+        {
+            return None;
+        }
         let original = base.to_f32();
         let mut sum: Option<Vec<f64>> = None;
         for (adapter, weight) in &self.parts {
-            let Some(trained) = adapter.tensors.get(name).filter(|t| t.shape == base.shape) else {
+            let Some(trained) = adapter.tensors.get(name) else {
                 continue;
             };
             let sum = sum.get_or_insert_with(|| original.iter().map(|&x| x.into()).collect());

@@ -10,10 +10,11 @@ use serde_json::Value;
 use crate::base::Base;
 use crate::error::{Error, IoContext, Result};
 use crate::event::Observer;
+use crate::json::{self, Tool};
 use crate::linalg::{Algorithm, Certificate, Route};
 use crate::plan::Rank;
 use crate::split::{Factors, Residual};
-use crate::weights::checkpoint::Index;
+use crate::weights::checkpoint::{Index, is_plain_file_name};
 use crate::weights::shard::sha256_hex;
 use crate::weights::{Checkpoint, Dtype, Elements, Header, Layout, dtype_name};
 
@@ -88,23 +89,6 @@ pub struct ModuleRecord {
     pub sha256: String,
 }
 
-/// The program that wrote a file.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Tool {
-    pub name: String,
-    pub version: String,
-}
-
-impl Tool {
-    pub fn this() -> Self {
-        Self {
-            name: env!("CARGO_PKG_NAME").into(),
-            version: env!("CARGO_PKG_VERSION").into(),
-        }
-    }
-}
-
 /// Names of the tensors that hold one module.
 pub struct ModuleTensors {
     pub residual: String,
@@ -126,6 +110,18 @@ impl ModuleTensors {
             exact: format!("{module}.exact_value"),
         }
     }
+
+    /// All of them.
+    pub fn all(self) -> [String; 6] {
+        [
+            self.residual,
+            self.u,
+            self.sigma,
+            self.v,
+            self.exact_at,
+            self.exact,
+        ]
+    }
 }
 
 /// The name under which the header of a base file is kept.
@@ -143,6 +139,8 @@ pub struct Artifact {
     pub checkpoint: Checkpoint,
     /// The sha256 of the index file, which names the sha256 of everything else: what an adapter pins.
     pub content_sha256: String,
+    /// What the index says of every file and tensor.
+    pub sums: Sums,
     /// Of a sidecar: where M and the other tensors come from.
     base: Option<Base>,
 }
@@ -172,7 +170,7 @@ impl Artifact {
                 missing: "config.json".into(),
             });
         }
-        let config: Value = read_json(&config_path)?;
+        let config: Value = json::read(&config_path)?;
         if config["svd"].is_null() {
             return Err(Error::NotAnArtifact { path: dir.into() });
         }
@@ -185,12 +183,22 @@ impl Artifact {
         }
         let checkpoint = Checkpoint::open(dir, Layout::Decomposition)?;
         let index = std::fs::read(&index_path).context("read", &index_path)?;
+        let metadata = Index::parse(&index_path, &index)?.metadata;
+        let sums: Sums = json::interpret(&index_path, metadata["sha256"].clone())?;
+        let mut named = sums.files.keys();
+        if let Some(name) = named.find(|name| !is_plain_name(name)) {
+            return Err(Error::UnsafeName {
+                index: index_path,
+                name: name.clone(),
+            });
+        }
         let artifact = Self {
             dir: dir.into(),
             config,
             svd,
             checkpoint,
             content_sha256: sha256_hex(&index),
+            sums,
             base,
         };
         artifact.check_shapes()?;
@@ -236,15 +244,6 @@ impl Artifact {
         Ok(())
     }
 
-    /// The hashes the index names.
-    pub fn sums(&self) -> Result<Sums> {
-        let path = self.dir.join(Layout::Decomposition.index_file());
-        let bytes = std::fs::read(&path).context("read", &path)?;
-        let index = Index::parse(&path, &bytes)?;
-        serde_json::from_value(index.metadata["sha256"].clone())
-            .map_err(|source| Error::Json { path, source })
-    }
-
     /// The singular triplets of a module.
     pub fn factors(&self, module: &str) -> Result<Factors> {
         let names = ModuleTensors::of(module);
@@ -262,14 +261,37 @@ impl Artifact {
 
     /// The base's tensor of that name, byte for byte: M of a module, or a tensor that was carried along.
     pub fn base_tensor(&self, tensor: &str) -> Result<Elements> {
-        let module = tensor.strip_suffix(".weight").unwrap_or(tensor);
         if self.svd.layout == ArtifactLayout::Sidecar {
-            return self.need_base()?.checkpoint.read(tensor);
+            return self.need_base()?.checkpoint.read_finite(tensor);
         }
-        match self.svd.modules.get(module) {
-            Some(record) => self.restore(module, record, &self.factors(module)?),
-            None => self.checkpoint.read(tensor),
+        match self.module_of(tensor) {
+            Some((module, record)) => self.restore(module, record, &self.factors(module)?),
+            None => {
+                let elements = self.checkpoint.read_finite(tensor)?;
+                let expected = self.sums.tensors.get(tensor);
+                self.check_sum(tensor, &elements, expected.map(String::as_str))?;
+                Ok(elements)
+            }
         }
+    }
+
+    fn check_sum(&self, tensor: &str, elements: &Elements, expected: Option<&str>) -> Result<()> {
+        let found = sha256_hex(&elements.bytes);
+        if expected == Some(found.as_str()) {
+            return Ok(());
+        }
+        Err(Error::Checksum {
+            what: format!("tensor `{tensor}`"),
+            path: self.checkpoint.path_of(tensor),
+            expected: expected.unwrap_or("(none in the index)").into(),
+            found,
+        })
+    }
+
+    /// The module whose weight a tensor is, if it is decomposed.
+    pub fn module_of<'a>(&self, tensor: &'a str) -> Option<(&'a str, &ModuleRecord)> {
+        let module = tensor.strip_suffix(".weight")?;
+        Some((module, self.svd.modules.get(module)?))
     }
 
     /// M of a module, byte for byte, with factors that are at hand already.
@@ -279,12 +301,31 @@ impl Artifact {
         record: &ModuleRecord,
         factors: &Factors,
     ) -> Result<Elements> {
-        if self.svd.layout == ArtifactLayout::Sidecar {
-            return self
-                .need_base()?
-                .checkpoint
-                .read(&format!("{module}.weight"));
+        let tensor = format!("{module}.weight");
+        let matrix = if self.svd.layout == ArtifactLayout::Sidecar {
+            self.need_base()?.checkpoint.read(&tensor)?
+        } else {
+            self.recompose(module, record, factors)?
+        };
+        self.check_sum(&tensor, &matrix, Some(&record.sha256))?;
+        if matrix.shape != record.shape {
+            return Err(Error::Shape {
+                tensor,
+                path: self.checkpoint.path_of(&format!("{module}.u")),
+                expected: record.shape.to_vec(),
+                found: matrix.shape,
+            });
         }
+        Ok(matrix)
+    }
+
+    /// M from M′, u, σ and v.
+    fn recompose(
+        &self,
+        module: &str,
+        record: &ModuleRecord,
+        factors: &Factors,
+    ) -> Result<Elements> {
         let names = ModuleTensors::of(module);
         let dtype = self.dtype_of(module, record)?;
         let width = dtype.bitsize() / 8;
@@ -295,7 +336,8 @@ impl Artifact {
             let elements = (record.shape[0] * record.shape[1]) as u64;
             let sound = exact_at.len() * width == exact.len()
                 && exact_at.last().is_none_or(|&at| at < elements)
-                && exact_at.is_sorted();
+                && exact_at.is_sorted()
+                && exact_at.len() as u64 == record.exceptions;
             if !sound {
                 return Err(Error::SvdSection {
                     path: self.checkpoint.path_of(&names.exact_at),
@@ -331,28 +373,47 @@ impl Artifact {
             .sha256
             .keys()
             .map(|file| {
-                let stored = self.checkpoint.read(&base_header_tensor(file))?;
-                Ok((file.clone(), Header::parse(Path::new(file), stored.bytes)?))
+                let name = base_header_tensor(file);
+                let stored = self.checkpoint.read(&name)?;
+                let header = Header::parse(&self.checkpoint.path_of(&name), stored.bytes)?;
+                self.check_base_header(&name, &header)?;
+                Ok((file.clone(), header))
             })
             .collect()
     }
 
-    /// Names of all base tensors, in file order.
-    pub fn base_tensors(&self) -> Result<Vec<String>> {
-        Ok(self
-            .base_headers()?
-            .into_iter()
-            .flat_map(|(_, header)| header.entries)
-            .map(|entry| entry.name)
-            .collect())
+    /// Refuses a kept header that does not describe the tensors that are here.
+    fn check_base_header(&self, name: &str, header: &Header) -> Result<()> {
+        for entry in &header.entries {
+            let described = (dtype_name(entry.dtype), entry.shape.clone());
+            let here = match self.module_of(&entry.name) {
+                Some((_, record)) => Some((record.dtype.clone(), record.shape.to_vec())),
+                None => {
+                    let found = self.checkpoint.inventory.get(&entry.name);
+                    found.map(|(_, e)| (dtype_name(e.dtype), e.shape.clone()))
+                }
+            };
+            if here.as_ref() != Some(&described) {
+                return Err(Error::Header {
+                    path: self.checkpoint.path_of(name),
+                    reason: format!(
+                        "the kept `{name}` describes `{}` as {described:?}, here it is {here:?}",
+                        entry.name
+                    ),
+                });
+            }
+        }
+        Ok(())
     }
 
-    /// Whether the base has a tensor of that name.
-    pub fn holds(&self, tensor: &str) -> bool {
-        match &self.base {
-            Some(base) => base.checkpoint.inventory.contains(tensor),
-            None => self.checkpoint.inventory.contains(tensor),
-        }
+    /// Dtype and shape of a tensor that is carried along.
+    pub fn base_entry(&self, tensor: &str) -> Option<(Dtype, Vec<usize>)> {
+        let inventory = match &self.base {
+            Some(base) => &base.checkpoint.inventory,
+            None => &self.checkpoint.inventory,
+        };
+        let (_, entry) = inventory.get(tensor)?;
+        Some((entry.dtype, entry.shape.clone()))
     }
 
     /// Refuses a base whose files are not the pinned ones.
@@ -456,6 +517,53 @@ pub fn stored_positions(positions: &[u64], elements: usize) -> Elements {
     }
 }
 
+/// A pin comes from strangers: its file names become files, its repository a request.
+fn check_pin(pin: &Pin) -> Result<(), String> {
+    let hex = |text: &str, digits: usize| {
+        text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit())
+    };
+    if pin.sha256.is_empty() {
+        return Err("names no file of its base".into());
+    }
+    for (file, sum) in &pin.sha256 {
+        if !is_plain_file_name(file) {
+            return Err(format!(
+                "names the base file `{file}`, which is not a plain file name"
+            ));
+        }
+        if !hex(sum, 64) {
+            return Err(format!("gives `{file}` the sha256 `{sum}`"));
+        }
+    }
+    if let Some(revision) = pin.revision.as_ref().filter(|r| !hex(r, 40)) {
+        return Err(format!(
+            "pins its base at `{revision}`, which is not a commit"
+        ));
+    }
+    match &pin.repo {
+        Some(repo) if !is_repo_id(repo) => Err(format!("names the base `{repo}`")),
+        _ => Ok(()),
+    }
+}
+
+/// A file name without any path in it.
+fn is_plain_name(name: &str) -> bool {
+    !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
+}
+
+/// Whether a text has the form `org/name` of a Hub id.
+pub fn is_repo_id(text: &str) -> bool {
+    let part = |s: &str| {
+        !s.is_empty()
+            && !s.starts_with('.')
+            && !s.contains("..")
+            && s.chars()
+                .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    text.split_once('/')
+        .is_some_and(|(org, name)| part(org) && part(name))
+}
+
 fn parse_section(path: &Path, section: &Value) -> Result<SvdSection> {
     let refuse = |reason: String| Error::SvdSection {
         path: path.into(),
@@ -472,8 +580,14 @@ fn parse_section(path: &Path, section: &Value) -> Result<SvdSection> {
     }
     let section: SvdSection =
         serde_json::from_value(section.clone()).map_err(|e| refuse(e.to_string()))?;
+    check_pin(&section.base).map_err(&refuse)?;
     for (module, record) in &section.modules {
         let [m, n] = record.shape;
+        if m.checked_mul(n).is_none_or(|elements| elements >= 1 << 48) {
+            return Err(refuse(format!(
+                "gives module `{module}` the shape {m} × {n}"
+            )));
+        }
         if record.q == 0 || record.q > m.min(n) {
             return Err(refuse(format!(
                 "gives module `{module}` ({m} × {n}) the rank {}",
@@ -482,12 +596,4 @@ fn parse_section(path: &Path, section: &Value) -> Result<SvdSection> {
         }
     }
     Ok(section)
-}
-
-pub(crate) fn read_json(path: &Path) -> Result<Value> {
-    let bytes = std::fs::read(path).context("read", path)?;
-    serde_json::from_slice(&bytes).map_err(|source| Error::Json {
-        path: path.into(),
-        source,
-    })
 }

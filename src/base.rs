@@ -56,6 +56,33 @@ impl Base {
     }
 }
 
+/// Weights in whatever format, their indices, and files too large to carry along unasked.
+pub fn is_weights_or_media(name: &str) -> bool {
+    const ENDINGS: [&str; 20] = [
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".onnx",
+        ".h5",
+        ".msgpack",
+        ".tflite",
+        ".index.json",
+        ".partial",
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".gif",
+        ".webp",
+        ".mp4",
+        ".zip",
+        ".gz",
+    ];
+    ENDINGS.iter().any(|end| name.ends_with(end))
+}
+
 /// Files that are neither weights nor ours: tokenizer, templates, licences. They travel along unchanged.
 pub fn side_files(dir: &Path) -> Result<Vec<String>> {
     const OURS: [&str; 6] = [
@@ -66,19 +93,6 @@ pub fn side_files(dir: &Path) -> Result<Vec<String>> {
         crate::artifact::BASE_CONFIG,
         crate::artifact::BASE_INDEX,
     ];
-    const WEIGHTS: [&str; 11] = [
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".gguf",
-        ".onnx",
-        ".h5",
-        ".msgpack",
-        ".index.json",
-        ".partial",
-    ];
     let mut files = Vec::new();
     for entry in std::fs::read_dir(dir).context("list", dir)? {
         let entry = entry.context("list", dir)?;
@@ -87,9 +101,8 @@ pub fn side_files(dir: &Path) -> Result<Vec<String>> {
         };
         // a file, or a link to one: snapshots in the Hub's cache consist of links
         let is_file = entry.path().is_file();
-        let skipped = OURS.contains(&name.as_str())
-            || name.starts_with('.')
-            || WEIGHTS.iter().any(|end| name.ends_with(end));
+        let skipped =
+            OURS.contains(&name.as_str()) || name.starts_with('.') || is_weights_or_media(&name);
         if is_file && !skipped {
             files.push(name);
         }

@@ -9,23 +9,24 @@ use std::time::Instant;
 
 use ndarray::Array2;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::artifact::{
     ArtifactLayout, BASE_CONFIG, BASE_INDEX, ModuleRecord, ModuleTensors, Pin, SCHEMA, Sums,
-    SvdSection, Tool, base_header_tensor, read_json, stored_positions,
+    SvdSection, base_header_tensor, stored_positions,
 };
 use crate::base::{Base, card_facts, copy_side_files};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
+use crate::json::Tool;
 use crate::linalg::{self, Algorithm, svd::energy};
 use crate::model::ModelConfig;
 use crate::plan::{Plan, PlanOptions, PlannedTensor, Trainable};
 use crate::split::Factors;
 use crate::weights::shard::{sha256_hex, write_atomically};
 use crate::weights::{Checkpoint, Dtype, Elements, Header, Layout, ShardWriter, dtype_name};
-use crate::workspace::{Claim, Workspace, check_free_space};
-use crate::{report, workers};
+use crate::workspace::{Claim, Workspace, bytes_in, check_free_space};
+use crate::{json, report, workers};
 
 /// How to decompose.
 #[derive(Debug, Clone)]
@@ -85,15 +86,19 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
         &base.checkpoint.inventory,
         &options.plan,
     )?;
-    let (workspace, claim) = Workspace::claim(out, "decompose", settings(base, options))?;
+    let sha256 = base.hash(observer)?;
+    let settings = settings(base, &sha256, options);
+    let (mut workspace, claim) = Workspace::claim(out, "decompose", settings)?;
     match claim {
         Claim::Finished => {
             observer.note(format!("{} is complete already", out.display()));
             return finished_facts(out);
         }
         Claim::Interrupted => observer.note(format!("going on in {}", out.display())),
-        Claim::Fresh => check_free_space(out, plan.disk_bytes + plan.disk_bytes / 50)?,
+        Claim::Fresh => {}
     }
+    let needed = plan.disk_bytes_peak(options.shard_bytes_max);
+    check_free_space(out, needed.saturating_sub(bytes_in(out)))?;
     let job = Job {
         base,
         out,
@@ -101,7 +106,6 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
         workspace: &workspace,
         observer,
     };
-    let sha256 = base.hash(observer)?;
     let parts = job.compute_parts(&plan)?;
     let (files, bytes) = job.join_parts(&plan, &parts)?;
     let records: BTreeMap<String, ModuleRecord> = parts
@@ -154,7 +158,8 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
     };
     job.write_config(&facts, records)?;
     copy_side_files(&base.dir, out)?;
-    report::add(out, report::read(&base.dir)?, "decompose", &facts)?;
+    // what was trained and measured before belongs to the base, not to what will be trained from here
+    report::add(out, serde_json::Map::new(), "decompose", &facts)?;
     job.write_index(files)?;
     if base.repo.is_none() {
         // a sidecar is merged beside its base: remember where that was, in the folder that is never published
@@ -162,6 +167,8 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
         write_atomically(&workspace.state("base"), dir.as_os_str().as_encoded_bytes())?;
     }
     workspace.finish()?;
+    let _ = std::fs::remove_dir(workspace.state("parts"));
+    let _ = std::fs::remove_file(workspace.state("assembly.json"));
     Ok(facts)
 }
 
@@ -181,13 +188,14 @@ fn finished_facts(out: &Path) -> Result<Facts> {
 }
 
 /// What makes two runs the same job.
-fn settings(base: &Base, options: &Options) -> BTreeMap<String, String> {
-    let headers: Vec<u8> = base
-        .checkpoint
-        .inventory
-        .files
+fn settings(
+    base: &Base,
+    sha256: &BTreeMap<String, String>,
+    options: &Options,
+) -> BTreeMap<String, String> {
+    let files: String = sha256
         .iter()
-        .flat_map(|file| [file.name.as_bytes(), &file.header.prefix].concat())
+        .map(|(file, sum)| format!("{sum} {file}\n"))
         .collect();
     let list = |patterns: &[crate::plan::Pattern]| {
         let names: Vec<String> = patterns.iter().map(ToString::to_string).collect();
@@ -201,7 +209,10 @@ fn settings(base: &Base, options: &Options) -> BTreeMap<String, String> {
                 _ => base.dir.display().to_string(),
             },
         ),
-        ("base headers".into(), sha256_hex(&headers)),
+        (
+            "content of the base model".into(),
+            sha256_hex(files.as_bytes()),
+        ),
         ("rank".into(), options.plan.rank.to_string()),
         (
             "layout".into(),
@@ -323,7 +334,7 @@ impl Job<'_> {
 
     fn compute_part(&self, tensor: &PlannedTensor) -> Result<Part> {
         let (module, checkpoint) = (tensor.module(), &self.base.checkpoint);
-        let stored = read_finite(checkpoint, &tensor.name)?;
+        let stored = checkpoint.read_finite(&tensor.name)?;
         let q = tensor.q().expect("only planned decompositions come here");
         let [m, n] = [stored.shape[0], stored.shape[1]];
         let (factors, mut record) = {
@@ -420,7 +431,7 @@ impl Job<'_> {
 
     fn read_assembly(&self) -> Result<Assembly> {
         let path = self.assembly_path();
-        let json = read_json(&path)?;
+        let json = json::read(&path)?;
         serde_json::from_value(json).map_err(|source| Error::Json { path, source })
     }
 
@@ -508,9 +519,16 @@ impl Job<'_> {
         )?;
         if path.exists() {
             // finished before a kill; its parts may be gone, so it is read back for its hashes
+            let there = Header::read(&path)?;
+            if there.prefix != header.prefix {
+                return Err(Error::OutputOccupied {
+                    path: self.out.into(),
+                    found: format!("another `{name}`"),
+                });
+            }
             let file = crate::weights::checkpoint::WeightFile {
                 name: name.into(),
-                header: Header::read(&path)?,
+                header: there,
             };
             let written = Checkpoint {
                 dir: self.out.into(),
@@ -531,7 +549,7 @@ impl Job<'_> {
         let mut part: Option<(String, Checkpoint)> = None;
         for tensor in shard {
             let bytes = match &tensor.source {
-                Source::Base => read_finite(&self.base.checkpoint, &tensor.name)?.bytes,
+                Source::Base => self.base.checkpoint.read_finite(&tensor.name)?.bytes,
                 Source::BaseHeader(file) => self.base_header(file),
                 Source::Part(module) => {
                     if part.as_ref().is_none_or(|(open, _)| open != module) {
@@ -577,7 +595,7 @@ impl Job<'_> {
     fn write_config(&self, facts: &Facts, modules: BTreeMap<String, ModuleRecord>) -> Result<()> {
         let path = self.base.dir.join("config.json");
         let verbatim = std::fs::read(&path).context("read", &path)?;
-        let mut config = read_json(&path)?;
+        let mut config: Value = json::read(&path)?;
         let section = SvdSection {
             schema: SCHEMA,
             layout: facts.layout,
@@ -610,15 +628,12 @@ impl Job<'_> {
             let sum = crate::weights::shard::sha256_file(&self.out.join(&name), |_| {})?;
             index.sums.files.insert(name, sum);
         }
-        let json = json!({
+        let json = serde_json::json!({
             "metadata": {"total_size": index.total_size, "sha256": index.sums},
             "weight_map": index.weight_map,
         });
         let json = serde_json::to_vec_pretty(&json).expect("a JSON value serialises");
-        write_atomically(&self.out.join(Layout::Decomposition.index_file()), &json)?;
-        let _ = std::fs::remove_dir(self.workspace.state("parts"));
-        let _ = std::fs::remove_file(self.assembly_path());
-        Ok(())
+        write_atomically(&self.out.join(Layout::Decomposition.index_file()), &json).map(drop)
     }
 }
 
@@ -642,20 +657,6 @@ impl Index {
         self.sums
             .tensors
             .insert(tensor.name.clone(), sha256_hex(bytes));
-    }
-}
-
-/// Reads a tensor that must not hold NaN or Inf.
-pub fn read_finite(checkpoint: &Checkpoint, tensor: &str) -> Result<Elements> {
-    let elements = checkpoint.read(tensor)?;
-    match elements.first_not_finite() {
-        None => Ok(elements),
-        Some((index, value)) => Err(Error::NotFinite {
-            tensor: tensor.into(),
-            path: checkpoint.path_of(tensor),
-            value,
-            index,
-        }),
     }
 }
 

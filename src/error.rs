@@ -39,6 +39,8 @@ pub enum Error {
         before: String,
         now: String,
     },
+    #[error("{} is the unfinished work of `svdhub {verb}`", path.display())]
+    Unfinished { path: PathBuf, verb: String },
     #[error("another svdhub process is working in {}", path.display())]
     OutputLocked { path: PathBuf },
 
@@ -148,6 +150,16 @@ pub enum Error {
         orthogonality: f64,
         tolerance: f64,
     },
+    #[error("the gradient of {tensor} became {value} at step {step}")]
+    BrokenGradient {
+        tensor: String,
+        step: usize,
+        value: f32,
+    },
+    #[error("the loss on {} is not a number", path.display())]
+    BrokenLoss { path: PathBuf },
+    #[error("tensor `{tensor}` of {} has the name of a part of a decomposition", path.display())]
+    NameTaken { tensor: String, path: PathBuf },
     #[error("no gradient reaches {}", dead.join(", "))]
     DeadGradient { dead: Vec<String> },
     #[error("the loss became {loss} at step {step}")]
@@ -219,13 +231,11 @@ pub enum Error {
         request: String,
         detail: String,
     },
-    #[error(
-        "`{branch}` of `{repo}` moved while publishing: expected {expected}, found another commit"
-    )]
+    #[error("`{branch}` of `{repo}` moved while publishing ({detail})")]
     BranchMoved {
         repo: String,
         branch: String,
-        expected: String,
+        detail: String,
     },
     #[error("the download of `{file}` broke off at {received} of {expected} bytes")]
     DownloadCut {

@@ -8,10 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::event::{Observer, Stage, Unit};
-use crate::model::Trained;
-use crate::source::Source;
+use crate::model::{Trained, stacked};
+use crate::source::{Source, load};
 use crate::train::data::Corpus;
-use crate::train::{load, stacked};
 
 /// How to evaluate.
 #[derive(Debug, Clone)]
@@ -57,6 +56,7 @@ pub fn run(
 ) -> Result<Facts> {
     let config = source.config()?;
     let corpus = Corpus::read(data, source.dir(), &config, options.length)?;
+    corpus.warn_of_length(&config, observer);
     let decoder = load(source, Trained::default(), &options.device, observer)?;
     let started = Instant::now();
     let windows: Vec<&[u32]> = corpus.windows().collect();
@@ -75,10 +75,7 @@ pub fn run(
     observer.finish(Stage::Evaluate);
     let mean = loss / tokens as f64;
     if !mean.is_finite() {
-        return Err(Error::Diverged {
-            step: 0,
-            loss: mean as f32,
-        });
+        return Err(Error::BrokenLoss { path: data.into() });
     }
     let seconds = started.elapsed().as_secs_f64();
     Ok(Facts {

@@ -14,6 +14,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::artifact::is_repo_id;
 use crate::error::{Error, Result};
 
 /// How a model, a decomposition or an adapter is named: a directory, or a repository at a revision.
@@ -33,17 +34,7 @@ impl FromStr for ModelRef {
             return Ok(Self::Directory(path));
         }
         let (id, revision) = text.split_once('@').unwrap_or((text, "main"));
-        let part = |s: &str| {
-            !s.is_empty()
-                && !s.starts_with('.')
-                && !s.contains("..")
-                && s.chars()
-                    .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-        };
-        let named = id
-            .split_once('/')
-            .is_some_and(|(org, name)| part(org) && part(name));
-        if named && !revision.is_empty() {
+        if is_repo_id(id) && !revision.is_empty() {
             Ok(Self::Repo {
                 id: id.into(),
                 revision: revision.into(),
@@ -52,7 +43,7 @@ impl FromStr for ModelRef {
             Err(Error::Parse {
                 what: "a model",
                 value: text.into(),
-                reason: "it is neither a directory nor of the form org/name or org/name@revision"
+                reason: "it is neither a directory that exists nor of the form org/name or org/name@revision"
                     .into(),
             })
         }

@@ -17,6 +17,7 @@ pub mod error;
 pub mod evaluate;
 pub mod event;
 pub mod hub;
+pub mod json;
 pub mod linalg;
 pub mod merge;
 pub mod model;

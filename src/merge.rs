@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::adapter::Mixture;
-use crate::artifact::{Artifact, BASE_CONFIG, BASE_INDEX, read_json};
+use crate::artifact::{Artifact, BASE_CONFIG, BASE_INDEX};
 use crate::base::copy_side_files;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
@@ -16,8 +16,8 @@ use crate::split::RoundingLoss;
 use crate::weights::element::is_float;
 use crate::weights::shard::write_atomically;
 use crate::weights::{Dtype, Elements, Entry, Header, Layout, ShardWriter, dtype_name};
-use crate::workspace::{Claim, Workspace, check_free_space};
-use crate::{linalg, report, workers};
+use crate::workspace::{Claim, Workspace, bytes_in, check_free_space};
+use crate::{json, linalg, report, workers};
 
 /// How to merge.
 #[derive(Debug, Clone)]
@@ -87,7 +87,7 @@ pub fn run(
         ("adapters".into(), format!("{adapters:?}")),
         ("dtype".into(), dtype.clone()),
     ]);
-    let (workspace, claim) = Workspace::claim(out, "merge", settings)?;
+    let (mut workspace, claim) = Workspace::claim(out, "merge", settings)?;
     let total: u64 = headers.iter().map(|(_, header)| header.file_bytes()).sum();
     match claim {
         Claim::Finished => {
@@ -98,9 +98,12 @@ pub fn run(
                 source,
             });
         }
-        Claim::Interrupted => observer.note(format!("going on in {}", out.display())),
-        Claim::Fresh => check_free_space(out, total)?,
+        Claim::Interrupted => observer.note(format!("beginning anew in {}", out.display())),
+        Claim::Fresh => {}
     }
+    check_free_space(out, total.saturating_sub(bytes_in(out)))?;
+    // read before hours of work, not after
+    let config: Value = json::read(&artifact.dir.join(BASE_CONFIG))?;
 
     observer.start(Stage::Merge, total, Unit::Bytes);
     let mut loss = RoundingLoss::default();
@@ -137,11 +140,12 @@ pub fn run(
             100.0 * facts.rounding_loss
         ));
     }
-    write_config(artifact, out, options.dtype)?;
+    write_config(artifact, out, config, options.dtype)?;
     write_index(artifact, out, &headers, options.dtype)?;
     copy_side_files(&artifact.dir, out)?;
     let mut inherited = report::read(&artifact.dir)?;
-    for (adapter, _) in &mixture.parts {
+    // what was trained and measured tells of this model only if it is one adapter, whole
+    if let [(adapter, 1.0)] = mixture.parts.as_slice() {
         for (section, facts) in report::read(&adapter.dir)? {
             inherited.insert(section, facts);
         }
@@ -198,8 +202,7 @@ fn merged(
     mixture: &Mixture,
     entry: &Entry,
 ) -> Result<(Elements, RoundingLoss)> {
-    let module = entry.name.strip_suffix(".weight").unwrap_or(&entry.name);
-    let Some(record) = artifact.svd.modules.get(module) else {
+    let Some((module, record)) = artifact.module_of(&entry.name) else {
         let base = artifact.base_tensor(&entry.name)?;
         let trained = mixture.tensor(&entry.name, &base);
         let elements = trained.unwrap_or(base);
@@ -208,20 +211,15 @@ fn merged(
         } else {
             elements
         };
+        cast.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
         return Ok((cast, RoundingLoss::default()));
     };
     let delta = mixture.delta(module, record.q);
     let factors = artifact.factors(module)?;
     let matrix = artifact.restore(module, record, &factors)?;
-    if matrix.shape != record.shape {
-        return Err(Error::Shape {
-            tensor: entry.name.clone(),
-            path: artifact.dir.clone(),
-            expected: record.shape.to_vec(),
-            found: matrix.shape,
-        });
-    }
-    Ok(factors.merge(&matrix, &delta, entry.dtype))
+    let (merged, loss) = factors.merge(&matrix, &delta, entry.dtype);
+    merged.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
+    Ok((merged, loss))
 }
 
 /// Names the tensor or file in which an untrained merge differs from the pinned base.
@@ -243,13 +241,17 @@ fn refuse_difference(
     Ok(())
 }
 
-fn write_config(artifact: &Artifact, out: &Path, dtype: Option<Dtype>) -> Result<()> {
+fn write_config(
+    artifact: &Artifact,
+    out: &Path,
+    mut config: Value,
+    dtype: Option<Dtype>,
+) -> Result<()> {
     let kept = artifact.dir.join(BASE_CONFIG);
     let verbatim = std::fs::read(&kept).context("read", &kept)?;
     let Some(dtype) = dtype else {
         return write_atomically(&out.join("config.json"), &verbatim).map(drop);
     };
-    let mut config = read_json(&kept)?;
     let name = match dtype {
         Dtype::F16 => "float16",
         Dtype::BF16 => "bfloat16",
@@ -281,13 +283,15 @@ fn write_index(
         let verbatim = std::fs::read(&kept).context("read", &kept)?;
         return write_atomically(&path, &verbatim).map(drop);
     }
-    let mut index = read_json(&kept)?;
+    let mut index: Value = json::read(&kept)?;
     let total: u64 = headers
         .iter()
         .flat_map(|(_, header)| &header.entries)
         .map(|entry| entry.bytes)
         .sum();
-    index["metadata"]["total_size"] = total.into();
+    if let Some(metadata) = index["metadata"].as_object_mut() {
+        metadata.insert("total_size".into(), total.into());
+    }
     let json = serde_json::to_vec_pretty(&index).expect("a JSON value serialises");
     write_atomically(&path, &json).map(drop)
 }

@@ -8,4 +8,4 @@ pub mod rope;
 mod vjp;
 
 pub use config::ModelConfig;
-pub use decoder::{Decoder, Tensors, Trained};
+pub use decoder::{Decoder, Tensors, Trained, stacked};

@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
+use crate::artifact::is_repo_id;
 use crate::card::{self, Kind};
-use crate::error::{IoContext, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::event::Observer;
 use crate::hub::{Hub, PushOptions, Pushed};
 use crate::weights::shard::write_atomically;
+use crate::workspace::refuse_unfinished;
 use crate::{adapter, artifact, report};
 
 /// What a directory is.
@@ -53,6 +55,14 @@ pub fn run(
     options: &PushOptions,
     observer: &dyn Observer,
 ) -> Result<Pushed> {
+    refuse_unfinished(dir)?;
+    if !is_repo_id(repo) {
+        return Err(Error::Parse {
+            what: "a repository",
+            value: repo.into(),
+            reason: "it is not of the form org/name".into(),
+        });
+    }
     write_card(dir, repo, observer)?;
     hub.push(dir, repo, options, observer)
 }

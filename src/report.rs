@@ -5,8 +5,8 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::artifact::{Tool, read_json};
 use crate::error::Result;
+use crate::json::{self, Tool};
 use crate::weights::shard::write_atomically;
 
 /// The report's file name.
@@ -18,7 +18,7 @@ pub fn read(dir: &Path) -> Result<Map<String, Value>> {
     if !path.exists() {
         return Ok(Map::new());
     }
-    match read_json(&path)? {
+    match json::read(&path)? {
         Value::Object(sections) => Ok(sections),
         _ => Ok(Map::new()),
     }
@@ -26,7 +26,7 @@ pub fn read(dir: &Path) -> Result<Map<String, Value>> {
 
 /// Writes `section` into a directory's report, after the sections it `inherits`.
 ///
-/// Evaluations gather: those inherited stay beside those made here.
+/// Evaluations gather: those inherited stay beside those made here, a repeated one takes the place of the earlier.
 pub fn add(
     dir: &Path,
     inherits: Map<String, Value>,
@@ -50,7 +50,15 @@ pub fn add(
     let tool = serde_json::to_value(Tool::this()).expect("a tool serialises");
     sections.insert("tool".into(), tool);
     match (sections.get_mut(section), facts) {
-        (Some(Value::Array(gathered)), Value::Array(new)) => gathered.extend(new),
+        (Some(Value::Array(gathered)), Value::Array(new)) => {
+            let same = |a: &Value, b: &Value| {
+                ["subject", "data", "length"]
+                    .iter()
+                    .all(|key| a[key] == b[key])
+            };
+            gathered.retain(|old| !new.iter().any(|n| same(old, n)));
+            gathered.extend(new);
+        }
         (_, facts) => {
             sections.insert(section.into(), facts);
         }

@@ -1,12 +1,15 @@
 //! A model to run: plain, or decomposed with any mixture of adapters on it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device};
 
 use crate::adapter::Mixture;
 use crate::artifact::Artifact;
 use crate::base::Base;
 use crate::error::Result;
-use crate::model::{ModelConfig, Tensors};
+use crate::event::{Observer, Stage, Unit};
+use crate::model::{Decoder, ModelConfig, Tensors, Trained};
 use crate::plan;
 use crate::split::Factors;
 use crate::weights::Elements;
@@ -61,7 +64,7 @@ impl Tensors for Source {
         match self {
             Self::Model(base) => plan::prefix(&base.checkpoint.inventory),
             Self::Decomposition { artifact, .. } => {
-                if artifact.holds("embed_tokens.weight") {
+                if artifact.base_entry("embed_tokens.weight").is_some() {
                     ""
                 } else {
                     "model."
@@ -69,4 +72,31 @@ impl Tensors for Source {
             }
         }
     }
+
+    fn path_of(&self, name: &str) -> PathBuf {
+        match self {
+            Self::Model(base) => base.checkpoint.path_of(name),
+            Self::Decomposition { artifact, .. } => artifact.dir.clone(),
+        }
+    }
+}
+
+/// Loads the decoder of a source, on one device, in the dtype it computes best in.
+pub fn load(
+    source: &Source,
+    trained: Trained,
+    device: &Device,
+    observer: &dyn Observer,
+) -> Result<Decoder> {
+    crate::linalg::single_threaded_blas();
+    observer.start(Stage::Load, 1, Unit::Steps);
+    // bf16 on a CPU is emulated and slower than f32 (2026-11); a GPU has it in hardware
+    let dtype = if device.is_cuda() {
+        DType::BF16
+    } else {
+        DType::F32
+    };
+    let decoder = Decoder::load(&source.config()?, source, trained, device, dtype)?;
+    observer.finish(Stage::Load);
+    Ok(decoder)
 }

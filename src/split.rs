@@ -45,6 +45,7 @@ pub struct RoundingLoss {
     pub change: f64,
     /// Elements that kept M's value although W differs from it.
     pub unchanged: u64,
+    /// Elements of the weights that changed.
     pub elements: u64,
 }
 
@@ -188,10 +189,7 @@ impl Factors {
         dtype: Dtype,
     ) -> (Elements, RoundingLoss) {
         assert_eq!(delta.len(), self.q(), "one Δσ for each triplet");
-        let mut loss = RoundingLoss {
-            elements: matrix.len() as u64,
-            ..RoundingLoss::default()
-        };
+        let mut loss = RoundingLoss::default();
         if delta.iter().all(|&d| d == 0.0) {
             return (matrix.cast(dtype), loss);
         }
@@ -209,6 +207,7 @@ impl Factors {
             loss.error += (f64::from(value[0]) - (x + p)).powi(2);
             loss.change += p * p;
             loss.unchanged += u64::from(p != 0.0 && value[0] == original[at]);
+            loss.elements += 1;
             bytes[at * width..(at + 1) * width].copy_from_slice(&rounded);
         });
         let merged = Elements {

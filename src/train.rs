@@ -11,12 +11,13 @@ use candle_core::{DType, Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::{self, Adapter, AdapterConfig, DecompositionPin};
-use crate::artifact::{Artifact, Tool};
+use crate::artifact::Artifact;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Event, Observer, Stage, Unit};
-use crate::model::{Decoder, Trained};
+use crate::json::Tool;
+use crate::model::{Decoder, Trained, stacked};
 use crate::report;
-use crate::source::Source;
+use crate::source::{Source, load};
 use crate::weights::checkpoint::WeightFile;
 use crate::weights::{Checkpoint, Elements, Header, Inventory, ShardWriter};
 use crate::workspace::{Claim, Workspace};
@@ -120,6 +121,7 @@ pub fn run(
     };
     let config = source.config()?;
     let corpus = Corpus::read(data, source.dir(), &config, options.length)?;
+    corpus.warn_of_length(&config, observer);
     let windows = corpus.full_windows();
     let steps = match options.duration {
         Duration::Steps(steps) => steps,
@@ -127,7 +129,7 @@ pub fn run(
             ((epochs * windows.len() as f64 / options.batch as f64).ceil() as usize).max(1)
         }
     };
-    let (workspace, claim) =
+    let (mut workspace, claim) =
         Workspace::claim(out, "train", settings(artifact, &corpus, steps, options))?;
     match claim {
         Claim::Finished => {
@@ -221,29 +223,9 @@ pub fn run(
         adapter_bytes: std::fs::metadata(&weights).context("read", &weights)?.len(),
     };
     report::add(out, report::read(&artifact.dir)?, "train", &facts)?;
-    let _ = std::fs::remove_file(workspace.state(STATE_FILE));
     workspace.finish()?;
+    let _ = std::fs::remove_file(workspace.state(STATE_FILE));
     Ok(facts)
-}
-
-/// Loads the decoder of a source, on one device, in the dtype it computes best in.
-pub fn load(
-    source: &Source,
-    trained: Trained,
-    device: &Device,
-    observer: &dyn Observer,
-) -> Result<Decoder> {
-    crate::linalg::single_threaded_blas();
-    observer.start(Stage::Load, 1, Unit::Steps);
-    // bf16 on a CPU is emulated and slower than f32 (2026-11); a GPU has it in hardware
-    let dtype = if device.is_cuda() {
-        DType::BF16
-    } else {
-        DType::F32
-    };
-    let decoder = Decoder::load(&source.config()?, source, trained, device, dtype)?;
-    observer.finish(Stage::Load);
-    Ok(decoder)
 }
 
 /// What a device is called on the command line.
@@ -310,7 +292,7 @@ pub struct Run<'a> {
 impl Run<'_> {
     /// One step on windows of equal length. Returns the mean loss before the update.
     ///
-    /// `check` refuses tensors that no gradient, or one that is not a number, reaches.
+    /// `check` refuses tensors that no gradient reaches.
     pub fn step(&mut self, batch: &[&[u32]], learning_rate: f64, check: bool) -> Result<f32> {
         let ids = stacked(batch, &self.decoder.device)?;
         let (sum, predicted) = self.decoder.loss(&ids)?;
@@ -333,9 +315,14 @@ impl Run<'_> {
                     .to_vec1::<f32>()?,
                 None => Vec::new(),
             };
-            let alive =
-                gradient.iter().all(|g| g.is_finite()) && gradient.iter().any(|&g| g != 0.0);
-            if check && !alive {
+            if let Some(&value) = gradient.iter().find(|g| !g.is_finite()) {
+                return Err(Error::BrokenGradient {
+                    tensor: name.clone(),
+                    step: self.losses.len() + 1,
+                    value,
+                });
+            }
+            if check && gradient.iter().all(|&g| g == 0.0) {
                 dead.push(name.clone());
             }
             collected.push(gradient);
@@ -464,10 +451,4 @@ impl Run<'_> {
 fn set(variable: &Var, values: Vec<f32>) -> Result<()> {
     let tensor = Tensor::from_vec(values, variable.dims(), variable.device())?;
     Ok(variable.set(&tensor)?)
-}
-
-/// Windows of equal length as one (b, t) tensor.
-pub fn stacked(batch: &[&[u32]], device: &Device) -> Result<Tensor> {
-    let (b, t) = (batch.len(), batch[0].len());
-    Ok(Tensor::from_vec(batch.concat(), (b, t), device)?)
 }

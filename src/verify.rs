@@ -11,9 +11,11 @@ use crate::base::Base;
 use crate::error::{Error, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::linalg::{self, svd::certify};
+use crate::model::ModelConfig;
+use crate::plan::check_shapes;
 use crate::weights::shard::{sha256_file, sha256_hex};
 use crate::weights::{Checkpoint, Layout, dtype_name};
-use crate::{decompose, merge, report, workers};
+use crate::{decompose, json, merge, report, workers};
 
 /// What was found.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -66,6 +68,11 @@ pub fn run(dir: &Path, against: Option<&Base>, observer: &dyn Observer) -> Resul
         decomposition(dir, against, observer, &mut facts)
     } else if adapter::is_adapter(dir) {
         facts.kind = "adapter";
+        if against.is_some() {
+            facts
+                .checks
+                .push("not compared with the base: an adapter pins a decomposition".into());
+        }
         adapter(dir, &mut facts)
     } else {
         facts.kind = "model";
@@ -172,6 +179,20 @@ fn as_problem(dir: &Path, error: &Error) -> (String, Option<String>, String, Str
             format!("{value} at {index:?}"),
         ),
         Error::Json { path, source } => (name(path), None, "valid JSON".into(), source.to_string()),
+        Error::Checksum {
+            what,
+            path,
+            expected,
+            found,
+        } => (
+            name(path),
+            what.split('`').nth(1).map(str::to_string),
+            format!("sha256 {expected}"),
+            format!("sha256 {found}"),
+        ),
+        Error::NotAModel { missing, .. } => {
+            (missing.clone(), None, "the file".into(), "nothing".into())
+        }
         Error::SvdSection { path, reason } => (
             name(path),
             None,
@@ -193,13 +214,20 @@ fn decomposition(
     observer: &dyn Observer,
     facts: &mut Facts,
 ) -> Result<()> {
-    let remembered = decompose::remembered_base(dir)
-        .filter(|base| base.is_dir())
-        .map(|base| Base::open(&base, None, None))
-        .transpose()?;
-    let base = against.cloned().or(remembered);
-    let artifact = Artifact::open(dir, base.clone())?;
-    let sums = artifact.sums()?;
+    let mut artifact = Artifact::open(dir, None)?;
+    let sidecar = artifact.svd.layout == ArtifactLayout::Sidecar;
+    let remembered = || {
+        let dir = decompose::remembered_base(dir)?;
+        // a base that has gone, or is broken, is not here
+        Base::open(&dir, None, None).ok()
+    };
+    let base = against
+        .cloned()
+        .or_else(|| if sidecar { remembered() } else { None });
+    if sidecar && base.is_some() {
+        artifact = Artifact::open(dir, base.clone())?;
+    }
+    let sums = artifact.sums.clone();
     let inventory = &artifact.checkpoint.inventory;
     facts.files = inventory.files.len();
     facts.tensors = inventory.entries().count();
@@ -248,7 +276,8 @@ fn decomposition(
         }
     }
     let index_file = Layout::Decomposition.index_file();
-    let stated = artifact::read_json(&dir.join(&index_file))?["metadata"]["total_size"].as_u64();
+    let stated =
+        json::read::<serde_json::Value>(&dir.join(&index_file))?["metadata"]["total_size"].as_u64();
     if stated != Some(total) {
         facts.problem(
             &index_file,
@@ -266,16 +295,22 @@ fn decomposition(
         // the arithmetic below would only repeat that the bytes are wrong
         return Ok(());
     }
-    if artifact.svd.layout == ArtifactLayout::Sidecar && base.is_none() {
-        facts.checks.push(format!(
-            "not checked: M itself, the base {} is not here",
-            artifact.svd.base.describe()
-        ));
+    let Some(base) = base else {
+        if sidecar {
+            let base = artifact.svd.base.describe();
+            facts.checks.push(format!(
+                "not checked: M itself, the base {base} is not here"
+            ));
+            return Ok(());
+        }
+        return modules(&artifact, observer, facts);
+    };
+    compare_sums(&artifact.svd.base.sha256, &base.hash(observer)?, facts);
+    facts
+        .checks
+        .push("the base is the pinned one, by sha256 of its files".into());
+    if !facts.problems.is_empty() {
         return Ok(());
-    }
-    if let (ArtifactLayout::Sidecar, Some(base)) = (artifact.svd.layout, &base) {
-        let found = base.hash(observer)?;
-        compare_sums(&artifact.svd.base.sha256, &found, facts);
     }
     modules(&artifact, observer, facts)
 }
@@ -397,7 +432,9 @@ fn model(
     facts.files = inventory.files.len();
     facts.tensors = inventory.entries().count();
     facts.bytes = inventory.files.iter().map(|f| f.header.file_bytes()).sum();
-    facts.checks.push("headers and index agree".into());
+    let config = ModelConfig::read(dir)?;
+    check_shapes(dir, &config, inventory)?;
+    facts.checks.push("headers, index and config agree".into());
     observer.start(Stage::Verify, facts.bytes, Unit::Bytes);
     for (file, entry) in inventory.entries() {
         let elements = base.checkpoint.read(&entry.name)?;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, IoContext, Result};
+use crate::json;
 use crate::weights::shard::write_atomically;
 
 /// Our folder inside an output directory. It is never published.
@@ -84,11 +85,7 @@ impl Workspace {
             settings,
         };
         let claim = if job_file.exists() {
-            let bytes = std::fs::read(&job_file).context("read", &job_file)?;
-            let before: Job = serde_json::from_slice(&bytes).map_err(|source| Error::Json {
-                path: job_file.clone(),
-                source,
-            })?;
+            let before: Job = json::read(&job_file)?;
             if before.verb != job.verb {
                 return Err(occupied(format!("the work of `svdhub {}`", before.verb)));
             }
@@ -117,8 +114,8 @@ impl Workspace {
         self.dir.join(STATE_DIR).join(name)
     }
 
-    /// Notes that the job is complete.
-    pub fn finish(mut self) -> Result<()> {
+    /// Notes that the job is complete. What helped to resume it is removed after this, not before.
+    pub fn finish(&mut self) -> Result<()> {
         self.job.finished = true;
         self.save()
     }
@@ -150,6 +147,33 @@ fn same_settings(
         }
     }
     Ok(())
+}
+
+/// Refuses a directory in which a job of ours was begun and has not ended.
+pub fn refuse_unfinished(dir: &Path) -> Result<()> {
+    let job_file = dir.join(STATE_DIR).join("job.json");
+    if !job_file.exists() {
+        return Ok(());
+    }
+    let job: Job = json::read(&job_file)?;
+    if job.finished {
+        Ok(())
+    } else {
+        Err(Error::Unfinished {
+            path: dir.into(),
+            verb: job.verb,
+        })
+    }
+}
+
+/// The bytes of the files in a directory and its folders.
+pub fn bytes_in(dir: &Path) -> u64 {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let size = |entry: std::fs::DirEntry| match entry.file_type() {
+        Ok(kind) if kind.is_dir() => bytes_in(&entry.path()),
+        _ => entry.metadata().map_or(0, |m| m.len()),
+    };
+    entries.map(size).sum()
 }
 
 /// Refuses a disk that cannot hold `needed` more bytes.
@@ -200,9 +224,16 @@ mod tests {
             Err(Error::OutputLocked { .. })
         ));
         drop(held);
-        let (again, claim) = Workspace::claim(&out, "decompose", settings("8")).expect("resumes");
+        let (mut again, claim) =
+            Workspace::claim(&out, "decompose", settings("8")).expect("resumes");
         assert_eq!(claim, Claim::Interrupted);
+        assert!(matches!(
+            refuse_unfinished(&out),
+            Err(Error::Unfinished { .. })
+        ));
         again.finish().expect("finishes");
+        refuse_unfinished(&out).expect("finished");
+        drop(again);
         assert_eq!(
             Workspace::claim(&out, "decompose", settings("8"))
                 .expect("done")

@@ -51,6 +51,10 @@ impl Tensors for Memory {
     fn prefix(&self) -> &'static str {
         "model."
     }
+
+    fn path_of(&self, _: &str) -> std::path::PathBuf {
+        "memory".into()
+    }
 }
 
 fn config(family: &str, more: Value) -> Value {

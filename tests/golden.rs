@@ -10,9 +10,9 @@ use svdhub::artifact::Artifact;
 use svdhub::base::Base;
 use svdhub::event::Silent;
 use svdhub::model::Trained;
-use svdhub::source::Source;
+use svdhub::source::{Source, load};
+use svdhub::train::Run;
 use svdhub::train::optimizer::AdamW;
-use svdhub::train::{Run, load};
 use svdhub::{decompose, evaluate};
 
 fn fixture(name: &str) -> PathBuf {

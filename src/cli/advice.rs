@@ -15,6 +15,7 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::OutputMismatch { .. } => {
             "repeat the first command to finish that job, or choose another --out"
         }
+        Error::Unfinished { .. } => "run that command again: it goes on or begins anew by itself",
         Error::OutputLocked { .. } => "wait for it, or choose another --out",
         Error::Truncated { .. } | Error::Header { .. } | Error::ShardMissing { .. } => {
             "the file was cut short or damaged on its way: fetch or copy it again"
@@ -25,8 +26,11 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::TensorMissing { .. } | Error::Shape { .. } => {
             "weights and config.json do not belong together: check that both come from the same model"
         }
+        Error::NotFinite { path, .. } if path.as_os_str() == "(merged)" => {
+            "use a smaller factor for the adapter, or a wider --dtype"
+        }
         Error::NotFinite { .. } => {
-            "the checkpoint itself is broken there; ask its author, or take an earlier revision (org/name@revision)"
+            "the file itself is broken there; ask its author, or take an earlier revision (org/name@revision)"
         }
         Error::Dtype { .. } => "decompose the unquantised checkpoint of this model",
         Error::Checksum { .. } => {
@@ -42,8 +46,13 @@ pub fn advice(error: &Error) -> Option<String> {
         }
         Error::Diverged { .. } => "lower --lr",
         Error::DeadGradient { .. } => {
-            "this is a defect of svdhub: please report it with the model's config.json"
+            "windows of two tokens teach attention nothing; otherwise this is a defect of svdhub: please report it with the model's config.json"
         }
+        Error::BrokenGradient { .. } => "lower --lr",
+        Error::BrokenLoss { .. } => {
+            "the numbers left the range of f32: check the weights with `svdhub verify`"
+        }
+        Error::NameTaken { .. } => "rename the tensor, or leave it out of the checkpoint",
         Error::DataField { .. } => "each line needs the form {\"text\": \"…\"}",
         Error::DataLine { .. } => {
             "each line must be one JSON object; a plain text needs another ending than .jsonl"

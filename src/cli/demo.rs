@@ -1,6 +1,7 @@
 //! `svdhub demo`: the whole path once, from a Hub and back to it.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -26,6 +27,7 @@ use super::evaluate::record;
 use super::output::Table;
 use super::plan::PlanArgs;
 use super::session::{Session, keep_freed_memory, shown};
+use super::train::{length, positive};
 
 /// Run everything once, from a Hub and back to it.
 ///
@@ -52,13 +54,13 @@ pub struct Command {
     #[command(flatten)]
     plan: PlanArgs,
     /// Training steps of 4 windows
-    #[arg(long, value_name = "N", default_value_t = 150)]
-    steps: usize,
+    #[arg(long, value_name = "N", default_value = "150")]
+    steps: NonZeroUsize,
     /// Tokens per window
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = length)]
     length: usize,
     /// Learning rate
-    #[arg(long, value_name = "X", default_value_t = 5e-2)]
+    #[arg(long, value_name = "X", default_value_t = 5e-2, value_parser = positive)]
     lr: f64,
 }
 
@@ -113,6 +115,8 @@ struct Outcome {
     /// The published model, fetched again, is the local one, by the sha256 of its files.
     fetched_is_published: bool,
     verified: bool,
+    /// The held-out loss fell, and the merged model keeps at least nine tenths of the fall.
+    learned: bool,
     decomposition: Pushed,
     published: Pushed,
     directories: Map<String, Value>,
@@ -133,7 +137,10 @@ impl Command {
             observer: session.observer(),
         };
         let outcome = walk.all()?;
-        let sound = outcome.untrained_is_base && outcome.fetched_is_published && outcome.verified;
+        let sound = outcome.learned
+            && outcome.untrained_is_base
+            && outcome.fetched_is_published
+            && outcome.verified;
         session.print(&outcome, || show(&outcome))?;
         Ok(if sound {
             ExitCode::SUCCESS
@@ -262,7 +269,6 @@ impl Walk<'_> {
         let artifact = self.open(&decomposed, &base)?;
         let model_dir = self.dir("model");
         let started = Instant::now();
-        // opened again: the evaluation went into the adapter's report
         let merged = merge::run(
             &artifact,
             &mixture,
@@ -317,6 +323,8 @@ impl Walk<'_> {
             untrained_is_base: untrained.identical_to_base,
             fetched_is_published,
             verified: checked.ok && checked_split.ok,
+            learned: after.loss < before.loss
+                && before.loss - at_last.loss >= 0.9 * (before.loss - after.loss),
             decomposition,
             published,
             directories: ["decomposition", "adapter", "model", "untrained", "hub"]
@@ -388,7 +396,7 @@ impl Walk<'_> {
             content_sha256: artifact.content_sha256.clone(),
         };
         let options = train::Options {
-            duration: train::Duration::Steps(self.command.steps),
+            duration: train::Duration::Steps(self.command.steps.get()),
             length: self.command.length,
             learning_rate: self.command.lr,
             ..train::Options::default()
@@ -454,6 +462,10 @@ fn show(o: &Outcome) -> String {
         yes(o.fetched_is_published),
     ]);
     table.row(["verify finds nothing", yes(o.verified)]);
+    table.row([
+        "the held-out loss fell, and merging kept it",
+        yes(o.learned),
+    ]);
     let mut text = format!("\n{}\n", table.render());
     for (what, dir) in &o.directories {
         let dir = Path::new(dir.as_str().unwrap_or_default());

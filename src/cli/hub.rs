@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use svdhub::hub::server::{Server, ServerOptions};
 use svdhub::{Error, Result};
 
-use super::session::Session;
+use super::session::{Session, tell};
 
 /// Serve a Hub of your own on this machine.
 #[derive(Args)]
@@ -42,7 +42,7 @@ impl Command {
             token: token.clone(),
         };
         let server = Server::start(dir, &options).map_err(|e| Error::io("serve", dir, e))?;
-        println!("{}", server.endpoint());
+        tell(&format!("{}\n", server.endpoint()))?;
         server.wait();
         Ok(ExitCode::SUCCESS)
     }

@@ -94,6 +94,11 @@ impl Command {
     fn plan(&self, session: &Session) -> Result<Plan> {
         let options = self.options.options();
         match &self.model {
+            ModelRef::Repo { .. } if session.hub()?.options.offline => {
+                let base = session.base(&self.model)?;
+                let config = ModelConfig::read(&base.dir)?;
+                Plan::new(&base.dir, &config, &base.checkpoint.inventory, &options)
+            }
             ModelRef::Repo { id, revision } => {
                 let (json, inventory, _) = session.hub()?.headers(id, revision)?;
                 let root = PathBuf::from(id);

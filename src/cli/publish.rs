@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::json;
 use svdhub::card::bytes;
 use svdhub::hub::{PushOptions, Pushed, published_files};
+use svdhub::workspace::refuse_unfinished;
 use svdhub::{Result, publish};
 
 use super::session::Session;
@@ -44,6 +45,7 @@ pub struct Command {
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
         if self.dry_run {
+            refuse_unfinished(&self.dir)?;
             publish::write_card(&self.dir, &self.repo, session.observer())?;
             let files = published_files(&self.dir)?;
             let facts = json!({"repo": self.repo, "files": files, "dry_run": true});

@@ -1,5 +1,6 @@
 //! One run of the program: the Hub it talks to, who watches, and how names become directories.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -11,6 +12,7 @@ use svdhub::base::Base;
 use svdhub::event::Observer;
 use svdhub::hub::{Hub, ModelRef, Snapshot};
 use svdhub::source::Source;
+use svdhub::workspace::refuse_unfinished;
 use svdhub::{Error, Result, decompose};
 
 use super::progress::Progress;
@@ -45,9 +47,9 @@ impl Session {
     pub fn print(&self, facts: &impl Serialize, show: impl FnOnce() -> String) -> Result<ExitCode> {
         if self.json {
             let json = serde_json::to_string_pretty(facts).expect("facts serialise");
-            println!("{json}");
+            tell(&format!("{json}\n"))?;
         } else {
-            print!("{}", show());
+            tell(&show())?;
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -74,11 +76,14 @@ impl Session {
     /// A directory as it is, or a repository in the cache.
     pub fn locate(&self, model: &ModelRef) -> Result<Snapshot> {
         match model {
-            ModelRef::Directory(dir) => Ok(Snapshot {
-                dir: dir.clone(),
-                repo: None,
-                commit: None,
-            }),
+            ModelRef::Directory(dir) => {
+                refuse_unfinished(dir)?;
+                Ok(Snapshot {
+                    dir: dir.clone(),
+                    repo: None,
+                    commit: None,
+                })
+            }
             ModelRef::Repo { id, revision } => self.hub()?.snapshot(id, revision, self.observer()),
         }
     }
@@ -257,6 +262,17 @@ pub fn keep_freed_memory() {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+    }
+}
+
+/// Writes to standard output. A reader that has gone away has read enough.
+pub fn tell(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::io("write", "standard output", error))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -77,7 +77,7 @@ pub enum Group {
     Norms,
 }
 
-fn positive(text: &str) -> Result<f64> {
+pub fn positive(text: &str) -> Result<f64> {
     let value = text
         .parse::<f64>()
         .ok()

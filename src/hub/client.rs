@@ -180,6 +180,15 @@ impl Hub {
                         name: entry.path,
                     });
                 }
+                let oid = entry.lfs.as_ref().map_or(&entry.oid, |lfs| &lfs.oid);
+                // it names the file's contents in the cache
+                let digits = if entry.lfs.is_some() { 64 } else { 40 };
+                if oid.len() != digits || !oid.bytes().all(|b| b.is_ascii_hexdigit()) {
+                    return Err(Error::HostilePath {
+                        repo: repo.into(),
+                        name: oid.clone(),
+                    });
+                }
                 files.push(RemoteFile {
                     path: entry.path,
                     size: entry.size,
@@ -343,7 +352,7 @@ impl Hub {
             (412, _) => Error::BranchMoved {
                 repo,
                 branch: revision,
-                expected: detail,
+                detail,
             },
             (429, _) => Error::RateLimited {
                 retry_after_s: wait.map_or(60, |w| w.as_secs()),
@@ -404,9 +413,11 @@ impl Hub {
                 revision: revision.into(),
                 file: path,
             },
-            other => Error::HubUnreachable {
-                endpoint: self.endpoint().into(),
-                source: Box::new(other),
+            HFError::Request { source, .. } => unreachable(self.endpoint(), source),
+            other => Error::HubStatus {
+                status: 0,
+                request: what.action.into(),
+                detail: other.to_string(),
             },
         }
     }

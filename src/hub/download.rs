@@ -10,6 +10,7 @@ use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 use super::client::{Asked, Hub, RemoteFile, segment, segments};
+use crate::base::is_weights_or_media;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::weights::checkpoint::{Index, WeightFile};
@@ -45,7 +46,9 @@ impl Hub {
             return cache.offline(repo, revision);
         }
         let commit = self.commit_of(repo, revision)?;
-        let files = needed(self.files(repo, &commit)?);
+        let listed = self.files(repo, &commit)?;
+        let weights = self.weight_files(repo, &commit, &listed)?;
+        let files = needed(listed, &weights);
         let missing: Vec<RemoteFile> = files
             .iter()
             .filter(|file| !cache.blob(&file.oid).exists())
@@ -69,6 +72,22 @@ impl Hub {
             repo: Some(repo.into()),
             commit: Some(commit),
         })
+    }
+
+    /// The weight files of whatever the repository holds: single files, and what the indices name.
+    fn weight_files(&self, repo: &str, commit: &str, files: &[RemoteFile]) -> Result<Vec<String>> {
+        let mut weights = vec![crate::adapter::WEIGHTS_FILE.to_string()];
+        for layout in [Layout::Model, Layout::Decomposition] {
+            let named = |name: &str| files.iter().find(|f| f.path == name);
+            let index_file = layout.index_file();
+            if named(&layout.single_file()).is_some() {
+                weights.push(layout.single_file());
+            } else if let Some(file) = named(&index_file) {
+                let bytes = self.range(repo, commit, &index_file, 0, file.size)?;
+                weights.extend(Index::parse(&Path::new(repo).join(&index_file), &bytes)?.files());
+            }
+        }
+        Ok(weights)
     }
 
     /// `config.json` and the headers of all weight files, without the weights.
@@ -321,31 +340,14 @@ pub(super) fn git_blob_id(bytes: &[u8]) -> String {
     crate::weights::shard::hex(&hash.finalize())
 }
 
-/// Of a repository's files, those that some verb reads: no pickles, no other formats, no nested folders.
-fn needed(files: Vec<RemoteFile>) -> Vec<RemoteFile> {
-    let single = files
-        .iter()
-        .any(|file| file.path == Layout::Model.single_file());
-    let others = [
-        ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".tflite", ".png",
-        ".jpg", ".gif", ".zip", ".tar.gz",
-    ];
+/// Of a repository's files, those that some verb reads: `weights`, and what is small and lies at the top.
+fn needed(files: Vec<RemoteFile>, weights: &[String]) -> Vec<RemoteFile> {
+    let index = |path: &str| path.ends_with(".safetensors.index.json");
     files
         .into_iter()
+        .filter(|file| !file.path.contains('/'))
         .filter(|file| {
-            let path = &file.path;
-            let weights = path.ends_with(".safetensors");
-            let ours = ["svd-", "adapter.", "adapter_"]
-                .iter()
-                .any(|p| path.starts_with(p));
-            let model = if single {
-                *path == Layout::Model.single_file()
-            } else {
-                path.starts_with("model-")
-            };
-            !path.contains('/')
-                && !others.iter().any(|end| path.ends_with(end))
-                && (!weights || ours || model)
+            weights.contains(&file.path) || index(&file.path) || !is_weights_or_media(&file.path)
         })
         .collect()
 }
@@ -446,39 +448,40 @@ mod tests {
 
     #[test]
     fn only_what_a_verb_reads_is_fetched() {
-        let file = |path: &str| RemoteFile {
-            path: path.into(),
+        let file = |path: &&str| RemoteFile {
+            path: path.to_string(),
             size: 1,
             oid: String::new(),
             lfs: false,
         };
-        let names = |paths: &[&str]| {
-            let kept = needed(paths.iter().map(|p| file(p)).collect());
-            kept.into_iter().map(|f| f.path).collect::<Vec<_>>()
-        };
+        let all = [
+            "config.json",
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "onnx/config.json",
+            "consolidated.safetensors",
+            "odd-00001.safetensors",
+            "logo.png",
+            "chat_template.jinja",
+        ];
+        let weights = [
+            "model.safetensors".to_string(),
+            "odd-00001.safetensors".into(),
+        ];
+        let kept: Vec<String> = needed(all.iter().map(file).collect(), &weights)
+            .into_iter()
+            .map(|f| f.path)
+            .collect();
         assert_eq!(
-            names(&[
+            kept,
+            [
                 "config.json",
                 "model.safetensors",
-                "model-00001-of-00002.safetensors",
-                "pytorch_model.bin",
-                "onnx/model.onnx",
-                "consolidated.safetensors"
-            ]),
-            ["config.json", "model.safetensors"]
-        );
-        assert_eq!(
-            names(&[
-                "model-00001-of-00002.safetensors",
                 "model.safetensors.index.json",
-                "tokenizer.json"
-            ])
-            .len(),
-            3
-        );
-        assert_eq!(
-            names(&["svd-00001-of-00001.safetensors", "adapter.safetensors"]).len(),
-            2
+                "odd-00001.safetensors",
+                "chat_template.jinja"
+            ]
         );
     }
 }

@@ -37,7 +37,6 @@ pub struct ModelConfig {
     pub qk_norm: bool,
     /// `qkv_proj` and `gate_up_proj` instead of five matrices.
     pub fused: bool,
-    pub bos: Option<u32>,
     pub eos: Option<u32>,
 }
 
@@ -121,6 +120,12 @@ impl ModelConfig {
         let heads = key.count("num_attention_heads")?;
         let head_dim = match key.optional("head_dim")? {
             Some(dim) => dim,
+            None if heads > hidden => {
+                return Err(key.refuse(
+                    "num_attention_heads",
+                    &format!("is {heads}, more than the hidden size {hidden}"),
+                ));
+            }
             None => hidden / heads,
         };
         let kv_heads = key.optional("num_key_value_heads")?.unwrap_or(heads);
@@ -161,7 +166,6 @@ impl ModelConfig {
             mlp_bias: flag("mlp_bias"),
             qk_norm: family == "qwen3",
             fused: family == "phi3",
-            bos: token(&json["bos_token_id"]),
             eos: token(&json["eos_token_id"]),
             model_type,
         })
@@ -238,6 +242,12 @@ fn rope(key: &Keys, head_dim: usize, positions_max: usize) -> Result<Rope> {
         .as_f64()
         .or(json["partial_rotary_factor"].as_f64())
         .unwrap_or(1.0);
+    if !(share > 0.0 && share <= 1.0) {
+        return Err(key.refuse(
+            "partial_rotary_factor",
+            &format!("is {share}, not a share of a head"),
+        ));
+    }
     let dim = (head_dim as f64 * share) as usize;
     let kind = scaling["rope_type"]
         .as_str()
@@ -318,13 +328,19 @@ impl Keys<'_> {
         }
     }
 
+    fn beyond(&self, key: &str, value: &Value) -> Error {
+        self.refuse(key, &format!("is {value}, which no model has"))
+    }
+
     fn optional(&self, key: &str) -> Result<Option<usize>> {
         match &self.json[key] {
             Value::Null => Ok(None),
-            // 2⁴⁰ of anything is a broken config, and its products must not overflow
-            value => match value.as_u64() {
-                Some(n) if (1..1 << 40).contains(&n) => Ok(Some(n as usize)),
-                Some(0) if key == "max_window_layers" => Ok(Some(0)),
+            // far beyond any model, and small enough that no product of two overflows or fills the memory
+            value => match (key, value.as_u64()) {
+                ("max_window_layers", Some(0)) => Ok(Some(0)),
+                ("num_hidden_layers", Some(n)) if n > 100_000 => Err(self.beyond(key, value)),
+                (_, Some(n)) if n > 1 << 28 => Err(self.beyond(key, value)),
+                (_, Some(n)) if n > 0 => Ok(Some(n as usize)),
                 _ => Err(self.refuse(key, &format!("is {value}, not a positive whole number"))),
             },
         }

@@ -1,6 +1,7 @@
 //! The decoder: numbers from `config.json`, structure from the same table that checks a checkpoint's shapes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 
@@ -10,7 +11,8 @@ use super::ops;
 use super::rope::Angles;
 use crate::error::{Error, Result};
 use crate::split::Factors;
-use crate::weights::Elements;
+use crate::weights::element::is_float;
+use crate::weights::{Elements, dtype_name};
 
 /// Where a decoder's tensors come from.
 pub trait Tensors: Sync {
@@ -20,6 +22,8 @@ pub trait Tensors: Sync {
     fn spectrum(&self, module: &str) -> Result<Option<(Factors, Vec<f32>)>>;
     /// `model.` or nothing.
     fn prefix(&self) -> &'static str;
+    /// The file a tensor lies in, for error messages.
+    fn path_of(&self, name: &str) -> PathBuf;
 }
 
 /// What shall receive gradients.
@@ -101,6 +105,12 @@ pub fn causal_mask(
     Tensor::from_vec(mask, (t, t), device)?.to_dtype(dtype)
 }
 
+/// Windows of equal length as one (b, t) tensor.
+pub fn stacked(batch: &[&[u32]], device: &Device) -> Result<Tensor> {
+    let (b, t) = (batch.len(), batch[0].len());
+    Ok(Tensor::from_vec(batch.concat(), (b, t), device)?)
+}
+
 impl Decoder {
     /// Loads every tensor the config asks for.
     ///
@@ -121,6 +131,7 @@ impl Decoder {
             dtype,
             variables: BTreeMap::new(),
             config,
+            shapes: config.tensors(tensors.prefix()).into_iter().collect(),
         };
         let prefix = tensors.prefix();
         let blocks = (0..config.layers)
@@ -267,11 +278,36 @@ struct Loader<'a> {
     dtype: DType,
     variables: BTreeMap<String, Var>,
     config: &'a ModelConfig,
+    /// What the config says of every tensor.
+    shapes: HashMap<String, Vec<usize>>,
 }
 
 impl Loader<'_> {
-    fn tensor(&self, name: &str) -> Result<Tensor> {
+    fn elements(&self, name: &str) -> Result<Elements> {
         let elements = self.tensors.tensor(name)?;
+        let expected = &self.shapes[name];
+        if elements.shape != *expected {
+            return Err(Error::Shape {
+                tensor: name.into(),
+                path: self.tensors.path_of(name),
+                expected: expected.clone(),
+                found: elements.shape,
+            });
+        }
+        if !is_float(elements.dtype) {
+            return Err(Error::Dtype {
+                tensor: name.into(),
+                path: self.tensors.path_of(name),
+                expected: "F32, F16 or BF16".into(),
+                found: dtype_name(elements.dtype),
+            });
+        }
+        elements.refuse_not_finite(name, &self.tensors.path_of(name))?;
+        Ok(elements)
+    }
+
+    fn tensor(&self, name: &str) -> Result<Tensor> {
+        let elements = self.elements(name)?;
         let tensor = Tensor::from_vec(elements.to_f32(), elements.shape.as_slice(), self.device)?;
         Ok(tensor.to_dtype(self.dtype)?)
     }
@@ -304,7 +340,7 @@ impl Loader<'_> {
 
     fn norm(&mut self, module: &str) -> Result<Norm> {
         let name = format!("{module}.weight");
-        let elements = self.tensors.tensor(&name)?;
+        let elements = self.elements(&name)?;
         let values = Tensor::from_vec(elements.to_f32(), elements.shape.as_slice(), self.device)?;
         let weight = if self.trained.norms {
             let variable = Var::from_tensor(&values)?;

@@ -97,13 +97,4 @@ impl Angles {
         let turned = candle_nn::rotary_emb::rope(&turning, &cos, &sin)?;
         Tensor::cat(&[turned, still], D::Minus1)
     }
-
-    /// The angles of positions `start … start + length − 1`.
-    pub fn narrow(&self, start: usize, length: usize) -> Result<Self> {
-        Ok(Self {
-            cos: self.cos.narrow(0, start, length)?.contiguous()?,
-            sin: self.sin.narrow(0, start, length)?.contiguous()?,
-            dim: self.dim,
-        })
-    }
 }

@@ -6,6 +6,7 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use crate::error::{Error, IoContext, Result};
+use crate::event::Observer;
 use crate::model::ModelConfig;
 
 /// A text as one stream of token ids, cut into windows.
@@ -25,10 +26,15 @@ pub fn tokenizer(dir: &Path) -> Result<Tokenizer> {
             missing: "tokenizer.json".into(),
         });
     }
-    Tokenizer::from_file(&path).map_err(|e| Error::Tokenizer {
-        path,
+    let refuse = |e: tokenizers::Error| Error::Tokenizer {
+        path: path.clone(),
         reason: e.to_string(),
-    })
+    };
+    let mut tokenizer = Tokenizer::from_file(&path).map_err(refuse)?;
+    // settings for sentences in a batch, which many repositories ship: a text would be cut to its beginning
+    tokenizer.with_truncation(None).map_err(refuse)?;
+    tokenizer.with_padding(None);
+    Ok(tokenizer)
 }
 
 impl Corpus {
@@ -71,6 +77,16 @@ impl Corpus {
             ids,
             window,
         })
+    }
+
+    /// Tells if windows are longer than what the model was made for.
+    pub fn warn_of_length(&self, config: &ModelConfig, observer: &dyn Observer) {
+        if self.window > config.positions_max {
+            observer.warn(format!(
+                "windows of {} tokens are longer than the {} positions the model was made for",
+                self.window, config.positions_max
+            ));
+        }
     }
 
     /// All windows in order; the last may be shorter, and is dropped if it predicts nothing.

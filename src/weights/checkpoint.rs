@@ -153,7 +153,8 @@ impl Index {
     }
 }
 
-fn is_plain_file_name(name: &str) -> bool {
+/// A weight file's name without any path in it.
+pub fn is_plain_file_name(name: &str) -> bool {
     !name.is_empty()
         && name != "."
         && name != ".."
@@ -218,6 +219,13 @@ impl Checkpoint {
             inventory,
             indexed: true,
         })
+    }
+
+    /// Reads a tensor that must not hold NaN or Inf.
+    pub fn read_finite(&self, tensor: &str) -> Result<Elements> {
+        let elements = self.read(tensor)?;
+        elements.refuse_not_finite(tensor, &self.path_of(tensor))?;
+        Ok(elements)
     }
 
     /// The file that holds `tensor`, for error messages.

@@ -1,7 +1,11 @@
 //! The elements of a tensor: bytes as the checkpoint holds them, and as numbers.
 
+use std::path::Path;
+
 use half::{bf16, f16};
 use safetensors::Dtype;
+
+use crate::error::{Error, Result};
 
 /// One tensor's bytes in its stored dtype, little-endian and row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -69,6 +73,19 @@ impl Elements {
             dtype,
             shape: self.shape.clone(),
             bytes,
+        }
+    }
+
+    /// Refuses NaN and Inf; `tensor` and `path` name the place.
+    pub fn refuse_not_finite(&self, tensor: &str, path: &Path) -> Result<()> {
+        match self.first_not_finite() {
+            None => Ok(()),
+            Some((index, value)) => Err(Error::NotFinite {
+                tensor: tensor.into(),
+                path: path.into(),
+                value,
+                index,
+            }),
         }
     }
 

@@ -1,0 +1,429 @@
+//! What strangers, accidents and half-finished work may hand us.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use svdhub::hub::server::{Effect, Fault};
+use svdhub::weights::{Checkpoint, Dtype, Elements, Layout};
+
+use crate::world::{World, arg, fixture, write_model};
+
+fn decomposed(world: &World, options: &[&str]) -> PathBuf {
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let split = world.path("svd");
+    world
+        .run(&[&["decompose", arg(&base), "--out", arg(&split)], options].concat())
+        .succeeds();
+    split
+}
+
+fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
+    let mut value: Value =
+        serde_json::from_slice(&std::fs::read(path).expect("reads")).expect("JSON");
+    edit(&mut value);
+    std::fs::write(path, value.to_string()).expect("writes");
+}
+
+/// The fixture's tensors, to be changed and written again.
+fn tensors(base: &Path) -> BTreeMap<String, Elements> {
+    let checkpoint = Checkpoint::open(base, Layout::Model).expect("opens");
+    let names = checkpoint.inventory.entries().map(|(_, e)| e.name.clone());
+    names
+        .map(|n| (n.clone(), checkpoint.read(&n).expect("reads")))
+        .collect()
+}
+
+#[test]
+fn a_pin_cannot_name_files_elsewhere() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let good = std::fs::read(split.join("config.json")).expect("reads");
+    let (out, victim) = (world.path("merged"), world.path("victim.safetensors"));
+    std::fs::write(&victim, "precious").expect("writes");
+    let sum = "0".repeat(64);
+    for (key, value, word) in [
+        (
+            "sha256",
+            json!({arg(&victim): sum}),
+            "not a plain file name",
+        ),
+        (
+            "sha256",
+            json!({"../victim.safetensors": sum}),
+            "not a plain file name",
+        ),
+        ("sha256", json!({"model.safetensors": "short"}), "sha256"),
+        ("sha256", json!({}), "no file"),
+        ("revision", json!("../../refs"), "not a commit"),
+        ("repo", json!("../../etc"), "names the base"),
+    ] {
+        std::fs::write(split.join("config.json"), &good).expect("writes");
+        edit_json(&split.join("config.json"), |c| {
+            c["svd"]["base"][key] = value
+        });
+        world
+            .run(&["merge", arg(&split), "--out", arg(&out)])
+            .refuses(&["config.json", "svd", word]);
+    }
+    std::fs::write(split.join("config.json"), &good).expect("writes");
+    edit_json(&split.join("svd.safetensors.index.json"), |i| {
+        i["metadata"]["sha256"]["files"]["/dev/zero"] = sum.clone().into();
+    });
+    assert_eq!(world.run(&["verify", arg(&split)]).code, Some(1));
+    assert_eq!(std::fs::read_to_string(&victim).expect("reads"), "precious");
+}
+
+#[test]
+fn ids_in_a_listing_are_no_paths() {
+    let world = World::with_hub();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    world.run(&["publish", arg(&base), "org/base"]).succeeds();
+    let listing = format!(
+        r#"[{{"type":"file","oid":"{}","size":6,"path":"LICENSE"}}]"#,
+        arg(&world.path("victim"))
+    );
+    world.hub().inject(Fault {
+        matching: "/tree/".into(),
+        times: 1,
+        effect: Effect::Status {
+            status: 200,
+            headers: vec![("content-type".into(), "application/json".into())],
+            body: listing,
+        },
+    });
+    world.run(&["verify", "org/base"]).refuses(&["victim"]);
+}
+
+#[test]
+fn changed_weights_are_another_job() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let weights = world.path("base/model.safetensors");
+    let mut bytes = std::fs::read(&weights).expect("reads");
+    let last = bytes.len() - 2;
+    bytes[last] ^= 1;
+    std::fs::write(&weights, bytes).expect("writes");
+    let base = world.path("base");
+    world
+        .run(&["decompose", arg(&base), "--out", arg(&split)])
+        .refuses(&["content of the base model"]);
+    let against = world.run(&["verify", arg(&split), "--against", arg(&base)]);
+    assert!(
+        against.code == Some(1) && against.stdout.contains("model.safetensors"),
+        "{}",
+        against.stdout
+    );
+}
+
+#[test]
+fn a_residual_needs_no_base() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    std::fs::remove_dir_all(world.path("base")).expect("removes");
+    world.run(&["verify", arg(&split)]).succeeds();
+    let merged = world.path("merged");
+    assert_eq!(
+        world.json(&["merge", arg(&split), "--out", arg(&merged)])["identical_to_base"],
+        true
+    );
+}
+
+#[test]
+fn tensors_of_other_kinds_are_carried_along() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let mut all = tensors(&base);
+    let ids = (0..6u8).flat_map(|i| u64::from(i).to_le_bytes()).collect();
+    all.insert(
+        "model.position_ids".into(),
+        Elements {
+            dtype: Dtype::I64,
+            shape: vec![1, 6],
+            bytes: ids,
+        },
+    );
+    write_model(&base, &all, u64::MAX);
+    let (split, merged) = (world.path("svd"), world.path("merged"));
+    world
+        .run(&["decompose", arg(&base), "--out", arg(&split)])
+        .succeeds();
+    assert_eq!(
+        world.json(&["merge", arg(&split), "--out", arg(&merged)])["identical_to_base"],
+        true
+    );
+    world
+        .run(&[
+            "merge",
+            arg(&split),
+            "--out",
+            arg(&world.path("f32")),
+            "--dtype",
+            "f32",
+        ])
+        .succeeds();
+    world.run(&["verify", arg(&world.path("f32"))]).succeeds();
+
+    let clash = all["model.norm.weight"].clone();
+    all.insert("model.layers.0.mlp.up_proj.u".into(), clash);
+    write_model(&base, &all, u64::MAX);
+    world
+        .run(&["decompose", arg(&base), "--out", arg(&world.path("clash"))])
+        .refuses(&["model.layers.0.mlp.up_proj.u", "name"]);
+}
+
+#[test]
+fn a_tokenizer_that_truncates_does_not_shorten_the_text() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let data = fixture("eighty-heldout.txt");
+    let tokens = |world: &World| {
+        world.json(&["evaluate", arg(&base), "--data", arg(&data)])["tokens"].as_u64()
+    };
+    let whole = tokens(&world);
+    edit_json(&base.join("tokenizer.json"), |t| {
+        t["truncation"] = json!({"direction": "Right", "max_length": 64, "strategy": "LongestFirst", "stride": 0});
+        t["padding"] = json!({"strategy": {"Fixed": 100000}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"});
+    });
+    assert_eq!(tokens(&world), whole);
+}
+
+#[test]
+fn unfinished_work_is_not_passed_on() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let merged = world.path("merged");
+    world
+        .run(&["merge", arg(&split), "--out", arg(&merged)])
+        .succeeds();
+    edit_json(&merged.join(".svdhub/job.json"), |job| {
+        job["finished"] = false.into()
+    });
+    let data = fixture("eighty-heldout.txt");
+    let unfinished = &["unfinished work of `svdhub merge`", "again"];
+    world.run(&["verify", arg(&merged)]).refuses(unfinished);
+    world
+        .run(&["publish", arg(&merged), "org/x", "--dry-run"])
+        .refuses(unfinished);
+    world
+        .run(&["publish", arg(&merged), "org/x"])
+        .refuses(unfinished);
+    world
+        .run(&["evaluate", arg(&merged), "--data", arg(&data)])
+        .refuses(unfinished);
+    world
+        .run(&[
+            "decompose",
+            arg(&merged),
+            "--out",
+            arg(&world.path("again")),
+        ])
+        .refuses(unfinished);
+}
+
+#[test]
+fn damage_is_found_before_it_is_merged_or_trained() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let (data, adapter) = (fixture("eighty-train.txt"), world.path("adapter"));
+    world
+        .run(&[
+            "train",
+            arg(&split),
+            "--data",
+            arg(&data),
+            "--out",
+            arg(&adapter),
+            "--steps",
+            "2",
+            "--length",
+            "32",
+        ])
+        .succeeds();
+    let checkpoint = Checkpoint::open(&split, Layout::Decomposition).expect("opens");
+    let shard = split.join("svd-00001-of-00001.safetensors");
+    let whole = std::fs::read(&shard).expect("reads");
+    for (tensor, named) in [
+        (
+            "model.layers.2.mlp.up_proj.residual",
+            "model.layers.2.mlp.up_proj.weight",
+        ),
+        ("model.norm.weight", "model.norm.weight"),
+    ] {
+        let (_, entry) = checkpoint.inventory.get(tensor).expect("is there");
+        let mut broken = whole.clone();
+        // the top byte of a number: visible in every dtype, and never a NaN
+        broken[(entry.offset + entry.bytes - 1) as usize] ^= 0x80;
+        std::fs::write(&shard, broken).expect("writes");
+        let out = world.path("merged");
+        world
+            .run(&[
+                "merge",
+                arg(&split),
+                "--adapter",
+                arg(&adapter),
+                "--out",
+                arg(&out),
+            ])
+            .refuses(&[named, "sha256"]);
+        assert!(!out.join("model.safetensors").exists());
+        world
+            .run(&[
+                "train",
+                arg(&split),
+                "--data",
+                arg(&data),
+                "--out",
+                arg(&world.path("a2")),
+                "--steps",
+                "1",
+            ])
+            .refuses(&[named, "sha256"]);
+    }
+}
+
+#[test]
+fn a_plain_model_is_checked_before_it_is_run() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let good = tensors(&base);
+    let data = fixture("eighty-heldout.txt");
+    let up = "model.layers.1.mlp.up_proj.weight";
+    let with = |change: &dyn Fn(&mut BTreeMap<String, Elements>), words: &[&str]| {
+        let mut all = good.clone();
+        change(&mut all);
+        write_model(&base, &all, u64::MAX);
+        world
+            .run(&["evaluate", arg(&base), "--data", arg(&data)])
+            .refuses(words);
+        assert_eq!(world.run(&["verify", arg(&base)]).code, Some(1));
+    };
+    with(
+        &|all| all.get_mut(up).expect("is there").shape = vec![128, 344],
+        &[up, "expected shape [344, 128]", "found [128, 344]"],
+    );
+    with(
+        &|all| {
+            let norm = all.get_mut("model.norm.weight").expect("is there");
+            norm.bytes = norm
+                .to_f32()
+                .iter()
+                .flat_map(|&x| f64::from(x).to_le_bytes())
+                .collect();
+            norm.dtype = Dtype::F64;
+        },
+        &["model.norm.weight", "found F64"],
+    );
+    with(
+        &|all| {
+            all.get_mut(up).expect("is there").bytes[2..4].copy_from_slice(&0x7fc0u16.to_le_bytes())
+        },
+        &[up, "NaN", "[0, 1]"],
+    );
+    with(&|all| drop(all.remove(up)), &[up, "missing"]);
+}
+
+#[test]
+fn a_sidecar_with_another_base_is_a_problem_not_a_crash() {
+    let world = World::new();
+    let split = decomposed(&world, &["--layout", "sidecar"]);
+    let other = world.model("other", Dtype::BF16, u64::MAX);
+    let mut all = tensors(&other);
+    let up = all
+        .get_mut("model.layers.1.mlp.up_proj.weight")
+        .expect("is there");
+    up.shape = vec![100, 128];
+    up.bytes.truncate(100 * 128 * 2);
+    write_model(&other, &all, u64::MAX);
+    let run = world.run(&["verify", arg(&split), "--against", arg(&other)]);
+    assert!(
+        run.code == Some(1) && run.stdout.contains("model.safetensors"),
+        "{}{}",
+        run.stdout,
+        run.stderr
+    );
+}
+
+#[test]
+fn impossible_configs_are_refused_without_being_built() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let good = std::fs::read(base.join("config.json")).expect("reads");
+    for (key, value) in [
+        ("num_hidden_layers", json!(1u64 << 39)),
+        ("head_dim", json!(1u64 << 38)),
+        ("vocab_size", json!(u64::MAX)),
+        ("partial_rotary_factor", json!(3)),
+        ("num_attention_heads", json!(0)),
+    ] {
+        std::fs::write(base.join("config.json"), &good).expect("writes");
+        edit_json(&base.join("config.json"), |c| c[key] = value);
+        world
+            .run(&["plan", arg(&base)])
+            .refuses(&["config.json", key]);
+    }
+}
+
+#[test]
+fn a_merge_that_leaves_the_range_is_refused() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let (data, adapter) = (fixture("eighty-train.txt"), world.path("adapter"));
+    world
+        .run(&[
+            "train",
+            arg(&split),
+            "--data",
+            arg(&data),
+            "--out",
+            arg(&adapter),
+            "--steps",
+            "2",
+            "--length",
+            "32",
+        ])
+        .succeeds();
+    let out = world.path("merged");
+    let huge = format!("{}*1e30", arg(&adapter));
+    world
+        .run(&[
+            "merge",
+            arg(&split),
+            "--adapter",
+            &huge,
+            "--out",
+            arg(&out),
+            "--dtype",
+            "f16",
+        ])
+        .refuses(&["inf", "smaller factor"]);
+    assert!(!out.join("model.safetensors").exists());
+}
+
+#[test]
+fn plan_knows_the_published_table_from_a_config_alone() {
+    let world = World::new();
+    let dir = world.path("phi3");
+    std::fs::create_dir_all(&dir).expect("a directory");
+    let config = json!({"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "tie_word_embeddings": false, "max_position_embeddings": 131072});
+    std::fs::write(dir.join("config.json"), config.to_string()).expect("writes");
+    let run = world
+        .run(&["plan", arg(&dir), "--rank-fraction", "0.1"])
+        .succeeds();
+    for number in [
+        "39,603",
+        "239,283",
+        "12,864,000",
+        "25,728,000",
+        "51,456,000",
+        "98,500,608",
+        "129",
+    ] {
+        assert!(
+            run.stdout.contains(number),
+            "{number} is missing from\n{}",
+            run.stdout
+        );
+    }
+}
