@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::artifact::{Artifact, Pin};
+use crate::artifact::Artifact;
 use crate::error::{Error, Result};
+use crate::format::Pin;
 use crate::json::{self, Tool};
 use crate::weights::element::is_float;
 use crate::weights::shard::{sha256_file, write_atomically};

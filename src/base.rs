@@ -56,6 +56,16 @@ impl Base {
     }
 }
 
+/// Where a decomposition remembers its local base: in the folder that is never published.
+pub const REMEMBERED: &str = "base";
+
+/// The local directory a decomposition was made from, if it was one.
+pub fn remembered(artifact: &Path) -> Option<PathBuf> {
+    use std::os::unix::ffi::OsStringExt;
+    let bytes = std::fs::read(artifact.join(crate::workspace::STATE_DIR).join(REMEMBERED)).ok()?;
+    Some(PathBuf::from(std::ffi::OsString::from_vec(bytes)))
+}
+
 /// Weights in whatever format, their indices, and files too large to carry along unasked.
 pub fn is_weights_or_media(name: &str) -> bool {
     const ENDINGS: [&str; 20] = [
@@ -90,8 +100,8 @@ pub fn side_files(dir: &Path) -> Result<Vec<String>> {
         "README.md",
         "report.json",
         ".gitattributes",
-        crate::artifact::BASE_CONFIG,
-        crate::artifact::BASE_INDEX,
+        crate::format::BASE_CONFIG,
+        crate::format::BASE_INDEX,
     ];
     let mut files = Vec::new();
     for entry in std::fs::read_dir(dir).context("list", dir)? {

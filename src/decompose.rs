@@ -11,13 +11,13 @@ use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::artifact::{
+use crate::base::{Base, REMEMBERED, card_facts, copy_side_files};
+use crate::error::{Error, IoContext, Result};
+use crate::event::{Observer, Stage, Unit};
+use crate::format::{
     ArtifactLayout, BASE_CONFIG, BASE_INDEX, ModuleRecord, ModuleTensors, Pin, SCHEMA, Sums,
     SvdSection, base_header_tensor, stored_positions,
 };
-use crate::base::{Base, card_facts, copy_side_files};
-use crate::error::{Error, IoContext, Result};
-use crate::event::{Observer, Stage, Unit};
 use crate::json::Tool;
 use crate::linalg::{self, Algorithm, svd::energy};
 use crate::model::ModelConfig;
@@ -51,7 +51,7 @@ impl Default for Options {
 pub struct Facts {
     pub base: Pin,
     pub model_type: String,
-    pub rank: crate::plan::Rank,
+    pub rank: crate::format::Rank,
     pub layout: ArtifactLayout,
     pub algorithm: Algorithm,
     pub linear_layers: usize,
@@ -162,21 +162,17 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
     report::add(out, serde_json::Map::new(), "decompose", &facts)?;
     job.write_index(files)?;
     if base.repo.is_none() {
-        // a sidecar is merged beside its base: remember where that was, in the folder that is never published
+        // a sidecar is merged beside its base: remember where that was
         let dir = std::fs::canonicalize(&base.dir).context("find", &base.dir)?;
-        write_atomically(&workspace.state("base"), dir.as_os_str().as_encoded_bytes())?;
+        write_atomically(
+            &workspace.state(REMEMBERED),
+            dir.as_os_str().as_encoded_bytes(),
+        )?;
     }
     workspace.finish()?;
     let _ = std::fs::remove_dir(workspace.state("parts"));
     let _ = std::fs::remove_file(workspace.state("assembly.json"));
     Ok(facts)
-}
-
-/// The local directory a decomposition was made from, if it was one.
-pub fn remembered_base(artifact: &Path) -> Option<PathBuf> {
-    use std::os::unix::ffi::OsStringExt;
-    let bytes = std::fs::read(artifact.join(crate::workspace::STATE_DIR).join("base")).ok()?;
-    Some(PathBuf::from(std::ffi::OsString::from_vec(bytes)))
 }
 
 fn finished_facts(out: &Path) -> Result<Facts> {

@@ -14,8 +14,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use crate::artifact::is_repo_id;
 use crate::error::{Error, Result};
+use crate::format::is_repo_id;
 
 /// How a model, a decomposition or an adapter is named: a directory, or a repository at a revision.
 #[derive(Debug, Clone, PartialEq, Eq)]

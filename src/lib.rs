@@ -16,6 +16,7 @@ pub mod decompose;
 pub mod error;
 pub mod evaluate;
 pub mod event;
+pub mod format;
 pub mod hub;
 pub mod json;
 pub mod linalg;

@@ -8,10 +8,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::adapter::Mixture;
-use crate::artifact::{Artifact, BASE_CONFIG, BASE_INDEX};
+use crate::artifact::Artifact;
 use crate::base::copy_side_files;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
+use crate::format::{BASE_CONFIG, BASE_INDEX};
 use crate::split::RoundingLoss;
 use crate::weights::element::is_float;
 use crate::weights::shard::write_atomically;

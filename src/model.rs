@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod decoder;
+mod fused;
 pub mod layers;
 pub mod ops;
 pub mod rope;

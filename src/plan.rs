@@ -2,68 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::num::NonZeroUsize;
 use std::path::Path;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::artifact::{ArtifactLayout, ModuleTensors, base_header_tensor};
 use crate::error::{Error, Result};
+use crate::format::{ArtifactLayout, ModuleTensors, Rank, base_header_tensor};
 use crate::model::ModelConfig;
 use crate::weights::checkpoint::WeightFile;
 use crate::weights::element::is_float;
 use crate::weights::{Dtype, Entry, Header, Inventory, dtype_name};
-
-/// How many singular triplets of each weight are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "mode", content = "value", rename_all = "kebab-case")]
-pub enum Rank {
-    /// q = ⌊f·min(m, n)⌋, at least 1
-    Fraction(f64),
-    /// q = min(r, min(m, n))
-    Fixed(NonZeroUsize),
-}
-
-impl Default for Rank {
-    fn default() -> Self {
-        Self::Fraction(0.1)
-    }
-}
-
-impl Rank {
-    /// q for a matrix whose shorter side is `short`.
-    pub fn q(self, short: usize) -> usize {
-        match self {
-            Self::Fraction(f) => ((f * short as f64).floor() as usize).clamp(1, short),
-            Self::Fixed(r) => r.get().min(short),
-        }
-    }
-
-    /// Parses a share of the full rank.
-    pub fn fraction(text: &str) -> Result<Self> {
-        let refuse = |reason: &str| Error::Parse {
-            what: "a rank fraction",
-            value: text.into(),
-            reason: reason.into(),
-        };
-        let f: f64 = text.parse().map_err(|_| refuse("it is not a number"))?;
-        if f > 0.0 && f <= 1.0 {
-            Ok(Self::Fraction(f))
-        } else {
-            Err(refuse("it must be above 0 and at most 1"))
-        }
-    }
-}
-
-impl fmt::Display for Rank {
-    fn fmt(&self, out: &mut fmt::Formatter) -> fmt::Result {
-        match self {
-            Self::Fraction(f) => write!(out, "fraction {f}"),
-            Self::Fixed(r) => write!(out, "rank {r}"),
-        }
-    }
-}
 
 /// A module name pattern: `*` stands for any run of characters.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use crate::artifact::is_repo_id;
 use crate::card::{self, Kind};
 use crate::error::{Error, IoContext, Result};
 use crate::event::Observer;
+use crate::format::is_repo_id;
 use crate::hub::{Hub, PushOptions, Pushed};
 use crate::weights::shard::write_atomically;
 use crate::workspace::refuse_unfinished;

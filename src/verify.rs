@@ -6,16 +6,17 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::adapter::{self, Adapter};
-use crate::artifact::{self, Artifact, ArtifactLayout};
-use crate::base::Base;
+use crate::artifact::{self, Artifact};
+use crate::base::{self, Base};
 use crate::error::{Error, Result};
 use crate::event::{Observer, Stage, Unit};
+use crate::format::{ArtifactLayout, ModuleRecord};
 use crate::linalg::{self, svd::certify};
 use crate::model::ModelConfig;
 use crate::plan::check_shapes;
 use crate::weights::shard::{sha256_file, sha256_hex};
 use crate::weights::{Checkpoint, Layout, dtype_name};
-use crate::{decompose, json, merge, report, workers};
+use crate::{json, report, workers};
 
 /// What was found.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -217,7 +218,7 @@ fn decomposition(
     let mut artifact = Artifact::open(dir, None)?;
     let sidecar = artifact.svd.layout == ArtifactLayout::Sidecar;
     let remembered = || {
-        let dir = decompose::remembered_base(dir)?;
+        let dir = base::remembered(dir)?;
         // a base that has gone, or is broken, is not here
         Base::open(&dir, None, None).ok()
     };
@@ -319,7 +320,7 @@ fn decomposition(
 fn modules(artifact: &Artifact, observer: &dyn Observer, facts: &mut Facts) -> Result<()> {
     let modules: Vec<_> = artifact.svd.modules.iter().collect();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let elements = |record: &artifact::ModuleRecord| (record.shape[0] * record.shape[1]) as u64;
+    let elements = |record: &ModuleRecord| (record.shape[0] * record.shape[1]) as u64;
     let total = modules
         .iter()
         .map(|(_, record)| elements(record))
@@ -450,12 +451,11 @@ fn model(
     }
     observer.finish(Stage::Verify);
     facts.checks.push("every number is finite".into());
-    let merged = report::read(dir)?.remove("merge");
-    if let Some(expected) =
-        merged.and_then(|section| serde_json::from_value::<merge::Facts>(section).ok())
-    {
+    let merged = report::read(dir)?.remove("merge").unwrap_or_default();
+    if !merged["sha256"].is_null() {
+        let expected = json::interpret(&dir.join(report::FILE), merged["sha256"].clone())?;
         let found = base.hash(observer)?;
-        compare_sums(&expected.sha256, &found, facts);
+        compare_sums(&expected, &found, facts);
         facts.checks.push("sha256 of every weight file".into());
     }
     if let Some(original) = against {

@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
-use svdhub::artifact::ArtifactLayout;
 use svdhub::base::Base;
 use svdhub::card::{bytes, thousands};
+use svdhub::format::{ArtifactLayout, Rank};
 use svdhub::hub::ModelRef;
 use svdhub::model::ModelConfig;
-use svdhub::plan::{Action, Pattern, Plan, PlanOptions, Rank, expected_inventory};
+use svdhub::plan::{Action, Pattern, Plan, PlanOptions, expected_inventory};
 use svdhub::weights::{Dtype, Layout};
 use svdhub::{Error, Result};
 

@@ -7,13 +7,14 @@ use std::process::ExitCode;
 use candle_core::Device;
 use serde::Serialize;
 use svdhub::adapter::{Adapter, DecompositionPin, Mixture};
-use svdhub::artifact::{Artifact, ArtifactLayout, is_artifact};
-use svdhub::base::Base;
+use svdhub::artifact::{Artifact, is_artifact};
+use svdhub::base::{self, Base};
 use svdhub::event::Observer;
+use svdhub::format::ArtifactLayout;
 use svdhub::hub::{Hub, ModelRef, Snapshot};
 use svdhub::source::Source;
 use svdhub::workspace::refuse_unfinished;
-use svdhub::{Error, Result, decompose};
+use svdhub::{Error, Result};
 
 use super::progress::Progress;
 use super::{Global, advice, env};
@@ -123,7 +124,7 @@ impl Session {
         if let (Some(id), Some(revision)) = (pin.repo.clone(), pin.revision.clone()) {
             return self.base(&ModelRef::Repo { id, revision });
         }
-        match decompose::remembered_base(&artifact.dir).filter(|dir| dir.is_dir()) {
+        match base::remembered(&artifact.dir).filter(|dir| dir.is_dir()) {
             Some(dir) => Base::open(&dir, None, None),
             None => Err(Error::BaseNeeded {
                 artifact: artifact.dir.clone(),

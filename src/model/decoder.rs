@@ -201,7 +201,7 @@ impl Decoder {
             .contiguous()?
             .reshape((b * (t - 1), self.config.hidden))?;
         let targets = ids.narrow(1, 1, t - 1)?.contiguous()?.flatten_all()?;
-        let loss = ops::cross_entropy(&predicting, &self.head, &targets)?;
+        let loss = self.head.cross_entropy(&predicting, &targets)?;
         Ok((loss, b * (t - 1)))
     }
 }

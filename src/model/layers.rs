@@ -1,7 +1,8 @@
 //! The layers that own weights: a linear one whose singular values may move, and a norm.
 
-use candle_core::{Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor, Var};
 
+use super::fused;
 use super::ops::{rms_norm, rows, times, times_transposed};
 use super::vjp::attach;
 
@@ -120,6 +121,79 @@ impl Linear {
         }
         Ok((Some(dx), d_delta))
     }
+
+    /// The layer as a language model's head: Σ over rows of −log softmax at the row's target, without ever holding
+    /// all logits.
+    ///
+    /// `x (rows, n), targets (rows,) u32 → (1,)`. Gradients of x and of Δσ are formed in the forward pass, chunk
+    /// by chunk, while the logits are there.
+    pub fn cross_entropy(&self, x: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        let total = x.dim(0)?;
+        let delta = self.delta();
+        let (wants_x, wants_delta) = (x.track_op(), delta.is_some_and(Tensor::track_op));
+        let mut loss = 0f64;
+        let mut dx = Vec::new();
+        let mut d_delta: Option<Tensor> = None;
+        for start in (0..total).step_by(CHUNK_ROWS) {
+            let n = CHUNK_ROWS.min(total - start);
+            let chunk = x.detach().narrow(0, start, n)?.contiguous()?;
+            let wanted = targets.narrow(0, start, n)?.unsqueeze(1)?.contiguous()?;
+            let logits = self.apply(&chunk)?.to_dtype(DType::F32)?;
+            let ids = wanted.flatten_all()?.to_vec1::<u32>()?;
+            let (sum, d_logits) = match fused::cross_entropy(&logits, &ids)? {
+                Some(sum) => (sum, logits),
+                None => composed_cross_entropy(&logits, &wanted)?,
+            };
+            loss += sum;
+            if wants_x || wants_delta {
+                let d_logits = d_logits.to_dtype(chunk.dtype())?;
+                let (chunk_dx, chunk_delta) = self.pull(&chunk, &d_logits, wants_x)?;
+                dx.extend(chunk_dx);
+                d_delta = match (d_delta, chunk_delta) {
+                    (Some(sum), Some(more)) => Some((sum + more)?),
+                    (sum, more) => sum.or(more),
+                };
+            }
+        }
+        let loss = Tensor::new(&[loss as f32], x.device())?;
+        if !wants_x && !wants_delta {
+            return Ok(loss);
+        }
+        let dx = if wants_x {
+            Some(Tensor::cat(&dx, 0)?)
+        } else {
+            None
+        };
+        let scale = |tensor: &Option<Tensor>, g: &Tensor| -> Result<Option<Tensor>> {
+            tensor
+                .as_ref()
+                .map(|t| t.broadcast_mul(&g.to_dtype(t.dtype())?))
+                .transpose()
+        };
+        match delta {
+            Some(delta) => attach(&[x, delta], loss, move |g| {
+                Ok(vec![scale(&dx, g)?, scale(&d_delta, g)?])
+            }),
+            None => attach(&[x], loss, move |g| Ok(vec![scale(&dx, g)?])),
+        }
+    }
+}
+
+/// Rows of logits that are alive at once in [`Linear::cross_entropy`].
+const CHUNK_ROWS: usize = 256;
+
+/// Σ −log softmax(logits) at `wanted (rows, 1)`, and its gradient, from tensor operations.
+fn composed_cross_entropy(logits: &Tensor, wanted: &Tensor) -> Result<(f64, Tensor)> {
+    let shifted = logits.broadcast_sub(&logits.max_keepdim(1)?)?;
+    let exponentials = shifted.exp()?;
+    let sums = exponentials.sum_keepdim(1)?;
+    let losses = (sums.log()? - shifted.gather(wanted, 1)?)?;
+    let loss = losses.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?;
+    let minus_one = (wanted.zeros_like()?.to_dtype(DType::F32)? - 1.0)?;
+    let gradient = exponentials
+        .broadcast_div(&sums)?
+        .scatter_add(wanted, &minus_one, 1)?;
+    Ok((loss, gradient))
 }
 
 /// Root mean square norm with a weight that may be trained.
@@ -142,5 +216,36 @@ impl Norm {
             self.weight.to_dtype(x.dtype())?
         };
         rms_norm(x, &weight, self.eps)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ops::tests::{assert_gradient, random};
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn cross_entropy_gradient_reaches_input_and_delta_across_chunks() {
+        let n = CHUNK_ROWS + 37;
+        let targets: Vec<u32> = (0..n as u32).map(|i| i * 7 % 11).collect();
+        let targets = Tensor::from_vec(targets, n, &Device::Cpu).expect("targets");
+        let (w, u, v) = (
+            random(&[11, 6], DType::F64),
+            random(&[3, 11], DType::F64),
+            random(&[3, 6], DType::F64),
+        );
+        let inputs = [random(&[n, 6], DType::F64), random(&[3], DType::F64)];
+        let loss = |t: &[Tensor]| {
+            let head = Linear::with_delta_tensor(
+                w.as_detached_tensor(),
+                u.as_detached_tensor(),
+                v.as_detached_tensor(),
+                t[1].clone(),
+            );
+            head.cross_entropy(&t[0], &targets)
+        };
+        // the loss comes back in f32
+        assert_gradient(&inputs, loss, 1e-2, 1e-3);
     }
 }

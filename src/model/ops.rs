@@ -1,9 +1,9 @@
 //! The differentiable operations of a decoder block, each with its gradient written beside it.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, Result, Tensor};
 use candle_nn::ops::softmax_last_dim;
 
-use super::layers::Linear;
+use super::fused;
 use super::rope::Angles;
 use super::vjp::attach;
 
@@ -40,6 +40,9 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let y = candle_nn::ops::rms_norm(&xd, &wd, eps as f32)?;
     let wants_weight = w.track_op();
     attach(&[x, w], y, move |g| {
+        if let Some((dx, dw)) = fused::rms_norm_gradient(&xd, &wd, &g.contiguous()?, eps)? {
+            return Ok(vec![Some(dx), wants_weight.then_some(dw)]);
+        }
         let n = xd.dim(D::Minus1)? as f64;
         let mean_square = (xd.sqr()?.sum_keepdim(D::Minus1)? / n)?;
         let inverse = (mean_square + eps)?.sqrt()?.recip()?;
@@ -68,8 +71,14 @@ pub fn rotate(x: &Tensor, angles: &Angles) -> Result<Tensor> {
 /// silu(gate) ∘ up (Shazeer 2020).
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let (a, b) = (gate.detach(), up.detach());
-    let y = (a.silu()? * &b)?;
+    let y = match fused::swiglu(&a, &b)? {
+        Some(y) => y,
+        None => (a.silu()? * &b)?,
+    };
     attach(&[gate, up], y, move |g| {
+        if let Some((da, db)) = fused::swiglu_gradient(&a, &b, &g.contiguous()?)? {
+            return Ok(vec![Some(da), Some(db)]);
+        }
         let s = candle_nn::ops::sigmoid(&a)?;
         let silu = (&a * &s)?;
         let db = (g * &silu)?;
@@ -99,8 +108,13 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, scale: f64) 
         let (qd, kd) = (qd.clone(), kd.clone());
         move || -> Result<Tensor> {
             let scores = (&qd * scale)?.matmul(&kd.t()?)?;
-            let scores = scores.reshape((b * h, t, t))?.broadcast_add(&mask)?;
-            softmax_last_dim(&scores)?.reshape((b, kv, shared * t, t))
+            let scores = scores.reshape((b * h, t, t))?;
+            let p = if fused::masked_softmax(&scores, &mask)? {
+                scores
+            } else {
+                softmax_last_dim(&scores.broadcast_add(&mask)?)?
+            };
+            p.reshape((b, kv, shared * t, t))
         }
     };
     let y = probabilities()?.matmul(&vd)?.reshape((b, h, t, d))?;
@@ -110,83 +124,25 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, scale: f64) 
         let dv = p.t()?.matmul(&g)?;
         let dp = g.matmul(&vd.t()?)?;
         // softmax: ds = p ∘ (dp − Σ dp ∘ p)
-        let along = (&dp * &p)?.sum_keepdim(D::Minus1)?;
-        let ds = (p * dp.broadcast_sub(&along)?)?;
+        let ds = if fused::softmax_gradient(&p, &dp)? {
+            dp
+        } else {
+            let along = (&dp * &p)?.sum_keepdim(D::Minus1)?;
+            (p * dp.broadcast_sub(&along)?)?
+        };
         let dq = (ds.matmul(&kd)? * scale)?.reshape((b, h, t, d))?;
         let dk = (ds.t()?.matmul(&qd)? * scale)?;
         Ok(vec![Some(dq), Some(dk), Some(dv)])
     })
 }
 
-/// Rows of logits that are alive at once in [`cross_entropy`].
-const CHUNK_ROWS: usize = 256;
-
-/// Σ over rows of −log softmax(head(x)) at the row's target, without ever holding all logits.
-///
-/// `x (rows, n), targets (rows,) u32 → (1,)`. Gradients of x and of the head's Δσ are formed in the forward pass, chunk
-/// by chunk, while the logits are there.
-pub fn cross_entropy(x: &Tensor, head: &Linear, targets: &Tensor) -> Result<Tensor> {
-    let total = x.dim(0)?;
-    let delta = head.delta();
-    let (wants_x, wants_delta) = (x.track_op(), delta.is_some_and(Tensor::track_op));
-    let mut loss = 0f64;
-    let mut dx = Vec::new();
-    let mut d_delta: Option<Tensor> = None;
-    for start in (0..total).step_by(CHUNK_ROWS) {
-        let n = CHUNK_ROWS.min(total - start);
-        let chunk = x.detach().narrow(0, start, n)?.contiguous()?;
-        let wanted = targets.narrow(0, start, n)?.unsqueeze(1)?.contiguous()?;
-        let logits = head.apply(&chunk)?.to_dtype(DType::F32)?;
-        let largest = logits.max_keepdim(1)?;
-        let shifted = logits.broadcast_sub(&largest)?;
-        let exponentials = shifted.exp()?;
-        let sums = exponentials.sum_keepdim(1)?;
-        let losses = (sums.log()? - shifted.gather(&wanted, 1)?)?;
-        loss += losses.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?;
-        if wants_x || wants_delta {
-            let minus_one = (wanted.zeros_like()?.to_dtype(DType::F32)? - 1.0)?;
-            let d_logits = exponentials
-                .broadcast_div(&sums)?
-                .scatter_add(&wanted, &minus_one, 1)?
-                .to_dtype(chunk.dtype())?;
-            let (chunk_dx, chunk_delta) = head.pull(&chunk, &d_logits, wants_x)?;
-            dx.extend(chunk_dx);
-            d_delta = match (d_delta, chunk_delta) {
-                (Some(sum), Some(more)) => Some((sum + more)?),
-                (sum, more) => sum.or(more),
-            };
-        }
-    }
-    let loss = Tensor::new(&[loss as f32], x.device())?;
-    if !wants_x && !wants_delta {
-        return Ok(loss);
-    }
-    let dx = if wants_x {
-        Some(Tensor::cat(&dx, 0)?)
-    } else {
-        None
-    };
-    let scale = |tensor: &Option<Tensor>, g: &Tensor| -> Result<Option<Tensor>> {
-        tensor
-            .as_ref()
-            .map(|t| t.broadcast_mul(&g.to_dtype(t.dtype())?))
-            .transpose()
-    };
-    match delta {
-        Some(delta) => attach(&[x, delta], loss, move |g| {
-            Ok(vec![scale(&dx, g)?, scale(&d_delta, g)?])
-        }),
-        None => attach(&[x], loss, move |g| Ok(vec![scale(&dx, g)?])),
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
-    use candle_core::{Device, Var};
+    use candle_core::{DType, Device, Var};
 
     /// Random projection of the output against central differences, in f64 where the op allows it.
-    fn assert_gradient(
+    pub fn assert_gradient(
         inputs: &[Var],
         f: impl Fn(&[Tensor]) -> Result<Tensor>,
         step: f64,
@@ -246,7 +202,7 @@ mod tests {
         }
     }
 
-    fn random(shape: &[usize], dtype: DType) -> Var {
+    pub fn random(shape: &[usize], dtype: DType) -> Var {
         let t = Tensor::randn(0f32, 1f32, shape, &Device::Cpu)
             .expect("random")
             .to_dtype(dtype)
@@ -287,29 +243,5 @@ mod tests {
             1e-5,
             1e-6,
         );
-    }
-
-    #[test]
-    fn cross_entropy_gradient_reaches_input_and_delta_across_chunks() {
-        let n = CHUNK_ROWS + 37;
-        let targets: Vec<u32> = (0..n as u32).map(|i| i * 7 % 11).collect();
-        let targets = Tensor::from_vec(targets, n, &Device::Cpu).expect("targets");
-        let (w, u, v) = (
-            random(&[11, 6], DType::F64),
-            random(&[3, 11], DType::F64),
-            random(&[3, 6], DType::F64),
-        );
-        let inputs = [random(&[n, 6], DType::F64), random(&[3], DType::F64)];
-        let loss = |t: &[Tensor]| {
-            let head = Linear::with_delta_tensor(
-                w.as_detached_tensor(),
-                u.as_detached_tensor(),
-                v.as_detached_tensor(),
-                t[1].clone(),
-            );
-            cross_entropy(&t[0], &head, &targets)
-        };
-        // the loss comes back in f32
-        assert_gradient(&inputs, loss, 1e-2, 1e-3);
     }
 }

@@ -1,0 +1,320 @@
+//! The file format: names, the `svd` section, and what of it is believed. The README specifies it in words.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::json::Tool;
+use crate::linalg::{Algorithm, Certificate, Route};
+use crate::weights::checkpoint::is_plain_file_name;
+use crate::weights::{Dtype, Elements};
+
+/// The version of the `svd` section this build writes. Older ones are read, newer ones refused.
+pub const SCHEMA: u32 = 1;
+
+/// The base's `config.json` and index, byte for byte: merging gives them back.
+pub const BASE_CONFIG: &str = "base_config.json";
+pub const BASE_INDEX: &str = "base_index.json";
+
+/// Tensors of the artifact that hold the header of one base file, so that merging can write the very same file.
+const BASE_HEADER: &str = "base_header/";
+
+/// What an artifact stores of each weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ArtifactLayout {
+    /// M′, u, σ, v and all other tensors: self-contained.
+    #[default]
+    Residual,
+    /// u, σ and v: small, M comes from the pinned base.
+    Sidecar,
+}
+
+/// The `svd` section of `config.json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SvdSection {
+    pub schema: u32,
+    pub layout: ArtifactLayout,
+    pub base: Pin,
+    pub rank: Rank,
+    pub algorithm: Algorithm,
+    pub modules: BTreeMap<String, ModuleRecord>,
+    pub tool: Tool,
+}
+
+/// Exactly which model was decomposed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pin {
+    /// `None` for a model that was a local directory.
+    pub repo: Option<String>,
+    /// The commit, 40 hex digits.
+    pub revision: Option<String>,
+    /// Of each weight file.
+    pub sha256: BTreeMap<String, String>,
+}
+
+/// What is known of one decomposed weight.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModuleRecord {
+    pub q: usize,
+    /// (m, n) = (out, in)
+    pub shape: [usize; 2],
+    /// The base's dtype, which merging gives back.
+    pub dtype: String,
+    pub bias: bool,
+    pub tied_to: Option<String>,
+    /// Σσ² of the kept triplets over ‖M‖²
+    pub captured_energy: f64,
+    /// ‖M′‖, Frobenius
+    pub residual_norm: f64,
+    pub sigma_max: f32,
+    pub sigma_min: f32,
+    pub route: Route,
+    pub certificate: Certificate,
+    /// Elements stored exactly beside M′.
+    pub exceptions: u64,
+    /// Of M's bytes.
+    pub sha256: String,
+}
+
+/// Names of the tensors that hold one module.
+pub struct ModuleTensors {
+    pub residual: String,
+    pub u: String,
+    pub sigma: String,
+    pub v: String,
+    pub exact_at: String,
+    pub exact: String,
+}
+
+impl ModuleTensors {
+    pub fn of(module: &str) -> Self {
+        Self {
+            residual: format!("{module}.residual"),
+            u: format!("{module}.u"),
+            sigma: format!("{module}.sigma"),
+            v: format!("{module}.v"),
+            exact_at: format!("{module}.exact_index"),
+            exact: format!("{module}.exact_value"),
+        }
+    }
+
+    /// All of them.
+    pub fn all(self) -> [String; 6] {
+        [
+            self.residual,
+            self.u,
+            self.sigma,
+            self.v,
+            self.exact_at,
+            self.exact,
+        ]
+    }
+}
+
+/// The name under which the header of a base file is kept.
+pub fn base_header_tensor(file: &str) -> String {
+    format!("{BASE_HEADER}{file}")
+}
+
+/// How many singular triplets of each weight are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "mode", content = "value", rename_all = "kebab-case")]
+pub enum Rank {
+    /// q = ⌊f·min(m, n)⌋, at least 1
+    Fraction(f64),
+    /// q = min(r, min(m, n))
+    Fixed(NonZeroUsize),
+}
+
+impl Default for Rank {
+    fn default() -> Self {
+        Self::Fraction(0.1)
+    }
+}
+
+impl Rank {
+    /// q for a matrix whose shorter side is `short`.
+    pub fn q(self, short: usize) -> usize {
+        match self {
+            Self::Fraction(f) => ((f * short as f64).floor() as usize).clamp(1, short),
+            Self::Fixed(r) => r.get().min(short),
+        }
+    }
+
+    /// Parses a share of the full rank.
+    pub fn fraction(text: &str) -> Result<Self> {
+        let refuse = |reason: &str| Error::Parse {
+            what: "a rank fraction",
+            value: text.into(),
+            reason: reason.into(),
+        };
+        let f: f64 = text.parse().map_err(|_| refuse("it is not a number"))?;
+        if f > 0.0 && f <= 1.0 {
+            Ok(Self::Fraction(f))
+        } else {
+            Err(refuse("it must be above 0 and at most 1"))
+        }
+    }
+}
+
+impl fmt::Display for Rank {
+    fn fmt(&self, out: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Fraction(f) => write!(out, "fraction {f}"),
+            Self::Fixed(r) => write!(out, "rank {r}"),
+        }
+    }
+}
+
+/// What the index keeps beside the map: hashes of every file and every tensor.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Sums {
+    pub files: BTreeMap<String, String>,
+    pub tensors: BTreeMap<String, String>,
+}
+
+/// Reads the `svd` section of the `config.json` at `path`.
+pub fn parse_section(path: &Path, section: &Value) -> Result<SvdSection> {
+    let refuse = |reason: String| Error::SvdSection {
+        path: path.into(),
+        reason,
+    };
+    match section["schema"].as_u64() {
+        Some(schema) if schema > u64::from(SCHEMA) => {
+            return Err(refuse(format!(
+                "has schema {schema}, this build reads up to {SCHEMA}: a newer svdhub wrote it"
+            )));
+        }
+        Some(_) => {}
+        None => return Err(refuse("has no `schema` number".into())),
+    }
+    let section: SvdSection =
+        serde_json::from_value(section.clone()).map_err(|e| refuse(e.to_string()))?;
+    check_pin(&section.base).map_err(&refuse)?;
+    for (module, record) in &section.modules {
+        let [m, n] = record.shape;
+        if m.checked_mul(n).is_none_or(|elements| elements >= 1 << 48) {
+            return Err(refuse(format!(
+                "gives module `{module}` the shape {m} × {n}"
+            )));
+        }
+        if record.q == 0 || record.q > m.min(n) {
+            return Err(refuse(format!(
+                "gives module `{module}` ({m} × {n}) the rank {}",
+                record.q
+            )));
+        }
+    }
+    Ok(section)
+}
+
+impl Pin {
+    /// The base in words.
+    pub fn describe(&self) -> String {
+        match (&self.repo, &self.revision) {
+            (Some(repo), Some(revision)) => format!("{repo}@{revision}"),
+            (Some(repo), None) => repo.clone(),
+            _ => "(a local directory)".into(),
+        }
+    }
+}
+
+/// A pin comes from strangers: its file names become files, its repository a request.
+fn check_pin(pin: &Pin) -> Result<(), String> {
+    let hex = |text: &str, digits: usize| {
+        text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit())
+    };
+    if pin.sha256.is_empty() {
+        return Err("names no file of its base".into());
+    }
+    for (file, sum) in &pin.sha256 {
+        if !is_plain_file_name(file) {
+            return Err(format!(
+                "names the base file `{file}`, which is not a plain file name"
+            ));
+        }
+        if !hex(sum, 64) {
+            return Err(format!("gives `{file}` the sha256 `{sum}`"));
+        }
+    }
+    if let Some(revision) = pin.revision.as_ref().filter(|r| !hex(r, 40)) {
+        return Err(format!(
+            "pins its base at `{revision}`, which is not a commit"
+        ));
+    }
+    match &pin.repo {
+        Some(repo) if !is_repo_id(repo) => Err(format!("names the base `{repo}`")),
+        _ => Ok(()),
+    }
+}
+
+/// A file name without any path in it.
+pub fn is_plain_name(name: &str) -> bool {
+    !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
+}
+
+/// Whether a text has the form `org/name` of a Hub id.
+pub fn is_repo_id(text: &str) -> bool {
+    let part = |s: &str| {
+        !s.is_empty()
+            && !s.starts_with('.')
+            && !s.contains("..")
+            && s.chars()
+                .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    text.split_once('/')
+        .is_some_and(|(org, name)| part(org) && part(name))
+}
+
+/// Positions as stored: u32 where they fit, u64 beyond.
+pub fn positions(stored: &Elements) -> Vec<u64> {
+    match stored.dtype {
+        Dtype::U64 => stored
+            .bytes
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .map(|&b| u64::from_le_bytes(b))
+            .collect(),
+        _ => stored
+            .bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|&b| u32::from_le_bytes(b).into())
+            .collect(),
+    }
+}
+
+/// The inverse of [`positions`].
+pub fn stored_positions(positions: &[u64], elements: usize) -> Elements {
+    let shape = vec![positions.len()];
+    if u32::try_from(elements).is_ok() {
+        // every position is below `elements`, which fits
+        let bytes = positions
+            .iter()
+            .flat_map(|&at| (at as u32).to_le_bytes())
+            .collect();
+        Elements {
+            dtype: Dtype::U32,
+            shape,
+            bytes,
+        }
+    } else {
+        let bytes = positions.iter().flat_map(|at| at.to_le_bytes()).collect();
+        Elements {
+            dtype: Dtype::U64,
+            shape,
+            bytes,
+        }
+    }
+}

@@ -1,0 +1,401 @@
+//! Row-wise operations in one pass on the CPU, in f32: what candle does in many passes, each with its own buffer.
+//!
+//! Every function answers `None` where it does not apply (another device, another dtype); the caller then composes the
+//! same from tensor operations, which is also what the tests hold these loops against.
+
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Storage, Tensor, bail};
+use rayon::prelude::*;
+
+/// Rows are handed to threads in groups of about this many numbers: enough to pay for the hand-over.
+const GROUP: usize = 16 << 10;
+
+fn applies(tensors: &[&Tensor]) -> bool {
+    tensors
+        .iter()
+        .all(|t| t.dtype() == DType::F32 && matches!(t.device(), Device::Cpu) && t.is_contiguous())
+}
+
+/// Calls `f` with the numbers of contiguous CPU tensors.
+fn with_slices<const N: usize, R>(
+    tensors: [&Tensor; N],
+    f: impl FnOnce([&[f32]; N]) -> Result<R>,
+) -> Result<R> {
+    let guards = tensors.map(Tensor::storage_and_layout);
+    let mut slices: [&[f32]; N] = [&[]; N];
+    for (slice, (storage, layout)) in slices.iter_mut().zip(&guards) {
+        let Storage::Cpu(CpuStorage::F32(values)) = &**storage else {
+            bail!("a fused operation is for f32 on the CPU");
+        };
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            bail!("a fused operation is for contiguous tensors");
+        };
+        *slice = &values[start..end];
+    }
+    f(slices)
+}
+
+/// Changes the numbers of a tensor that nobody else holds.
+fn in_place(tensor: &Tensor, f: impl Fn(&mut [f32])) -> Result<()> {
+    struct Change<F>(F);
+    impl<F: Fn(&mut [f32])> InplaceOp1 for Change<F> {
+        fn name(&self) -> &'static str {
+            "fused"
+        }
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+            match (storage, layout.contiguous_offsets()) {
+                (CpuStorage::F32(values), Some((start, end))) => {
+                    (self.0)(&mut values[start..end]);
+                    Ok(())
+                }
+                _ => bail!("a fused operation is for contiguous f32"),
+            }
+        }
+    }
+    tensor.inplace_op1(&Change(f))
+}
+
+fn rows_per_group(row: usize) -> usize {
+    (GROUP / row.max(1)).max(1)
+}
+
+/// silu(a) ∘ b
+pub fn swiglu(a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
+    if !applies(&[a, b]) {
+        return Ok(None);
+    }
+    let y = with_slices([a, b], |[a, b]| {
+        let mut y = vec![0f32; a.len()];
+        y.par_chunks_mut(GROUP)
+            .zip(a.par_chunks(GROUP).zip(b.par_chunks(GROUP)))
+            .for_each(|(y, (a, b))| {
+                for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
+                    *y = a / (1.0 + (-a).exp()) * b;
+                }
+            });
+        Ok(y)
+    })?;
+    Ok(Some(Tensor::from_vec(y, a.shape(), a.device())?))
+}
+
+/// (da, db) of [`swiglu`] from the gradient of its output.
+pub fn swiglu_gradient(a: &Tensor, b: &Tensor, g: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
+    if !applies(&[a, b, g]) {
+        return Ok(None);
+    }
+    let (da, db) = with_slices([a, b, g], |[a, b, g]| {
+        let (mut da, mut db) = (vec![0f32; a.len()], vec![0f32; a.len()]);
+        da.par_chunks_mut(GROUP)
+            .zip(db.par_chunks_mut(GROUP))
+            .zip(
+                a.par_chunks(GROUP)
+                    .zip(b.par_chunks(GROUP))
+                    .zip(g.par_chunks(GROUP)),
+            )
+            .for_each(|((da, db), ((a, b), g))| {
+                for i in 0..a.len() {
+                    let s = 1.0 / (1.0 + (-a[i]).exp());
+                    let silu = a[i] * s;
+                    db[i] = g[i] * silu;
+                    da[i] = g[i] * b[i] * (s + silu - silu * s);
+                }
+            });
+        Ok((da, db))
+    })?;
+    let tensor = |values| Tensor::from_vec(values, a.shape(), a.device());
+    Ok(Some((tensor(da)?, tensor(db)?)))
+}
+
+/// (dx, dw) of the root mean square norm over the last side.
+pub fn rms_norm_gradient(
+    x: &Tensor,
+    w: &Tensor,
+    g: &Tensor,
+    eps: f64,
+) -> Result<Option<(Tensor, Tensor)>> {
+    if !applies(&[x, w, g]) {
+        return Ok(None);
+    }
+    let n = w.elem_count();
+    let (dx, dw) = with_slices([x, w, g], |[x, w, g]| {
+        let mut dx = vec![0f32; x.len()];
+        let group = n * rows_per_group(n);
+        // partial sums are added in the order of the rows: the same bits for any number of threads
+        let partial: Vec<Vec<f32>> = dx
+            .par_chunks_mut(group)
+            .zip(x.par_chunks(group).zip(g.par_chunks(group)))
+            .map(|(dx, (x, g))| {
+                let mut dw = vec![0f32; n];
+                let rows = x.chunks_exact(n).zip(g.chunks_exact(n));
+                for (dx, (x, g)) in dx.chunks_exact_mut(n).zip(rows) {
+                    let mean_square = x.iter().map(|x| x * x).sum::<f32>() / n as f32;
+                    let inverse = 1.0 / (mean_square + eps as f32).sqrt();
+                    let mut along = 0.0;
+                    for i in 0..n {
+                        let normed = x[i] * inverse;
+                        dw[i] += g[i] * normed;
+                        along += g[i] * w[i] * normed;
+                    }
+                    along /= n as f32;
+                    for i in 0..n {
+                        dx[i] = (g[i] * w[i] - x[i] * inverse * along) * inverse;
+                    }
+                }
+                dw
+            })
+            .collect();
+        let mut dw = vec![0f32; n];
+        for part in partial {
+            for (sum, x) in dw.iter_mut().zip(part) {
+                *sum += x;
+            }
+        }
+        Ok((dx, dw))
+    })?;
+    let dx = Tensor::from_vec(dx, x.shape(), x.device())?;
+    Ok(Some((dx, Tensor::from_vec(dw, n, x.device())?)))
+}
+
+/// Softmax of each row of `scores (…, t)` where `mask (t, t)` is finite, in place. False where it does not apply.
+pub fn masked_softmax(scores: &Tensor, mask: &Tensor) -> Result<bool> {
+    if !applies(&[scores, mask]) {
+        return Ok(false);
+    }
+    let t = mask.dim(0)?;
+    with_slices([mask], |[mask]| {
+        // what a position sees is one run of positions
+        let seen: Vec<(usize, usize)> = mask
+            .chunks_exact(t)
+            .map(|row| {
+                let first = row.iter().position(|m| m.is_finite()).unwrap_or(0);
+                let last = row.iter().rposition(|m| m.is_finite()).unwrap_or(0);
+                (first, last + 1)
+            })
+            .collect();
+        in_place(scores, |scores| {
+            let group = t * rows_per_group(t);
+            scores
+                .par_chunks_mut(group)
+                .enumerate()
+                .for_each(|(at, rows)| {
+                    for (i, row) in rows.chunks_exact_mut(t).enumerate() {
+                        let (first, end) = seen[(at * group / t + i) % t];
+                        row[..first].fill(0.0);
+                        row[end..].fill(0.0);
+                        softmax(&mut row[first..end]);
+                    }
+                });
+        })
+    })?;
+    Ok(true)
+}
+
+/// Softmax of one row in place; returns what was subtracted and the sum, for a logarithm.
+fn softmax(row: &mut [f32]) -> (f32, f64) {
+    let largest = row.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
+    // a vocabulary of a hundred thousand summed in f32 one by one would cost the loss its fifth digit
+    let mut sum = 0f64;
+    for part in row.chunks_mut(64) {
+        let mut partial = 0f32;
+        for x in part.iter_mut() {
+            *x = (*x - largest).exp();
+            partial += *x;
+        }
+        sum += f64::from(partial);
+    }
+    let inverse = (1.0 / sum) as f32;
+    for x in row.iter_mut() {
+        *x *= inverse;
+    }
+    (largest, sum)
+}
+
+/// dp → p ∘ (dp − Σ dp ∘ p) over the last side, in place of `dp`. False where it does not apply.
+pub fn softmax_gradient(p: &Tensor, dp: &Tensor) -> Result<bool> {
+    if !applies(&[p, dp]) {
+        return Ok(false);
+    }
+    let t = p.dim(candle_core::D::Minus1)?;
+    with_slices([p], |[p]| {
+        in_place(dp, |dp| {
+            let group = t * rows_per_group(t);
+            dp.par_chunks_mut(group)
+                .zip(p.par_chunks(group))
+                .for_each(|(dp, p)| {
+                    for (dp, p) in dp.chunks_exact_mut(t).zip(p.chunks_exact(t)) {
+                        let along: f32 = dp.iter().zip(p).map(|(d, p)| d * p).sum();
+                        for (d, p) in dp.iter_mut().zip(p) {
+                            *d = p * (*d - along);
+                        }
+                    }
+                });
+        })
+    })?;
+    Ok(true)
+}
+
+/// Σ −log softmax(row)[target], leaving softmax − onehot, its gradient, in place of the logits.
+pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Option<f64>> {
+    if !applies(&[logits]) {
+        return Ok(None);
+    }
+    let n = logits.dim(1)?;
+    let losses = std::sync::Mutex::new(Vec::new());
+    in_place(logits, |logits| {
+        let each: Vec<f64> = logits
+            .par_chunks_mut(n)
+            .zip(targets)
+            .map(|(row, &target)| {
+                let wanted = row[target as usize];
+                let (largest, sum) = softmax(row);
+                row[target as usize] -= 1.0;
+                f64::from(largest) - f64::from(wanted) + sum.ln()
+            })
+            .collect();
+        *losses
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner()) = each;
+    })?;
+    let losses = losses
+        .into_inner()
+        .unwrap_or_else(|poisoned| poisoned.into_inner());
+    Ok(Some(losses.iter().sum()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ops;
+    use super::*;
+    use candle_core::Var;
+
+    fn random(shape: &[usize]) -> Tensor {
+        Tensor::randn(0f32, 1f32, shape, &Device::Cpu).expect("random")
+    }
+
+    fn wide(t: &Tensor) -> Tensor {
+        t.to_dtype(DType::F64).expect("f64")
+    }
+
+    /// `got` in f32 against `wanted` in f64, relative to the largest value.
+    fn assert_near(got: &Tensor, wanted: &Tensor, what: &str) {
+        let numbers = |t: &Tensor| {
+            wide(t)
+                .flatten_all()
+                .and_then(|t| t.to_vec1::<f64>())
+                .expect("numbers")
+        };
+        let (got, wanted) = (numbers(got), numbers(wanted));
+        assert_eq!(got.len(), wanted.len());
+        let scale = wanted.iter().fold(1e-30f64, |m, x| m.max(x.abs()));
+        for (a, b) in got.iter().zip(&wanted) {
+            // a few roundings per number, and a sum over at most some hundred
+            assert!((a - b).abs() <= 4e-6 * scale, "{what}: {a} instead of {b}");
+        }
+    }
+
+    /// Value and gradients of `f` in f32 (fused) against the same in f64 (composed of tensor operations).
+    fn assert_twins(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>, what: &str) {
+        let run = |inputs: Vec<Var>| {
+            let tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
+            let y = f(&tensors).expect("forward");
+            // a smooth function with other gradients everywhere
+            let gradients = y
+                .sin()
+                .and_then(|y| y.sum_all())
+                .and_then(|y| y.backward())
+                .expect("backward");
+            let gradients: Vec<Tensor> = inputs
+                .iter()
+                .map(|v| gradients.get(v).expect("a gradient").clone())
+                .collect();
+            (y, gradients)
+        };
+        let var = |t: &Tensor| Var::from_tensor(t).expect("variable");
+        let (y, gradients) = run(inputs.iter().map(var).collect());
+        let (wanted, wanted_gradients) = run(inputs.iter().map(|t| var(&wide(t))).collect());
+        assert_near(&y, &wanted, what);
+        for (i, (got, wanted)) in gradients.iter().zip(&wanted_gradients).enumerate() {
+            assert_near(got, wanted, &format!("{what}, gradient {i}"));
+        }
+    }
+
+    #[test]
+    fn swiglu_is_its_composition() {
+        for shape in [vec![3, 7], vec![2, 130, 257]] {
+            let inputs = [random(&shape), (random(&shape) * 3.0).expect("scaled")];
+            assert_twins(&inputs, |t| ops::swiglu(&t[0], &t[1]), "swiglu");
+        }
+    }
+
+    #[test]
+    fn attention_is_its_composition() {
+        for (t, window) in [(1, None), (9, None), (67, Some(5)), (130, None)] {
+            let inputs = [
+                random(&[2, 6, t, 8]),
+                random(&[2, 3, t, 8]),
+                random(&[2, 3, t, 8]),
+            ];
+            let f = |x: &[Tensor]| {
+                let mask =
+                    super::super::decoder::causal_mask(t, window, x[0].dtype(), &Device::Cpu)?;
+                ops::attention(&x[0], &x[1], &x[2], &mask, 0.3)
+            };
+            assert_twins(&inputs, f, "attention");
+        }
+    }
+
+    #[test]
+    fn rms_norm_gradient_is_its_formula() {
+        for (rows, n) in [(1, 5), (300, 129)] {
+            let (x, w, g) = (random(&[rows, n]), random(&[n]), random(&[rows, n]));
+            let (dx, dw) = rms_norm_gradient(&x, &w, &g, 1e-5)
+                .and_then(|r| Ok(r.expect("applies")))
+                .expect("fused");
+            let vars = [
+                Var::from_tensor(&wide(&x)).expect("x"),
+                Var::from_tensor(&wide(&w)).expect("w"),
+            ];
+            let composed = || -> Result<Tensor> {
+                let mean = (vars[0].sqr()?.sum_keepdim(1)? / n as f64)?;
+                let y = vars[0]
+                    .broadcast_div(&(mean + 1e-5)?.sqrt()?)?
+                    .broadcast_mul(&vars[1])?;
+                (y * wide(&g))?.sum_all()
+            };
+            let gradients = composed().and_then(|y| y.backward()).expect("backward");
+            assert_near(&dx, gradients.get(&vars[0]).expect("dx"), "dx");
+            assert_near(&dw, gradients.get(&vars[1]).expect("dw"), "dw");
+        }
+    }
+
+    #[test]
+    fn cross_entropy_is_its_composition() {
+        let (rows, n) = (37, 301);
+        let logits = (random(&[rows, n]) * 4.0).expect("scaled");
+        let targets: Vec<u32> = (0..rows as u32).map(|i| i * 37 % n as u32).collect();
+        let wanted = Tensor::from_vec(targets.clone(), (rows, 1), &Device::Cpu).expect("targets");
+        let p = candle_nn::ops::softmax(&wide(&logits), 1).expect("softmax");
+        let loss: f64 = p
+            .gather(&wanted, 1)
+            .and_then(|p| p.log()?.neg()?.sum_all()?.to_scalar())
+            .expect("loss");
+        let onehot = Tensor::ones((rows, 1), DType::F64, &Device::Cpu).expect("ones");
+        let gradient = p
+            .scatter_add(&wanted, &onehot.neg().expect("minus"), 1)
+            .expect("gradient");
+        let fused = cross_entropy(&logits, &targets)
+            .expect("fused")
+            .expect("applies");
+        assert!(
+            (fused - loss).abs() < 1e-6 * loss,
+            "{fused} instead of {loss}"
+        );
+        assert_near(&logits, &gradient, "gradient");
+    }
+
+    #[test]
+    fn other_dtypes_are_left_to_tensor_operations() {
+        let x = wide(&random(&[2, 3]));
+        assert!(swiglu(&x, &x).expect("asks").is_none());
+        assert!(!softmax_gradient(&x, &x).expect("asks"));
+    }
+}
