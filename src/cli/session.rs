@@ -260,7 +260,8 @@ pub fn keep_freed_memory() {
     // SAFETY: mallopt takes any integers and only sets thresholds of the allocator.
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
+        // the threshold alone cannot be raised above 32 MB, and one chunk of logits is larger
+        libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
     }

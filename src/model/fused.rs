@@ -348,7 +348,7 @@ mod tests {
         for (rows, n) in [(1, 5), (300, 129)] {
             let (x, w, g) = (random(&[rows, n]), random(&[n]), random(&[rows, n]));
             let (dx, dw) = rms_norm_gradient(&x, &w, &g, 1e-5)
-                .and_then(|r| Ok(r.expect("applies")))
+                .map(|r| r.expect("applies"))
                 .expect("fused");
             let vars = [
                 Var::from_tensor(&wide(&x)).expect("x"),
