@@ -55,23 +55,14 @@ pub struct Global {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Say what will be done with every tensor, and what can be trained: reads headers only
     Plan(plan::Command),
-    /// Split every linear weight into singular values and vectors
     Decompose(decompose::Command),
-    /// Move the singular values on a text
     Train(train::Command),
-    /// Measure the next-token loss on a text
     Evaluate(evaluate::Command),
-    /// Put trained singular values back into an ordinary model
     Merge(merge::Command),
-    /// Push a directory to the Hub, with a card
     Publish(publish::Command),
-    /// Read a directory again and check every hash, shape and number
     Verify(verify::Command),
-    /// Run everything once, from a Hub and back to it
     Demo(demo::Command),
-    /// Serve a Hub of your own on this machine
     Hub(hub::Command),
 }
 

@@ -148,7 +148,7 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
         exceptions_share: exceptions as f64 / elements as f64,
         double_precision: records
             .values()
-            .filter(|r| r.route == linalg::Route::GramF64)
+            .filter(|r| r.route != linalg::Route::GramF32)
             .count(),
         bytes,
         base_bytes: base.checkpoint.inventory.total_bytes(),
@@ -331,7 +331,7 @@ impl Job<'_> {
     fn compute_part(&self, tensor: &PlannedTensor) -> Result<Part> {
         let (module, checkpoint) = (tensor.module(), &self.base.checkpoint);
         let stored = checkpoint.read_finite(&tensor.name)?;
-        let q = tensor.q().expect("only planned decompositions come here");
+        let q = tensor.q.expect("only planned decompositions come here");
         let [m, n] = [stored.shape[0], stored.shape[1]];
         let (factors, mut record) = {
             let matrix = Array2::from_shape_vec((m, n), stored.to_f32())
@@ -471,7 +471,7 @@ impl Job<'_> {
         let mut placed = Vec::new();
         let sidecar = self.options.plan.layout == ArtifactLayout::Sidecar;
         for tensor in &plan.tensors {
-            if let Some(part) = parts.get(tensor.module()).filter(|_| tensor.q().is_some()) {
+            if let Some(part) = parts.get(tensor.module()).filter(|_| tensor.q.is_some()) {
                 placed.extend(part.tensors.iter().map(|t| Placed {
                     name: t.name.clone(),
                     dtype: t.dtype,

@@ -115,9 +115,9 @@ pub fn role(tensor: &str) -> Role {
 
 /// What happens to a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(tag = "action", rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case")]
 pub enum Action {
-    Decompose { q: usize },
+    Decompose,
     Copy,
 }
 
@@ -129,8 +129,9 @@ pub struct PlannedTensor {
     pub dtype: String,
     pub bytes: u64,
     pub role: Role,
-    #[serde(flatten)]
     pub action: Action,
+    /// Singular triplets to keep, of a tensor that is decomposed.
+    pub q: Option<usize>,
     pub reason: String,
 }
 
@@ -140,13 +141,6 @@ impl PlannedTensor {
         self.name.strip_suffix(".weight").unwrap_or(&self.name)
     }
 
-    pub fn q(&self) -> Option<usize> {
-        match self.action {
-            Action::Decompose { q } => Some(q),
-            Action::Copy => None,
-        }
-    }
-
     /// (m, n) of a planned decomposition.
     fn sides(&self) -> (usize, usize) {
         (self.shape[0], self.shape[1])
@@ -154,7 +148,7 @@ impl PlannedTensor {
 
     /// Multiplications and additions of the Gram route (facts of 2026-11: 1.3–2.1 × these are measured).
     pub fn flops(&self) -> u64 {
-        let Some(q) = self.q() else { return 0 };
+        let Some(q) = self.q else { return 0 };
         let (m, n) = self.sides();
         let (s, l, q) = (m.min(n) as f64, m.max(n) as f64, q as f64);
         let svd = s * s * l + 8.0 / 3.0 * s.powi(3) + 2.0 * q * s * s + 2.0 * q * s * l + q * q * l;
@@ -164,7 +158,7 @@ impl PlannedTensor {
 
     /// Bytes one worker holds while it decomposes this tensor.
     fn worker_bytes(&self, layout: ArtifactLayout) -> u64 {
-        let Some(q) = self.q() else {
+        let Some(q) = self.q else {
             return self.bytes;
         };
         let (m, n) = self.sides();
@@ -182,7 +176,7 @@ impl PlannedTensor {
 
     /// Bytes the tensor takes in the artifact.
     fn artifact_bytes(&self, layout: ArtifactLayout) -> u64 {
-        match (self.q(), layout) {
+        match (self.q, layout) {
             (None, ArtifactLayout::Residual) => self.bytes,
             (None, ArtifactLayout::Sidecar) => 0,
             (Some(q), _) => {
@@ -251,7 +245,7 @@ impl Plan {
             .map(|(file, entry)| planned(root, file, entry, config, options))
             .collect::<Result<_>>()?;
         refuse_taken_names(root, inventory, &tensors)?;
-        let decomposed = || tensors.iter().filter(|t| t.q().is_some());
+        let decomposed = || tensors.iter().filter(|t| t.q.is_some());
         if decomposed().next().is_none() {
             return Err(Error::NothingToDecompose {
                 path: root.into(),
@@ -278,7 +272,7 @@ impl Plan {
             layout: options.layout,
             parameters: inventory.entries().map(|(_, e)| e.elements() as u64).sum(),
             trainable: Trainable {
-                sigma: decomposed().filter_map(|t| t.q()).map(|q| q as u64).sum(),
+                sigma: decomposed().filter_map(|t| t.q).map(|q| q as u64).sum(),
                 norms: count(Role::Norm),
                 embeddings: count(Role::Embedding),
             },
@@ -303,7 +297,7 @@ impl Plan {
 
     /// The tensors to decompose, in checkpoint order.
     pub fn decomposed(&self) -> impl Iterator<Item = &PlannedTensor> {
-        self.tensors.iter().filter(|t| t.q().is_some())
+        self.tensors.iter().filter(|t| t.q.is_some())
     }
 }
 
@@ -365,7 +359,7 @@ pub fn check_shapes(root: &Path, config: &ModelConfig, inventory: &Inventory) ->
 
 /// A stranger's tensor must not be called like a part of the decomposition it is carried along in.
 fn refuse_taken_names(root: &Path, inventory: &Inventory, tensors: &[PlannedTensor]) -> Result<()> {
-    let modules = tensors.iter().filter(|t| t.q().is_some());
+    let modules = tensors.iter().filter(|t| t.q.is_some());
     let parts = modules.flat_map(|t| ModuleTensors::of(t.module()).all());
     let headers = inventory
         .files
@@ -390,8 +384,8 @@ fn planned(
     let role = role(&entry.name);
     let module = entry.name.strip_suffix(".weight").unwrap_or(&entry.name);
     let linear = matches!(role, Role::Linear | Role::Head) && entry.shape.len() == 2;
-    let copy = |reason: &str| (Action::Copy, reason.to_string());
-    let (action, reason) = if !linear {
+    let copy = |reason: &str| (None, reason.to_string());
+    let (q, reason) = if !linear {
         copy(match role {
             Role::Norm => "a norm, not a matrix",
             Role::Bias => "a bias, carried along",
@@ -419,10 +413,7 @@ fn planned(
             copy("empty")
         } else {
             let q = options.rank.q(short);
-            (
-                Action::Decompose { q },
-                format!("linear, {q} of {short} triplets"),
-            )
+            (Some(q), format!("linear, {q} of {short} triplets"))
         }
     };
     Ok(PlannedTensor {
@@ -431,7 +422,12 @@ fn planned(
         dtype: dtype_name(entry.dtype),
         bytes: entry.bytes,
         role,
-        action,
+        action: if q.is_some() {
+            Action::Decompose
+        } else {
+            Action::Copy
+        },
+        q,
         reason,
     })
 }

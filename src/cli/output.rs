@@ -1,6 +1,6 @@
 //! Tables on standard output.
 
-/// Rows of cells under a header, columns aligned: the first to the left, the others to the right.
+/// Rows of cells under a header: columns of numbers are aligned to the right, columns of words to the left.
 pub struct Table {
     rows: Vec<Vec<String>>,
 }
@@ -24,15 +24,22 @@ impl Table {
             cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
         };
         let widths: Vec<usize> = (0..columns).map(width).collect();
+        let numeric = |column: usize| {
+            let cells = self.rows.iter().skip(1).filter_map(|row| row.get(column));
+            let mut starts = cells.filter_map(|cell| cell.chars().next());
+            column > 0 && starts.all(|c| c.is_ascii_digit() || c == '–')
+        };
+        let numeric: Vec<bool> = (0..columns).map(numeric).collect();
         let mut text = String::new();
         for row in &self.rows {
             let mut line = String::new();
             for (column, cell) in row.iter().enumerate() {
                 let padding = " ".repeat(widths[column].saturating_sub(cell.chars().count()));
-                if column == 0 {
-                    line.push_str(&format!("{cell}{padding}"));
+                let gap = if column == 0 { "" } else { "  " };
+                if numeric[column] {
+                    line.push_str(&format!("{gap}{padding}{cell}"));
                 } else {
-                    line.push_str(&format!("  {padding}{cell}"));
+                    line.push_str(&format!("{gap}{cell}{padding}"));
                 }
             }
             text.push_str(line.trim_end());

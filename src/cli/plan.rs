@@ -153,7 +153,7 @@ pub fn show(plan: &Plan, name: &str, all: bool) -> String {
         bytes(plan.peak_bytes),
     ]);
     table.row([
-        format!("time, {:.1} TFLOP, estimated", plan.flops as f64 / 1e12),
+        format!("time, {:.1} GFLOP, estimated", plan.flops as f64 / 1e9),
         clock(plan.seconds.max(1.0)),
     ]);
     text.push('\n');
@@ -178,7 +178,7 @@ fn shape(shape: &[usize]) -> String {
 fn every(plan: &Plan) -> String {
     let mut table = Table::new(["tensor", "shape", "dtype", "q", "why"]);
     for tensor in &plan.tensors {
-        let q = tensor.q().map_or("–".into(), |q| q.to_string());
+        let q = tensor.q.map_or("–".into(), |q| q.to_string());
         let cells = [
             tensor.name.clone(),
             shape(&tensor.shape),
@@ -208,7 +208,7 @@ fn groups(plan: &Plan) -> String {
             })
             .collect();
         let what = match tensor.action {
-            Action::Decompose { .. } => "decompose",
+            Action::Decompose => "decompose",
             Action::Copy => "copy",
         };
         let key = [

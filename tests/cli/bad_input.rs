@@ -325,28 +325,38 @@ fn a_disk_without_room() {
         eprintln!("SKIPPED a_disk_without_room: mounting a small file system needs root");
         return;
     }
-    let out = mount.join("svd");
-    let (refused, filled) = (
-        broken
-            .world
-            .run(&["decompose", arg(&broken.base), "--out", arg(&out)]),
-        mount.join("merged"),
-    );
-    // one that starts and then runs full: a sidecar fits, the merge beside it does not
-    let split = broken.world.path("svd");
-    broken
-        .world
-        .run(&["decompose", arg(&broken.base), "--out", arg(&split)])
+    let (world, base) = (&broken.world, arg(&broken.base));
+    let split = world.path("svd");
+    world
+        .run(&["decompose", base, "--out", arg(&split)])
         .succeeds();
-    let merged = broken
-        .world
-        .run(&["merge", arg(&split), "--out", arg(&filled)]);
-    let unfinished = !out.join("svd.safetensors.index.json").exists()
-        && !filled.join("model.safetensors").exists();
+    // known before the work begins
+    let (no_split, no_model) = (mount.join("svd"), mount.join("merged"));
+    let decomposed = world.run(&["decompose", base, "--out", arg(&no_split)]);
+    let merged = world.run(&["merge", arg(&split), "--out", arg(&no_model)]);
+    // found out in the middle: the last block is gone
+    let stuffing = std::fs::File::create(mount.join("stuffing")).expect("creates");
+    while std::io::Write::write_all(&mut &stuffing, &[1; 4096]).is_ok() {}
+    let (data, adapter) = (fixture("eighty-train.txt"), mount.join("adapter"));
+    let train = [
+        "train",
+        arg(&split),
+        "--data",
+        arg(&data),
+        "--steps",
+        "2",
+        "--length",
+        "16",
+    ];
+    let trained = world.run(&[&train[..], &["--out", arg(&adapter)]].concat());
+    let nothing = !no_split.join("svd.safetensors.index.json").exists()
+        && !no_model.join("model.safetensors").exists()
+        && !adapter.join("adapter.safetensors").exists();
     let _ = std::process::Command::new("umount").arg(&mount).status();
-    refused.refuses(&["needs", "free", "choose another disk"]);
-    merged.refuses(&["free"]);
-    assert!(unfinished);
+    decomposed.refuses(&["needs", "free", "choose another disk"]);
+    merged.refuses(&["needs", "free"]);
+    trained.refuses(&["no space left", "adapter", "free some space"]);
+    assert!(nothing);
 }
 
 #[test]
