@@ -11,9 +11,7 @@ use crate::format::Pin;
 use crate::json::{self, Tool};
 use crate::weights::element::is_float;
 use crate::weights::shard::{sha256_file, write_atomically};
-use crate::weights::{
-    Checkpoint, Dtype, Elements, Header, Inventory, ShardWriter, checkpoint::WeightFile,
-};
+use crate::weights::{Checkpoint, Dtype, Elements, Header, ShardWriter};
 
 pub const WEIGHTS_FILE: &str = "adapter.safetensors";
 /// Not `adapter_config.json`: PEFT would take the folder for one of its own.
@@ -150,15 +148,7 @@ impl Adapter {
             });
         }
         let path = dir.join(WEIGHTS_FILE);
-        let file = WeightFile {
-            name: WEIGHTS_FILE.into(),
-            header: Header::read(&path)?,
-        };
-        let checkpoint = Checkpoint {
-            dir: dir.into(),
-            inventory: Inventory::new(dir, vec![file])?,
-            indexed: false,
-        };
+        let checkpoint = Checkpoint::single(dir, WEIGHTS_FILE)?;
         let (mut delta, mut tensors) = (BTreeMap::new(), BTreeMap::new());
         for (_, entry) in checkpoint.inventory.entries() {
             if entry.dtype != Dtype::F32 {

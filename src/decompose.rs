@@ -92,7 +92,7 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
     match claim {
         Claim::Finished => {
             observer.note(format!("{} is complete already", out.display()));
-            return finished_facts(out);
+            return report::section(out, "decompose");
         }
         Claim::Interrupted => observer.note(format!("going on in {}", out.display())),
         Claim::Fresh => {}
@@ -173,14 +173,6 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
     let _ = std::fs::remove_dir(workspace.state("parts"));
     let _ = std::fs::remove_file(workspace.state("assembly.json"));
     Ok(facts)
-}
-
-fn finished_facts(out: &Path) -> Result<Facts> {
-    let section = report::read(out)?.remove("decompose").unwrap_or_default();
-    serde_json::from_value(section).map_err(|source| Error::Json {
-        path: out.join(report::FILE),
-        source,
-    })
 }
 
 /// What makes two runs the same job.
@@ -515,22 +507,13 @@ impl Job<'_> {
         )?;
         if path.exists() {
             // finished before a kill; its parts may be gone, so it is read back for its hashes
-            let there = Header::read(&path)?;
-            if there.prefix != header.prefix {
+            if Header::read(&path)?.prefix != header.prefix {
                 return Err(Error::OutputOccupied {
                     path: self.out.into(),
                     found: format!("another `{name}`"),
                 });
             }
-            let file = crate::weights::checkpoint::WeightFile {
-                name: name.into(),
-                header: there,
-            };
-            let written = Checkpoint {
-                dir: self.out.into(),
-                inventory: crate::weights::Inventory::new(self.out, vec![file])?,
-                indexed: false,
-            };
+            let written = Checkpoint::single(self.out, name)?;
             for tensor in shard {
                 let bytes = written.read(&tensor.name)?.bytes;
                 index.add(tensor, name, &bytes);
@@ -566,17 +549,7 @@ impl Job<'_> {
     }
 
     fn open_part(&self, module: &str) -> Result<Checkpoint> {
-        let path = self.part_path(module);
-        let folder = self.workspace.state("parts");
-        let file = crate::weights::checkpoint::WeightFile {
-            name: part_file(module),
-            header: Header::read(&path)?,
-        };
-        Ok(Checkpoint {
-            inventory: crate::weights::Inventory::new(&folder, vec![file])?,
-            dir: folder,
-            indexed: false,
-        })
+        Checkpoint::single(&self.workspace.state("parts"), &part_file(module))
     }
 
     fn base_header(&self, file: &str) -> Vec<u8> {

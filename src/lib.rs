@@ -24,6 +24,7 @@ pub mod merge;
 pub mod model;
 pub mod plan;
 pub mod publish;
+mod random;
 pub mod report;
 pub mod source;
 pub mod split;

@@ -93,11 +93,7 @@ pub fn run(
     match claim {
         Claim::Finished => {
             observer.note(format!("{} is complete already", out.display()));
-            let section = report::read(out)?.remove("merge").unwrap_or_default();
-            return serde_json::from_value(section).map_err(|source| Error::Json {
-                path: out.join(report::FILE),
-                source,
-            });
+            return report::section(out, "merge");
         }
         Claim::Interrupted => observer.note(format!("beginning anew in {}", out.display())),
         Claim::Fresh => {}

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::Result;
@@ -22,6 +23,12 @@ pub fn read(dir: &Path) -> Result<Map<String, Value>> {
         Value::Object(sections) => Ok(sections),
         _ => Ok(Map::new()),
     }
+}
+
+/// One section of a directory's report.
+pub fn section<T: DeserializeOwned>(dir: &Path, name: &str) -> Result<T> {
+    let section = read(dir)?.remove(name).unwrap_or_default();
+    json::interpret(&dir.join(FILE), section)
 }
 
 /// Writes `section` into a directory's report, after the sections it `inherits`.

@@ -18,8 +18,7 @@ use crate::json::Tool;
 use crate::model::{Decoder, Trained, stacked};
 use crate::report;
 use crate::source::{Source, load};
-use crate::weights::checkpoint::WeightFile;
-use crate::weights::{Checkpoint, Elements, Header, Inventory, ShardWriter};
+use crate::weights::{Checkpoint, Elements, Header, ShardWriter};
 use crate::workspace::{Claim, Workspace};
 use data::{Corpus, shuffled};
 use optimizer::{AdamW, Moments, Schedule};
@@ -134,11 +133,7 @@ pub fn run(
     match claim {
         Claim::Finished => {
             observer.note(format!("{} is complete already", out.display()));
-            let section = report::read(out)?.remove("train").unwrap_or_default();
-            return serde_json::from_value(section).map_err(|source| Error::Json {
-                path: out.join(report::FILE),
-                source,
-            });
+            return report::section(out, "train");
         }
         Claim::Interrupted if !options.resume && workspace.state(STATE_FILE).exists() => {
             return Err(Error::OutputOccupied {
@@ -387,15 +382,7 @@ impl Run<'_> {
             return Ok(());
         }
         let dir = path.parent().expect("a state file lies in a folder");
-        let file = WeightFile {
-            name: STATE_FILE.into(),
-            header: Header::read(&path)?,
-        };
-        let state = Checkpoint {
-            dir: dir.into(),
-            inventory: Inventory::new(dir, vec![file])?,
-            indexed: false,
-        };
+        let state = Checkpoint::single(dir, STATE_FILE)?;
         for (name, variable) in &self.decoder.variables {
             let read = |kind: &str| Ok::<_, Error>(state.read(&format!("{kind}/{name}"))?.to_f32());
             let moments = Moments {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::blas::{self, Real, add_gram, gemm, orthonormalise_rows, top_eigenpairs};
 use crate::error::{Error, Result};
+use crate::random::SplitMix;
 
 /// How a matrix is decomposed, and what the result promises.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -278,15 +279,15 @@ fn max(a: f64, b: f64) -> f64 {
     }
 }
 
-/// (rows, columns) of ±1 from a counter and the splitmix64 finaliser (Steele, Lea & Flood 2014).
+/// (rows, columns) of ±1.
 fn random_signs(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
-    let mut counter = seed;
+    let mut random = SplitMix(seed);
     Array2::from_shape_simple_fn((rows, columns), || {
-        counter = counter.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut x = counter;
-        x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        if (x ^ (x >> 31)) & 1 == 0 { 1.0 } else { -1.0 }
+        if random.next_u64() & 1 == 0 {
+            1.0
+        } else {
+            -1.0
+        }
     })
 }
 
@@ -313,14 +314,8 @@ mod tests {
 
     /// Normal numbers by Box–Muller from a splitmix stream.
     pub fn normal(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
-        let mut state = seed;
-        let mut uniform = move || {
-            state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            let mut x = state;
-            x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-            x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-            ((x ^ (x >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-        };
+        let mut random = SplitMix(seed);
+        let mut uniform = move || (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
         Array2::from_shape_simple_fn((rows, columns), || {
             let (a, b) = (uniform().max(1e-300), uniform());
             ((-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()) as f32

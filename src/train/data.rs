@@ -8,6 +8,7 @@ use tokenizers::Tokenizer;
 use crate::error::{Error, IoContext, Result};
 use crate::event::Observer;
 use crate::model::ModelConfig;
+use crate::random::SplitMix;
 
 /// A text as one stream of token ids, cut into windows.
 #[derive(Debug, Clone)]
@@ -151,17 +152,12 @@ fn found_instead(value: &Value) -> String {
     }
 }
 
-/// A shuffled order of `n` items, the same for the same seed and epoch (Fisher & Yates, splitmix64).
+/// A shuffled order of `n` items, the same for the same seed and epoch (Fisher & Yates).
 pub fn shuffled(n: usize, seed: u64, epoch: u64) -> Vec<usize> {
-    let mut state = seed ^ epoch.wrapping_mul(0xD1B5_4A32_D192_ED03);
+    let mut random = SplitMix(seed ^ epoch.wrapping_mul(0xD1B5_4A32_D192_ED03));
     let mut order: Vec<usize> = (0..n).collect();
     for i in (1..n).rev() {
-        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut x = state;
-        x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        x ^= x >> 31;
-        order.swap(i, (x % (i as u64 + 1)) as usize);
+        order.swap(i, (random.next_u64() % (i as u64 + 1)) as usize);
     }
     order
 }

@@ -172,21 +172,26 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// Opens one file of `dir` on its own.
+    pub fn single(dir: &Path, file: &str) -> Result<Self> {
+        let header = Header::read(&dir.join(file))?;
+        let files = vec![WeightFile {
+            name: file.into(),
+            header,
+        }];
+        Ok(Self {
+            dir: dir.into(),
+            inventory: Inventory::new(dir, files)?,
+            indexed: false,
+        })
+    }
+
     /// Reads index and headers, and checks them against each other and against the files' lengths.
     ///
     /// A single file wins over an index beside it, as in transformers.
     pub fn open(dir: &Path, layout: Layout) -> Result<Self> {
         if dir.join(layout.single_file()).exists() {
-            let header = Header::read(&dir.join(layout.single_file()))?;
-            let files = vec![WeightFile {
-                name: layout.single_file(),
-                header,
-            }];
-            return Ok(Self {
-                dir: dir.into(),
-                inventory: Inventory::new(dir, files)?,
-                indexed: false,
-            });
+            return Self::single(dir, &layout.single_file());
         }
         let path = dir.join(layout.index_file());
         if !path.exists() {

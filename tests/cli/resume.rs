@@ -127,7 +127,7 @@ fn killed_training_resumes_to_the_same_numbers() {
     let out = world.path("killed");
     let mut child = command(&train(arg(&out), &[])).spawn().expect("starts");
     let state = out.join(".svdhub/training.safetensors");
-    for _ in 0..2000 {
+    for _ in 0..12_000 {
         if state.exists() {
             break;
         }
