@@ -19,7 +19,7 @@ use crate::format::{
     SvdSection, base_header_tensor, stored_positions,
 };
 use crate::json::Tool;
-use crate::linalg::{self, Algorithm, svd::energy};
+use crate::linalg::{self, Algorithm, Wanted, svd::energy};
 use crate::model::ModelConfig;
 use crate::plan::{Plan, PlanOptions, PlannedTensor, Trainable};
 use crate::split::Factors;
@@ -328,7 +328,12 @@ impl Job<'_> {
         let (factors, mut record) = {
             let matrix = Array2::from_shape_vec((m, n), stored.to_f32())
                 .expect("a tensor has as many values as its shape says");
-            let svd = linalg::decompose(module, matrix.view(), q, &self.options.algorithm)?;
+            let svd = linalg::decompose(
+                module,
+                matrix.view(),
+                Wanted::Triplets(q),
+                &self.options.algorithm,
+            )?;
             let (captured_energy, residual_norm) = energy(matrix.view(), &svd.sigma);
             let record = ModuleRecord {
                 q,

@@ -4,4 +4,4 @@ mod blas;
 pub mod svd;
 
 pub use blas::{gemm, single_threaded_blas};
-pub use svd::{Algorithm, Certificate, Route, Svd, decompose};
+pub use svd::{Algorithm, Certificate, Route, Svd, Wanted, decompose, spectrum};

@@ -228,7 +228,7 @@ fn tiles(side: usize) -> impl Iterator<Item = Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linalg::{Algorithm, decompose};
+    use crate::linalg::{Algorithm, Wanted, decompose};
     use proptest::prelude::*;
 
     fn random(m: usize, n: usize, dtype: Dtype, seed: u64) -> Elements {
@@ -251,7 +251,8 @@ mod tests {
     fn factors(matrix: &Elements, q: usize) -> Factors {
         let a = Array2::from_shape_vec((matrix.shape[0], matrix.shape[1]), matrix.to_f32())
             .expect("the shape fits");
-        let svd = decompose("test", a.view(), q, &Algorithm::default()).expect("decomposes");
+        let svd = decompose("test", a.view(), Wanted::Triplets(q), &Algorithm::default())
+            .expect("decomposes");
         Factors {
             u: svd.u,
             sigma: svd.sigma,

@@ -77,17 +77,54 @@ const F64_SHARE: f64 = 0.9;
 /// Below this side double precision costs nothing worth saving.
 const F64_SIDE: usize = 192;
 
-/// The `q` leading singular triplets of `matrix` (m, n), 1 ≤ q ≤ min(m, n), to `algorithm.tolerance`.
+/// How many of the leading singular triplets are asked for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Wanted {
+    /// This many, 1 ≤ q ≤ min(m, n).
+    Triplets(usize),
+    /// As few as hold this share of ‖M‖², 0 < share ≤ 1.
+    Energy(f64),
+}
+
+/// All min(m, n) singular values of `matrix` (m, n), descending.
+///
+/// # Errors
+/// LAPACK does not converge: NaN or Inf in the matrix, in practice.
+pub fn spectrum(matrix: ArrayView2<f32>) -> Result<Vec<f32>> {
+    let wide = matrix.nrows() <= matrix.ncols();
+    let gram = gram::<f64>(matrix, wide);
+    let side = gram.nrows();
+    let (values, _) = top_eigenpairs(gram, side)?;
+    Ok(values.iter().map(|&x| x.max(0.0).sqrt() as f32).collect())
+}
+
+/// The fewest leading values that hold `share` of the sum of all squares, at least one.
+fn rank_of_energy(sigma: &[f32], share: f64) -> usize {
+    let squares = || sigma.iter().map(|&x| f64::from(x).powi(2));
+    let wanted = share * squares().sum::<f64>();
+    let mut kept = 0.0;
+    let enough = squares().position(|x| {
+        kept += x;
+        kept >= wanted
+    });
+    enough.map_or(sigma.len(), |at| at + 1).max(1)
+}
+
+/// The leading singular triplets of `matrix` (m, n), to `algorithm.tolerance`.
 ///
 /// # Errors
 /// [`Error::Uncertified`] if even the guaranteed route fails the check: NaN or Inf in the matrix, in practice.
 pub fn decompose(
     module: &str,
     matrix: ArrayView2<f32>,
-    q: usize,
+    wanted: Wanted,
     algorithm: &Algorithm,
 ) -> Result<Svd> {
     let short = matrix.nrows().min(matrix.ncols());
+    let q = match wanted {
+        Wanted::Triplets(q) => q,
+        Wanted::Energy(share) => rank_of_energy(&spectrum(matrix)?, share),
+    };
     assert!(
         (1..=short).contains(&q),
         "1 ≤ q ≤ min(m, n), q = {q}, min = {short}"
@@ -334,7 +371,8 @@ mod tests {
 
     fn assert_triplets(matrix: &Array2<f32>, q: usize) -> Svd {
         let algorithm = Algorithm::default();
-        let svd = decompose("test", matrix.view(), q, &algorithm).expect("certified");
+        let svd =
+            decompose("test", matrix.view(), Wanted::Triplets(q), &algorithm).expect("certified");
         let truth = truth(matrix);
         // the tolerance is relative to each value, down to what f32 factors can resolve beside σ₁
         let floor = truth[0] * f64::from(f32::EPSILON) * 8.0;
@@ -410,7 +448,8 @@ mod tests {
     fn a_broken_factor_fails_its_certificate() {
         let matrix = normal(48, 80, 9);
         let algorithm = Algorithm::default();
-        let svd = decompose("test", matrix.view(), 8, &algorithm).expect("certified");
+        let svd =
+            decompose("test", matrix.view(), Wanted::Triplets(8), &algorithm).expect("certified");
         let look = |u: &Array2<f32>, sigma: &Array1<f32>, v: &Array2<f32>| {
             certify(matrix.view(), u, sigma, v, 0).holds(algorithm.tolerance)
         };
@@ -433,7 +472,8 @@ mod tests {
         for (m, n, q) in [(40, 17, 5), (17, 40, 17), (64, 64, 6)] {
             let matrix = normal(m, n, 77);
             let algorithm = Algorithm::default();
-            let gram = decompose("test", matrix.view(), q, &algorithm).expect("certified");
+            let gram = decompose("test", matrix.view(), Wanted::Triplets(q), &algorithm)
+                .expect("certified");
             let full = in_full(matrix.view(), q, &algorithm).expect("converges");
             assert!(full.certificate.holds(1e-6), "{:?}", full.certificate);
             for (i, (a, b)) in full.sigma.iter().zip(&gram.sigma).enumerate() {
@@ -454,7 +494,15 @@ mod tests {
     fn a_matrix_with_nan_is_refused() {
         let mut matrix = normal(8, 8, 1);
         matrix[(2, 2)] = f32::NAN;
-        assert!(decompose("bad", matrix.view(), 2, &Algorithm::default()).is_err());
+        assert!(
+            decompose(
+                "bad",
+                matrix.view(),
+                Wanted::Triplets(2),
+                &Algorithm::default()
+            )
+            .is_err()
+        );
     }
 
     proptest! {
