@@ -233,6 +233,35 @@ impl Checkpoint {
         Ok(elements)
     }
 
+    /// Reads one tensor piece by piece, so that its size does not matter; `visit` sees the pieces in order.
+    pub fn read_blocks(
+        &self,
+        tensor: &str,
+        mut visit: impl FnMut(&Elements) -> Result<()>,
+    ) -> Result<()> {
+        // a multiple of every width, and large beside the cost of a call
+        const BLOCK_BYTES: u64 = 4 << 20;
+        let (path, entry) = self.locate(tensor)?;
+        let opened = File::open(&path).context("open", &path)?;
+        let mut block = Elements {
+            dtype: entry.dtype,
+            shape: vec![0],
+            bytes: Vec::new(),
+        };
+        let mut read = 0;
+        while read < entry.bytes {
+            let length = BLOCK_BYTES.min(entry.bytes - read) as usize;
+            block.bytes.resize(length, 0);
+            block.shape[0] = 8 * length / entry.dtype.bitsize();
+            opened
+                .read_exact_at(&mut block.bytes, entry.offset + read)
+                .context("read", &path)?;
+            visit(&block)?;
+            read += length as u64;
+        }
+        Ok(())
+    }
+
     /// The file that holds `tensor`, for error messages.
     pub fn path_of(&self, tensor: &str) -> PathBuf {
         match self.inventory.get(tensor) {
@@ -243,14 +272,7 @@ impl Checkpoint {
 
     /// Reads one tensor.
     pub fn read(&self, tensor: &str) -> Result<Elements> {
-        let (file, entry) = self
-            .inventory
-            .get(tensor)
-            .ok_or_else(|| Error::TensorMissing {
-                tensor: tensor.into(),
-                path: self.dir.clone(),
-            })?;
-        let path = self.dir.join(&file.name);
+        let (path, entry) = self.locate(tensor)?;
         let opened = File::open(&path).context("open", &path)?;
         let mut bytes = vec![0u8; entry.bytes as usize];
         opened
@@ -261,5 +283,15 @@ impl Checkpoint {
             shape: entry.shape.clone(),
             bytes,
         })
+    }
+
+    fn locate(&self, tensor: &str) -> Result<(PathBuf, &Entry)> {
+        match self.inventory.get(tensor) {
+            Some((file, entry)) => Ok((self.dir.join(&file.name), entry)),
+            None => Err(Error::TensorMissing {
+                tensor: tensor.into(),
+                path: self.dir.clone(),
+            }),
+        }
     }
 }

@@ -15,6 +15,51 @@ pub struct Elements {
     pub bytes: Vec<u8>,
 }
 
+/// A tensor's elements where they lie, to be written without a copy of the whole.
+pub struct View<'a> {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    values: Values<'a>,
+}
+
+enum Values<'a> {
+    Stored(&'a [u8]),
+    F32(&'a [f32]),
+}
+
+impl<'a> View<'a> {
+    /// f32 values that will be stored as such.
+    pub fn f32(shape: &[usize], values: &'a [f32]) -> Self {
+        assert_eq!(
+            shape.iter().product::<usize>(),
+            values.len(),
+            "the shape covers the values"
+        );
+        Self {
+            dtype: Dtype::F32,
+            shape: shape.to_vec(),
+            values: Values::F32(values),
+        }
+    }
+
+    /// Calls `visit` with the stored form, piece by piece.
+    pub fn for_each_block(&self, mut visit: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        match self.values {
+            Values::Stored(bytes) => visit(bytes),
+            Values::F32(values) => {
+                let mut block = [0u8; 1 << 14];
+                for values in values.chunks(block.len() / 4) {
+                    for (bytes, x) in block.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+                        *bytes = x.to_le_bytes();
+                    }
+                    visit(&block[..4 * values.len()])?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
 /// The name of a dtype as safetensors headers write it (`BF16`).
 pub fn dtype_name(dtype: Dtype) -> String {
     format!("{dtype:?}")
@@ -33,6 +78,15 @@ impl Elements {
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The elements without a copy.
+    pub fn view(&self) -> View<'_> {
+        View {
+            dtype: self.dtype,
+            shape: self.shape.clone(),
+            values: Values::Stored(&self.bytes),
+        }
     }
 
     /// Wraps f32 values in their stored form.
@@ -220,6 +274,19 @@ mod tests {
         assert_eq!(bf16_from_f64(x), bf16::from_f32(1.0));
         assert_eq!(bf16_from_f64(-0.0).to_bits(), 0x8000);
         assert_eq!(bf16_from_f64(1e300), bf16::INFINITY);
+    }
+
+    #[test]
+    fn a_view_of_f32_gives_the_stored_bytes() {
+        let values: Vec<f32> = (0..10_000).map(|i| i as f32 * -0.37).collect();
+        let mut bytes = Vec::new();
+        View::f32(&[100, 100], &values)
+            .for_each_block(|block| {
+                bytes.extend_from_slice(block);
+                Ok(())
+            })
+            .expect("visits");
+        assert_eq!(bytes, Elements::from_f32(&[100, 100], &values).bytes);
     }
 
     #[test]

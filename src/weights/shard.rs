@@ -69,6 +69,12 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<String> {
     sink.finish()
 }
 
+/// Gives a finished file another name, durably.
+pub fn rename(from: &Path, to: &Path) -> Result<()> {
+    std::fs::rename(from, to).context("rename", from)?;
+    sync_directory(to)
+}
+
 fn sync_directory(path: &Path) -> Result<()> {
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -86,6 +92,21 @@ pub fn hex(bytes: &[u8]) -> String {
         let _ = write!(text, "{byte:02x}");
         text
     })
+}
+
+/// A sha256 as its bytes come in.
+#[derive(Default)]
+pub struct Sum(Sha256);
+
+impl Sum {
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The sum in hex.
+    pub fn finish(self) -> String {
+        hex(&self.0.finalize())
+    }
 }
 
 /// The sha256 of some bytes, in hex.
@@ -114,6 +135,8 @@ pub struct ShardWriter {
     sink: FileSink,
     header: Header,
     next: usize,
+    /// Bytes that the tensor begun last still lacks.
+    missing: u64,
 }
 
 impl ShardWriter {
@@ -124,6 +147,7 @@ impl ShardWriter {
             sink,
             header,
             next: 0,
+            missing: 0,
         })
     }
 
@@ -132,19 +156,39 @@ impl ShardWriter {
     /// # Panics
     /// If it is not the one the header announces: the caller iterates over that very header.
     pub fn put(&mut self, tensor: &str, bytes: &[u8]) -> Result<()> {
+        self.begin(tensor);
+        self.write(bytes)
+    }
+
+    /// Begins the next tensor, whose bytes [`ShardWriter::write`] then takes in pieces.
+    ///
+    /// # Panics
+    /// If it is not the one the header announces, or the one before is not whole.
+    pub fn begin(&mut self, tensor: &str) {
+        self.check_whole();
         let entry = &self.header.entries[self.next];
         assert_eq!(entry.name, tensor, "tensors arrive in header order");
-        assert_eq!(
-            entry.bytes,
-            bytes.len() as u64,
-            "tensor {tensor} is as long as announced"
-        );
+        self.missing = entry.bytes;
         self.next += 1;
+    }
+
+    /// Writes some more of the tensor begun last.
+    ///
+    /// # Panics
+    /// If it grows longer than announced.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let left = self.missing.checked_sub(bytes.len() as u64);
+        self.missing = left.expect("invariant: a tensor is as long as announced");
         self.sink.write(bytes)
+    }
+
+    fn check_whole(&self) {
+        assert_eq!(self.missing, 0, "a tensor is as long as announced");
     }
 
     /// Completes the file and returns its sha256 in hex.
     pub fn finish(self) -> Result<String> {
+        self.check_whole();
         assert_eq!(
             self.next,
             self.header.entries.len(),
