@@ -300,28 +300,7 @@ impl Artifact {
 
     /// Refuses a base whose files are not the pinned ones.
     pub fn check_base(&self, observer: &dyn Observer) -> Result<()> {
-        let base = self.need_base()?;
-        let found = base.hash(observer)?;
-        for (file, expected) in &self.svd.base.sha256 {
-            match found.get(file) {
-                Some(sum) if sum == expected => {}
-                Some(sum) => {
-                    return Err(Error::Checksum {
-                        what: format!("`{file}` of the base is not what was decomposed"),
-                        path: base.dir.join(file),
-                        expected: expected.clone(),
-                        found: sum.clone(),
-                    });
-                }
-                None => {
-                    return Err(Error::NotAModel {
-                        path: base.dir.clone(),
-                        missing: file.clone(),
-                    });
-                }
-            }
-        }
-        Ok(())
+        self.need_base()?.check(&self.svd.base, observer)
     }
 
     fn need_base(&self) -> Result<&Base> {

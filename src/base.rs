@@ -7,8 +7,10 @@ use serde_json::Value;
 
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
-use crate::weights::shard::sha256_file;
+use crate::format::Pin;
+use crate::weights::shard::{sha256_file, write_atomically};
 use crate::weights::{Checkpoint, Layout};
+use crate::workspace::{STATE_DIR, Workspace};
 
 /// A model directory whose headers have been read and checked.
 #[derive(Debug, Clone)]
@@ -54,15 +56,47 @@ impl Base {
         observer.finish(Stage::Hash);
         sums
     }
+
+    /// Refuses a base whose files are not the pinned ones.
+    pub fn check(&self, pin: &Pin, observer: &dyn Observer) -> Result<()> {
+        let found = self.hash(observer)?;
+        for (file, expected) in &pin.sha256 {
+            match found.get(file) {
+                Some(sum) if sum == expected => {}
+                Some(sum) => {
+                    return Err(Error::Checksum {
+                        what: format!("`{file}` of the base is not what was decomposed"),
+                        path: self.dir.join(file),
+                        expected: expected.clone(),
+                        found: sum.clone(),
+                    });
+                }
+                None => {
+                    return Err(Error::NotAModel {
+                        path: self.dir.clone(),
+                        missing: file.clone(),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes in a decomposition, or a part of one, where its local base lies.
+    pub fn remember_in(&self, workspace: &Workspace) -> Result<()> {
+        let dir = std::fs::canonicalize(&self.dir).context("find", &self.dir)?;
+        let path = workspace.state(REMEMBERED);
+        write_atomically(&path, dir.as_os_str().as_encoded_bytes()).map(drop)
+    }
 }
 
 /// Where a decomposition remembers its local base: in the folder that is never published.
-pub const REMEMBERED: &str = "base";
+const REMEMBERED: &str = "base";
 
 /// The local directory a decomposition was made from, if it was one.
 pub fn remembered(artifact: &Path) -> Option<PathBuf> {
     use std::os::unix::ffi::OsStringExt;
-    let bytes = std::fs::read(artifact.join(crate::workspace::STATE_DIR).join(REMEMBERED)).ok()?;
+    let bytes = std::fs::read(artifact.join(STATE_DIR).join(REMEMBERED)).ok()?;
     Some(PathBuf::from(std::ffi::OsString::from_vec(bytes)))
 }
 
@@ -125,7 +159,7 @@ pub fn side_files(dir: &Path) -> Result<Vec<String>> {
 pub fn copy_side_files(from: &Path, to: &Path) -> Result<()> {
     for name in side_files(from)? {
         let bytes = std::fs::read(from.join(&name)).context("read", from.join(&name))?;
-        crate::weights::shard::write_atomically(&to.join(&name), &bytes)?;
+        write_atomically(&to.join(&name), &bytes)?;
     }
     Ok(())
 }

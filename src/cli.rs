@@ -1,6 +1,7 @@
 //! The command line: what can be asked, and who answers.
 
 mod advice;
+mod assemble;
 mod decompose;
 mod demo;
 mod env;
@@ -57,6 +58,7 @@ pub struct Global {
 enum Verb {
     Plan(plan::Command),
     Decompose(decompose::Command),
+    Assemble(assemble::Command),
     Train(train::Command),
     Evaluate(evaluate::Command),
     Merge(merge::Command),
@@ -74,6 +76,7 @@ pub fn run() -> ExitCode {
     let result = match &cli.verb {
         Verb::Plan(command) => command.run(&session),
         Verb::Decompose(command) => command.run(&session),
+        Verb::Assemble(command) => command.run(&session),
         Verb::Train(command) => command.run(&session),
         Verb::Evaluate(command) => command.run(&session),
         Verb::Merge(command) => command.run(&session),

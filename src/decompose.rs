@@ -1,76 +1,37 @@
-//! `decompose`: a model in, a decomposition out, one matrix at a time.
+//! `decompose`: a model in, a decomposition out, one matrix at a time; or, of several machines, one machine's share of it.
 //!
-//! Each finished matrix becomes a small file of its own in the output's state folder; when all are there they are joined
-//! into shards. Killed anywhere, the rerun keeps every finished matrix and every finished shard.
+//! Each finished matrix becomes a small file of its own; shards are joined from them while others are still computed.
+//! Killed anywhere, the rerun keeps every finished matrix and every finished shard.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 use ndarray::Array2;
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
-use crate::base::{Base, REMEMBERED, card_facts, copy_side_files};
-use crate::error::{Error, IoContext, Result};
+use crate::base::Base;
+use crate::error::{IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
-use crate::format::{
-    ArtifactLayout, BASE_CONFIG, BASE_INDEX, ModuleRecord, ModuleTensors, Pin, SCHEMA, Sums,
-    SvdSection, base_header_tensor, stored_positions,
-};
+use crate::format::{ArtifactLayout, ModuleRecord, ModuleTensors, Pin, stored_positions};
+use crate::job::{Job, MATRICES, Share, ShareRecord};
+use crate::join::{self, Join, PARTS};
 use crate::json::Tool;
-use crate::linalg::{self, Algorithm, Wanted, svd::energy};
+use crate::linalg::{self, Wanted, svd::energy};
 use crate::model::ModelConfig;
-use crate::plan::{Plan, PlanOptions, PlannedTensor, Trainable};
+use crate::part::Part;
+use crate::plan::{Plan, PlannedTensor};
 use crate::split::Factors;
+use crate::weights::dtype_name;
+use crate::weights::element::View;
 use crate::weights::shard::{sha256_hex, write_atomically};
-use crate::weights::{Checkpoint, Dtype, Elements, Header, Layout, ShardWriter, dtype_name};
-use crate::workspace::{Claim, Workspace, bytes_in, check_free_space};
-use crate::{json, report, workers};
+use crate::workspace::{Claim, PART_FILE, Workspace, bytes_in, check_free_space};
+use crate::{report, workers};
 
-/// How to decompose.
-#[derive(Debug, Clone)]
-pub struct Options {
-    pub plan: PlanOptions,
-    pub algorithm: Algorithm,
-    pub shard_bytes_max: u64,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            plan: PlanOptions::default(),
-            algorithm: Algorithm::default(),
-            shard_bytes_max: 5_000_000_000,
-        }
-    }
-}
-
-/// The facts of a decomposition, as `report.json` keeps them.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Facts {
-    pub base: Pin,
-    pub model_type: String,
-    pub rank: crate::format::Rank,
-    pub layout: ArtifactLayout,
-    pub algorithm: Algorithm,
-    pub linear_layers: usize,
-    pub parameters: u64,
-    pub trainable: Trainable,
-    /// Σσ² of all kept triplets over Σ‖M‖²
-    pub captured_energy: f64,
-    /// Elements of M stored exactly beside M′, and their share.
-    pub exceptions: u64,
-    pub exceptions_share: f64,
-    /// Matrices for which single precision was not enough.
-    pub double_precision: usize,
-    pub bytes: u64,
-    pub base_bytes: u64,
-    pub threads: usize,
-    pub seconds: f64,
-    /// What the base's card says of itself (licence, language …).
-    pub base_card: Value,
-}
+pub use crate::job::Options;
+pub use crate::join::Facts;
 
 /// Decomposes `base` into the directory `out`.
 ///
@@ -78,19 +39,11 @@ pub struct Facts {
 /// Whatever [`Plan::new`] refuses; NaN or Inf in a weight; a full disk; an output directory that is not this job's.
 pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) -> Result<Facts> {
     let started = Instant::now();
-    linalg::single_threaded_blas();
-    let config = ModelConfig::read(&base.dir)?;
-    let plan = Plan::new(
-        &base.dir,
-        &config,
-        &base.checkpoint.inventory,
-        &options.plan,
-    )?;
-    let sha256 = base.hash(observer)?;
-    let settings = settings(base, &sha256, options);
-    let (mut workspace, claim) = Workspace::claim(out, "decompose", settings)?;
+    let (plan, job) = prepare(base, options, observer)?;
+    let (mut workspace, claim) = Workspace::claim(out, "decompose", job.settings())?;
     match claim {
         Claim::Finished => {
+            join::clean_up(&workspace);
             observer.note(format!("{} is complete already", out.display()));
             return report::section(out, "decompose");
         }
@@ -99,225 +52,196 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
     }
     let needed = plan.disk_bytes_peak(options.shard_bytes_max);
     check_free_space(out, needed.saturating_sub(bytes_in(out)))?;
-    let job = Job {
+    let join = Join {
         base,
         out,
-        options,
+        job: &job,
+        plan: &plan,
         workspace: &workspace,
         observer,
+        consumes: true,
     };
-    let parts = job.compute_parts(&plan)?;
-    let (files, bytes) = job.join_parts(&plan, &parts)?;
-    let records: BTreeMap<String, ModuleRecord> = parts
-        .into_iter()
-        .map(|(module, part)| (module, part.record))
-        .collect();
-
-    let total_energy = |f: fn(&ModuleRecord) -> f64| records.values().map(f).sum::<f64>();
-    // ‖M‖² = ‖M′‖² / (1 − share); a share of 1 leaves the kept energy, which is then all of it
-    let whole = |r: &ModuleRecord| {
-        if r.captured_energy < 1.0 {
-            r.residual_norm.powi(2) / (1.0 - r.captured_energy)
-        } else {
-            0.0
-        }
+    let mut joined = join.resume()?;
+    let folder = workspace.state(PARTS);
+    let compute = Compute {
+        base,
+        folder: &folder,
+        options,
+        observer,
     };
-    let all = total_energy(whole);
-    let captured_energy = if all > 0.0 {
-        1.0 - total_energy(|r| r.residual_norm.powi(2)) / all
-    } else {
-        1.0
-    };
-    let exceptions = records.values().map(|r| r.exceptions).sum();
-    let elements: usize = records.values().map(|r| r.shape[0] * r.shape[1]).sum();
-    let facts = Facts {
-        base: Pin {
-            repo: base.repo.clone(),
-            revision: base.revision.clone(),
-            sha256,
-        },
-        model_type: plan.model_type.clone(),
-        rank: plan.rank,
-        layout: plan.layout,
-        algorithm: options.algorithm.clone(),
-        linear_layers: plan.linear_layers,
-        parameters: plan.parameters,
-        trainable: plan.trainable,
-        captured_energy,
-        exceptions,
-        exceptions_share: exceptions as f64 / elements as f64,
-        double_precision: records
-            .values()
-            .filter(|r| r.route != linalg::Route::GramF32)
-            .count(),
-        bytes,
-        base_bytes: base.checkpoint.inventory.total_bytes(),
-        threads: plan.threads,
-        seconds: started.elapsed().as_secs_f64(),
-        base_card: card_facts(&base.dir),
-    };
-    job.write_config(&facts, records)?;
-    copy_side_files(&base.dir, out)?;
-    // what was trained and measured before belongs to the base, not to what will be trained from here
-    report::add(out, serde_json::Map::new(), "decompose", &facts)?;
-    job.write_index(files)?;
-    if base.repo.is_none() {
-        // a sidecar is merged beside its base: remember where that was
-        let dir = std::fs::canonicalize(&base.dir).context("find", &base.dir)?;
-        write_atomically(
-            &workspace.state(REMEMBERED),
-            dir.as_os_str().as_encoded_bytes(),
-        )?;
-    }
+    let missing = compute.find_missing(
+        plan.in_shard_order(options.shard_bytes_max),
+        &mut joined.parts,
+    );
+    let joined = compute
+        .run(
+            &plan.decomposed().collect::<Vec<_>>(),
+            &missing,
+            |arrivals| join.write_shards(joined, arrivals),
+        )?
+        .expect("no worker failed, so every part has arrived");
+    let facts = join.complete(joined, plan.threads, started.elapsed().as_secs_f64())?;
     workspace.finish()?;
-    let _ = std::fs::remove_dir(workspace.state("parts"));
-    let _ = std::fs::remove_file(workspace.state("assembly.json"));
+    join::clean_up(&workspace);
     Ok(facts)
 }
 
-/// What makes two runs the same job.
-fn settings(
+/// Decomposes one share of `base` into the directory `out`, for `assemble` to join with the others.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_share(
     base: &Base,
-    sha256: &BTreeMap<String, String>,
+    out: &Path,
+    share: Share,
     options: &Options,
-) -> BTreeMap<String, String> {
-    let files: String = sha256
-        .iter()
-        .map(|(file, sum)| format!("{sum} {file}\n"))
-        .collect();
-    let list = |patterns: &[crate::plan::Pattern]| {
-        let names: Vec<String> = patterns.iter().map(ToString::to_string).collect();
-        names.join(",")
+    observer: &dyn Observer,
+) -> Result<ShareRecord> {
+    let started = Instant::now();
+    let (plan, job) = prepare(base, options, observer)?;
+    let mut settings = job.settings();
+    settings.insert("part".into(), share.to_string());
+    let (mut workspace, claim) = Workspace::claim(out, "decompose", settings)?;
+    match claim {
+        Claim::Finished => {
+            observer.note(format!("{} is complete already", out.display()));
+            return ShareRecord::read(out);
+        }
+        Claim::Interrupted => observer.note(format!("going on in {}", out.display())),
+        Claim::Fresh => {}
+    }
+    let mine = share.of(&plan);
+    let needed = plan.disk_bytes_of(&mine);
+    check_free_space(out, needed.saturating_sub(bytes_in(out)))?;
+    let folder = out.join(MATRICES);
+    let compute = Compute {
+        base,
+        folder: &folder,
+        options,
+        observer,
     };
-    BTreeMap::from([
-        (
-            "base model".into(),
-            match (&base.repo, &base.revision) {
-                (Some(repo), Some(revision)) => format!("{repo}@{revision}"),
-                _ => base.dir.display().to_string(),
-            },
-        ),
-        (
-            "content of the base model".into(),
-            sha256_hex(files.as_bytes()),
-        ),
-        ("rank".into(), options.plan.rank.to_string()),
-        (
-            "layout".into(),
-            format!("{:?}", options.plan.layout).to_lowercase(),
-        ),
-        ("include".into(), list(&options.plan.include)),
-        ("exclude".into(), list(&options.plan.exclude)),
-        ("tolerance".into(), options.algorithm.tolerance.to_string()),
-        ("shard size".into(), options.shard_bytes_max.to_string()),
-    ])
+    let mut parts = BTreeMap::new();
+    let missing = compute.find_missing(mine.clone(), &mut parts);
+    let arrived: Vec<(String, Part)> =
+        compute.run(&mine, &missing, |arrivals| Ok(arrivals.iter().collect()))?;
+    parts.extend(arrived);
+    let modules = parts.into_iter().filter_map(|(module, part)| {
+        let file = part.file?;
+        Some((module, file.header_sha256))
+    });
+    let record = ShareRecord {
+        part: share,
+        job,
+        modules: modules.collect(),
+        flops: mine.iter().map(|tensor| tensor.flops()).sum(),
+        bytes: bytes_in(&folder),
+        threads: plan.threads,
+        seconds: started.elapsed().as_secs_f64(),
+        tool: Tool::this(),
+    };
+    if base.repo.is_none() {
+        // what is copied comes from the base when the parts are joined: remember where that was
+        base.remember_in(&workspace)?;
+    }
+    let json = serde_json::to_vec_pretty(&record).expect("a record serialises");
+    write_atomically(&out.join(PART_FILE), &json)?;
+    workspace.finish()?;
+    Ok(record)
 }
 
-struct Job<'a> {
+/// What will be done, and what makes it this job and no other.
+fn prepare(base: &Base, options: &Options, observer: &dyn Observer) -> Result<(Plan, Job)> {
+    linalg::single_threaded_blas();
+    let config = ModelConfig::read(&base.dir)?;
+    let plan = Plan::new(
+        &base.dir,
+        &config,
+        &base.checkpoint.inventory,
+        &options.plan,
+    )?;
+    let job = Job {
+        base: Pin {
+            repo: base.repo.clone(),
+            revision: base.revision.clone(),
+            sha256: base.hash(observer)?,
+        },
+        options: options.clone(),
+    };
+    Ok((plan, job))
+}
+
+/// Decomposes matrices into files of their own.
+struct Compute<'a> {
     base: &'a Base,
-    out: &'a Path,
+    folder: &'a Path,
     options: &'a Options,
-    workspace: &'a Workspace,
     observer: &'a dyn Observer,
 }
 
-/// One decomposed matrix: what is known of it, and what its file holds.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Part {
-    record: ModuleRecord,
-    tensors: Vec<PartTensor>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct PartTensor {
-    name: String,
-    dtype: Dtype,
-    shape: Vec<usize>,
-}
-
-/// Where a tensor of the artifact comes from.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-enum Source {
-    Part(String),
-    Base,
-    BaseHeader(String),
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Placed {
-    name: String,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    source: Source,
-}
-
-impl Placed {
-    fn bytes(&self) -> u64 {
-        (self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8) as u64
-    }
-}
-
-/// What is known when all matrices are done: enough to go on although their files are being consumed.
-#[derive(Serialize, Deserialize)]
-struct Assembly {
-    parts: BTreeMap<String, Part>,
-    shards: Vec<Vec<Placed>>,
-}
-
-impl Job<'_> {
-    fn part_path(&self, module: &str) -> PathBuf {
-        self.workspace.state("parts").join(part_file(module))
-    }
-
-    fn assembly_path(&self) -> PathBuf {
-        self.workspace.state("assembly.json")
-    }
-
-    /// Decomposes every planned matrix that has no file yet, the most expensive first.
-    fn compute_parts(&self, plan: &Plan) -> Result<BTreeMap<String, Part>> {
-        if self.assembly_path().exists() {
-            return Ok(self.read_assembly()?.parts);
-        }
-        let folder = self.workspace.state("parts");
-        std::fs::create_dir_all(&folder).context("create", &folder)?;
-        let mut parts = BTreeMap::new();
-        let mut missing = Vec::new();
-        for tensor in plan.decomposed() {
-            match self.read_part(tensor) {
-                Some(part) => {
-                    parts.insert(tensor.module().to_string(), part);
-                }
-                None => missing.push(tensor),
+impl Compute<'_> {
+    /// Of `wanted`, what is neither in `parts` nor left by an earlier run; what was left joins `parts`.
+    fn find_missing<'t>(
+        &self,
+        wanted: Vec<&'t PlannedTensor>,
+        parts: &mut BTreeMap<String, Part>,
+    ) -> Vec<&'t PlannedTensor> {
+        let count = wanted.len();
+        let mut missing = wanted;
+        missing.retain(|tensor| {
+            let module = tensor.module();
+            if !parts.contains_key(module) {
+                // one that is not whole is computed again
+                let Ok(part) = Part::read(self.folder, module) else {
+                    return true;
+                };
+                parts.insert(module.to_string(), part);
             }
-        }
-        if !parts.is_empty() {
+            false
+        });
+        if missing.len() < count {
             self.observer.note(format!(
-                "{} of {} matrices are done already",
-                parts.len(),
-                plan.linear_layers
+                "{} of {count} matrices are done already",
+                count - missing.len()
             ));
         }
-        missing.sort_by_key(|tensor| std::cmp::Reverse(tensor.flops()));
-        let total = missing.iter().map(|tensor| tensor.flops()).sum();
-        self.observer.start(Stage::Decompose, total, Unit::Flops);
-        let done = std::sync::Mutex::new(&mut parts);
-        workers::for_each(&missing, self.options.plan.threads, |tensor| {
-            let part = self.compute_part(tensor)?;
-            done.lock()
-                .unwrap_or_else(|poisoned| poisoned.into_inner())
-                .insert(tensor.module().to_string(), part);
-            self.observer
-                .advance(Stage::Decompose, tensor.flops(), tensor.module());
-            Ok(())
-        })?;
-        self.observer.finish(Stage::Decompose);
-        Ok(parts)
+        missing
     }
 
-    /// A part that an earlier run left, if it is whole.
-    fn read_part(&self, tensor: &PlannedTensor) -> Option<Part> {
-        let header = Header::read(&self.part_path(tensor.module())).ok()?;
-        serde_json::from_str(&header.metadata("part")?).ok()
+    /// Decomposes what is `missing` of `wanted`, in that order, while `consume` takes what is finished.
+    fn run<C>(
+        &self,
+        wanted: &[&PlannedTensor],
+        missing: &[&PlannedTensor],
+        consume: impl FnOnce(&Receiver<(String, Part)>) -> Result<C>,
+    ) -> Result<C> {
+        std::fs::create_dir_all(self.folder).context("create", self.folder)?;
+        let flops = |tensors: &[&PlannedTensor]| tensors.iter().map(|t| t.flops()).sum::<u64>();
+        let (all, to_do) = (flops(wanted), flops(missing));
+        let (observer, plan) = (self.observer, &self.options.plan);
+        let bytes = |tensor: &PlannedTensor| tensor.worker_bytes(plan.layout);
+        let limits = plan.limits();
+        let largest = missing.iter().max_by_key(|tensor| bytes(tensor));
+        if let Some(largest) = largest.filter(|tensor| bytes(tensor) > limits.memory) {
+            observer.warn(format!(
+                "`{}` takes some {} bytes of memory, more than there is for the matrices ({}): such matrices run alone",
+                largest.module(),
+                bytes(largest),
+                limits.memory
+            ));
+        }
+        if !missing.is_empty() {
+            observer.resume(Stage::Decompose, all - to_do, all, Unit::Flops);
+        }
+        let left = AtomicUsize::new(missing.len());
+        let work = |tensor: &&PlannedTensor| {
+            let part = self.compute_part(tensor)?;
+            observer.advance(Stage::Decompose, tensor.flops(), tensor.module());
+            if left.fetch_sub(1, Ordering::Relaxed) == 1 {
+                observer.finish(Stage::Decompose);
+            }
+            Ok((tensor.module().to_string(), part))
+        };
+        workers::run(missing, limits, |tensor| bytes(tensor), work, consume)
     }
 
     fn compute_part(&self, tensor: &PlannedTensor) -> Result<Part> {
@@ -358,325 +282,32 @@ impl Job<'_> {
             (factors, record)
         };
         let names = ModuleTensors::of(module);
-        let mut tensors: Vec<(String, Elements)> = Vec::new();
-        if self.options.plan.layout == ArtifactLayout::Residual {
-            let residual = factors.residual(&stored);
-            tensors.push((
-                names.residual,
-                Elements::from_f32(&[m, n], &residual.values),
-            ));
+        let residual = (self.options.plan.layout == ArtifactLayout::Residual)
+            .then(|| factors.residual(&stored));
+        let (dtype, exact_at) = (stored.dtype, OnceCell::new());
+        // what comes next needs M no more
+        drop(stored);
+        let mut tensors: Vec<(String, View<'_>)> = Vec::new();
+        if let Some(residual) = residual.as_ref() {
+            tensors.push((names.residual, View::f32(&[m, n], &residual.values)));
             record.exceptions = residual.exact_at.len() as u64;
             if record.exceptions > 0 {
-                let at = stored_positions(&residual.exact_at, m * n);
-                let exact = Elements {
-                    dtype: stored.dtype,
-                    shape: at.shape.clone(),
-                    bytes: residual.exact,
-                };
-                tensors.push((names.exact_at, at));
-                tensors.push((names.exact, exact));
+                let at = exact_at.get_or_init(|| stored_positions(&residual.exact_at, m * n));
+                tensors.push((names.exact_at, at.view()));
+                tensors.push((names.exact, View::stored(dtype, &at.shape, &residual.exact)));
             }
         }
-        let dense = |a: &Array2<f32>| {
-            let values = a.as_slice().expect("factors are dense and row-major");
-            Elements::from_f32(&[a.nrows(), a.ncols()], values)
+        let dense = |a| {
+            let a: &Array2<f32> = a;
+            View::f32(
+                a.shape(),
+                a.as_slice().expect("factors are dense and row-major"),
+            )
         };
+        let sigma = factors.sigma.to_vec();
         tensors.push((names.u, dense(&factors.u)));
-        tensors.push((
-            names.sigma,
-            Elements::from_f32(&[q], &factors.sigma.to_vec()),
-        ));
+        tensors.push((names.sigma, View::f32(&[q], &sigma)));
         tensors.push((names.v, dense(&factors.v)));
-        self.write_part(module, record, &tensors)
-    }
-
-    fn write_part(
-        &self,
-        module: &str,
-        record: ModuleRecord,
-        tensors: &[(String, Elements)],
-    ) -> Result<Part> {
-        let part = Part {
-            record,
-            tensors: tensors
-                .iter()
-                .map(|(name, e)| PartTensor {
-                    name: name.clone(),
-                    dtype: e.dtype,
-                    shape: e.shape.clone(),
-                })
-                .collect(),
-        };
-        let about = serde_json::to_string(&part).expect("a part's record serialises");
-        let header = Header::compose_with(
-            &[("part", &about)],
-            tensors
-                .iter()
-                .map(|(name, e)| (name.as_str(), e.dtype, e.shape.as_slice())),
-        )?;
-        let mut writer = ShardWriter::create(&self.part_path(module), header)?;
-        for (name, elements) in tensors {
-            writer.put(name, &elements.bytes)?;
-        }
-        writer.finish()?;
-        Ok(part)
-    }
-
-    fn read_assembly(&self) -> Result<Assembly> {
-        let path = self.assembly_path();
-        let json = json::read(&path)?;
-        serde_json::from_value(json).map_err(|source| Error::Json { path, source })
-    }
-
-    /// Joins the parts, and what is copied, into shards. Returns the hashes for the index and the bytes written.
-    fn join_parts(&self, plan: &Plan, parts: &BTreeMap<String, Part>) -> Result<(Index, u64)> {
-        let assembly = if self.assembly_path().exists() {
-            self.read_assembly()?
-        } else {
-            let assembly = Assembly {
-                parts: parts.clone(),
-                shards: into_shards(self.placed(plan, parts), self.options.shard_bytes_max),
-            };
-            let json = serde_json::to_vec(&assembly).expect("an assembly serialises");
-            write_atomically(&self.assembly_path(), &json)?;
-            assembly
-        };
-        let total: u64 = assembly.shards.iter().flatten().map(Placed::bytes).sum();
-        self.observer.start(Stage::Write, total, Unit::Bytes);
-        let mut index = Index::default();
-        let count = assembly.shards.len();
-        for (number, shard) in assembly.shards.iter().enumerate() {
-            let name = Layout::Decomposition.shard_file(number + 1, count);
-            self.write_shard(&name, shard, &mut index)?;
-            // the shard is durable: its parts have done their duty
-            for module in assembly.parts.keys() {
-                let later = assembly.shards[number + 1..].iter().flatten();
-                let mut needed =
-                    later.filter(|t| matches!(&t.source, Source::Part(m) if m == module));
-                let path = self.part_path(module);
-                if needed.next().is_none() && path.exists() {
-                    std::fs::remove_file(&path).context("remove", &path)?;
-                }
-            }
-        }
-        self.observer.finish(Stage::Write);
-        Ok((index, total))
-    }
-
-    /// Every tensor of the artifact, in the order of the base's files.
-    fn placed(&self, plan: &Plan, parts: &BTreeMap<String, Part>) -> Vec<Placed> {
-        let mut placed = Vec::new();
-        let sidecar = self.options.plan.layout == ArtifactLayout::Sidecar;
-        for tensor in &plan.tensors {
-            if let Some(part) = parts.get(tensor.module()).filter(|_| tensor.q.is_some()) {
-                placed.extend(part.tensors.iter().map(|t| Placed {
-                    name: t.name.clone(),
-                    dtype: t.dtype,
-                    shape: t.shape.clone(),
-                    source: Source::Part(tensor.module().into()),
-                }));
-            } else if !sidecar {
-                let (_, entry) = self
-                    .base
-                    .checkpoint
-                    .inventory
-                    .get(&tensor.name)
-                    .expect("a plan names tensors of its own inventory");
-                placed.push(Placed {
-                    name: entry.name.clone(),
-                    dtype: entry.dtype,
-                    shape: entry.shape.clone(),
-                    source: Source::Base,
-                });
-            }
-        }
-        if !sidecar {
-            for file in &self.base.checkpoint.inventory.files {
-                placed.push(Placed {
-                    name: base_header_tensor(&file.name),
-                    dtype: Dtype::U8,
-                    shape: vec![file.header.prefix.len()],
-                    source: Source::BaseHeader(file.name.clone()),
-                });
-            }
-        }
-        placed
-    }
-
-    fn write_shard(&self, name: &str, shard: &[Placed], index: &mut Index) -> Result<()> {
-        let path = self.out.join(name);
-        let header = Header::compose(
-            shard
-                .iter()
-                .map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice())),
-        )?;
-        if path.exists() {
-            // finished before a kill; its parts may be gone, so it is read back for its hashes
-            if Header::read(&path)?.prefix != header.prefix {
-                return Err(Error::OutputOccupied {
-                    path: self.out.into(),
-                    found: format!("another `{name}`"),
-                });
-            }
-            let written = Checkpoint::single(self.out, name)?;
-            for tensor in shard {
-                let bytes = written.read(&tensor.name)?.bytes;
-                index.add(tensor, name, &bytes);
-                self.observer
-                    .advance(Stage::Write, tensor.bytes(), &tensor.name);
-            }
-            let sum = crate::weights::shard::sha256_file(&path, |_| {})?;
-            index.sums.files.insert(name.into(), sum);
-            return Ok(());
-        }
-        let mut writer = ShardWriter::create(&path, header)?;
-        let mut part: Option<(String, Checkpoint)> = None;
-        for tensor in shard {
-            let bytes = match &tensor.source {
-                Source::Base => self.base.checkpoint.read_finite(&tensor.name)?.bytes,
-                Source::BaseHeader(file) => self.base_header(file),
-                Source::Part(module) => {
-                    if part.as_ref().is_none_or(|(open, _)| open != module) {
-                        part = Some((module.clone(), self.open_part(module)?));
-                    }
-                    let (_, open) = part.as_ref().expect("it was opened above");
-                    open.read(&tensor.name)?.bytes
-                }
-            };
-            writer.put(&tensor.name, &bytes)?;
-            index.add(tensor, name, &bytes);
-            self.observer
-                .advance(Stage::Write, tensor.bytes(), &tensor.name);
-        }
-        let sum = writer.finish()?;
-        index.sums.files.insert(name.into(), sum);
-        Ok(())
-    }
-
-    fn open_part(&self, module: &str) -> Result<Checkpoint> {
-        Checkpoint::single(&self.workspace.state("parts"), &part_file(module))
-    }
-
-    fn base_header(&self, file: &str) -> Vec<u8> {
-        let files = &self.base.checkpoint.inventory.files;
-        let file = files.iter().find(|f| f.name == file);
-        file.expect("headers are placed for files of the base")
-            .header
-            .prefix
-            .clone()
-    }
-
-    fn write_config(&self, facts: &Facts, modules: BTreeMap<String, ModuleRecord>) -> Result<()> {
-        let path = self.base.dir.join("config.json");
-        let verbatim = std::fs::read(&path).context("read", &path)?;
-        let mut config: Value = json::read(&path)?;
-        let section = SvdSection {
-            schema: SCHEMA,
-            layout: facts.layout,
-            base: facts.base.clone(),
-            rank: facts.rank,
-            algorithm: facts.algorithm.clone(),
-            modules,
-            tool: Tool::this(),
-        };
-        config["svd"] = serde_json::to_value(section).expect("a section serialises");
-        write_atomically(&self.out.join(BASE_CONFIG), &verbatim)?;
-        if self.base.checkpoint.indexed {
-            let index = self.base.dir.join(Layout::Model.index_file());
-            let verbatim = std::fs::read(&index).context("read", &index)?;
-            write_atomically(&self.out.join(BASE_INDEX), &verbatim)?;
-        }
-        let json = serde_json::to_vec_pretty(&config).expect("a JSON value serialises");
-        write_atomically(&self.out.join("config.json"), &json).map(drop)
-    }
-
-    /// Written last: with it, and only with it, the directory is a decomposition.
-    fn write_index(&self, mut index: Index) -> Result<()> {
-        let mut small = crate::base::side_files(self.out)?;
-        small.push("config.json".into());
-        small.push(BASE_CONFIG.into());
-        if self.base.checkpoint.indexed {
-            small.push(BASE_INDEX.into());
-        }
-        for name in small {
-            let sum = crate::weights::shard::sha256_file(&self.out.join(&name), |_| {})?;
-            index.sums.files.insert(name, sum);
-        }
-        let json = serde_json::json!({
-            "metadata": {"total_size": index.total_size, "sha256": index.sums},
-            "weight_map": index.weight_map,
-        });
-        let json = serde_json::to_vec_pretty(&json).expect("a JSON value serialises");
-        write_atomically(&self.out.join(Layout::Decomposition.index_file()), &json).map(drop)
-    }
-}
-
-/// The file of a part. Hashed, because a module's name is what a stranger's checkpoint says it is.
-fn part_file(module: &str) -> String {
-    format!("{}.safetensors", &sha256_hex(module.as_bytes())[..24])
-}
-
-/// The index as it grows.
-#[derive(Default)]
-struct Index {
-    total_size: u64,
-    weight_map: BTreeMap<String, String>,
-    sums: Sums,
-}
-
-impl Index {
-    fn add(&mut self, tensor: &Placed, file: &str, bytes: &[u8]) {
-        self.total_size += bytes.len() as u64;
-        self.weight_map.insert(tensor.name.clone(), file.into());
-        self.sums
-            .tensors
-            .insert(tensor.name.clone(), sha256_hex(bytes));
-    }
-}
-
-/// Fills shards in order; a tensor is never split.
-fn into_shards(tensors: Vec<Placed>, bytes_max: u64) -> Vec<Vec<Placed>> {
-    let mut shards: Vec<Vec<Placed>> = vec![Vec::new()];
-    let mut filled = 0;
-    for tensor in tensors {
-        if filled > 0 && filled + tensor.bytes() > bytes_max {
-            shards.push(Vec::new());
-            filled = 0;
-        }
-        filled += tensor.bytes();
-        shards
-            .last_mut()
-            .expect("there is always a last shard")
-            .push(tensor);
-    }
-    shards
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shards_are_filled_in_order_and_never_split_a_tensor() {
-        let tensor = |name: &str, n: usize| Placed {
-            name: name.into(),
-            dtype: Dtype::U8,
-            shape: vec![n],
-            source: Source::Base,
-        };
-        let shards = into_shards(
-            vec![
-                tensor("a", 4),
-                tensor("b", 4),
-                tensor("c", 20),
-                tensor("d", 1),
-            ],
-            10,
-        );
-        let names: Vec<Vec<&str>> = shards
-            .iter()
-            .map(|s| s.iter().map(|t| t.name.as_str()).collect())
-            .collect();
-        assert_eq!(names, [vec!["a", "b"], vec!["c"], vec!["d"]]);
+        Part::write(self.folder, module, record, &tensors)
     }
 }

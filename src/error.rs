@@ -43,6 +43,29 @@ pub enum Error {
     Unfinished { path: PathBuf, verb: String },
     #[error("another svdhub process is working in {}", path.display())]
     OutputLocked { path: PathBuf },
+    #[error("{} is only part {part} of a decomposition", path.display())]
+    OnlyAPart { path: PathBuf, part: String },
+    #[error("{} is not a part of a decomposition: part.json is missing", path.display())]
+    NotAPart { path: PathBuf },
+    #[error("of the decomposition there is no {}", missing.join(", no "))]
+    PartsMissing { missing: Vec<String> },
+    #[error("{what} is in {} and again in {}", first.display(), second.display())]
+    PartTwice {
+        what: String,
+        first: PathBuf,
+        second: PathBuf,
+    },
+    #[error(
+        "{} and {} are not parts of one decomposition: {what} is {before} in the first, {now} in the second",
+        dirs[0].display(),
+        dirs[1].display()
+    )]
+    PartsDiffer {
+        what: String,
+        dirs: Box<[PathBuf; 2]>,
+        before: String,
+        now: String,
+    },
 
     // -- weights ----------------------------------------------------------------------------
     #[error("{} is not a safetensors file: {reason}", path.display())]
@@ -122,7 +145,7 @@ pub enum Error {
     },
     #[error("{}: {reason}", path.display())]
     Adapter { path: PathBuf, reason: String },
-    #[error("the sidecar {} needs its base model {base}", artifact.display())]
+    #[error("{} needs its base model {base}", artifact.display())]
     BaseNeeded { artifact: PathBuf, base: String },
     #[error("cannot read {value:?} as {what}: {reason}")]
     Parse {

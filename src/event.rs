@@ -29,6 +29,8 @@ pub enum Unit {
 pub enum Event<'a> {
     Started {
         stage: Stage,
+        /// Of the total, what an earlier run has done.
+        done: u64,
         total: u64,
         unit: Unit,
     },
@@ -63,7 +65,15 @@ pub trait Observer: Sync {
     fn event(&self, event: &Event<'_>);
 
     fn start(&self, stage: Stage, total: u64, unit: Unit) {
-        self.event(&Event::Started { stage, total, unit });
+        self.resume(stage, 0, total, unit);
+    }
+    fn resume(&self, stage: Stage, done: u64, total: u64, unit: Unit) {
+        self.event(&Event::Started {
+            stage,
+            done,
+            total,
+            unit,
+        });
     }
     fn advance(&self, stage: Stage, by: u64, item: &str) {
         self.event(&Event::Advanced { stage, by, item });

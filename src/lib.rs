@@ -5,11 +5,14 @@
 //!
 //! ```text
 //! hub ─→ base ─→ plan ─→ decompose ─→ artifact ─→ train ─→ adapter ─→ merge ─→ card ─→ publish ─→ hub
-//!                        (linalg, split)          (model)
+//!                        (linalg, split, join)    (model)
 //! ```
+//!
+//! Several machines divide the work: each decomposes its share (job), `assemble` joins them (join).
 
 pub mod adapter;
 pub mod artifact;
+pub mod assemble;
 pub mod base;
 pub mod card;
 pub mod decompose;
@@ -18,10 +21,13 @@ pub mod evaluate;
 pub mod event;
 pub mod format;
 pub mod hub;
+pub mod job;
+pub mod join;
 pub mod json;
 pub mod linalg;
 pub mod merge;
 pub mod model;
+mod part;
 pub mod plan;
 pub mod publish;
 mod random;

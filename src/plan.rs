@@ -13,6 +13,7 @@ use crate::model::ModelConfig;
 use crate::weights::checkpoint::WeightFile;
 use crate::weights::element::is_float;
 use crate::weights::{Dtype, Entry, Header, Inventory, dtype_name};
+use crate::workers::Limits;
 
 /// A module name pattern: `*` stands for any run of characters.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,14 +67,35 @@ fn glob(pattern: &[u8], name: &[u8]) -> bool {
 }
 
 /// What a plan depends on beside the model.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PlanOptions {
     pub rank: Rank,
     /// Modules to decompose; empty means all linear ones.
     pub include: Vec<Pattern>,
     pub exclude: Vec<Pattern>,
     pub layout: ArtifactLayout,
+    /// Matrices at a time; no part of what makes the result, and so of no record.
+    #[serde(skip, default = "cores")]
     pub threads: usize,
+    /// Bytes of memory that the whole process may take, as far as it is planned.
+    #[serde(skip)]
+    pub memory: Option<u64>,
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+impl PlanOptions {
+    /// How many matrices may be decomposed at once.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            threads: self.threads,
+            memory: self
+                .memory
+                .map_or(u64::MAX, |memory| memory.saturating_sub(PROCESS_BYTES)),
+        }
+    }
 }
 
 impl Default for PlanOptions {
@@ -83,7 +105,8 @@ impl Default for PlanOptions {
             include: Vec::new(),
             exclude: Vec::new(),
             layout: ArtifactLayout::Residual,
-            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            threads: cores(),
+            memory: None,
         }
     }
 }
@@ -157,7 +180,7 @@ impl PlannedTensor {
     }
 
     /// Bytes one worker holds while it decomposes this tensor.
-    fn worker_bytes(&self, layout: ArtifactLayout) -> u64 {
+    pub(crate) fn worker_bytes(&self, layout: ArtifactLayout) -> u64 {
         let Some(q) = self.q else {
             return self.bytes;
         };
@@ -261,11 +284,6 @@ impl Plan {
         };
         let sides: u64 = decomposed().map(|t| (t.shape[0] + t.shape[1]) as u64).sum();
         let flops = tensors.iter().map(PlannedTensor::flops).sum::<u64>();
-        let mut workers: Vec<u64> = tensors
-            .iter()
-            .map(|t| t.worker_bytes(options.layout))
-            .collect();
-        workers.sort_unstable_by(|a, b| b.cmp(a));
         Ok(Self {
             model_type: config.model_type.clone(),
             rank: options.rank,
@@ -280,7 +298,11 @@ impl Plan {
             linear_layers: decomposed().count(),
             flops,
             seconds: flops as f64 / FLOPS_PER_CORE / options.threads as f64,
-            peak_bytes: PROCESS_BYTES + workers.iter().take(options.threads).sum::<u64>(),
+            // what is copied, and joined, passes through a small buffer
+            peak_bytes: PROCESS_BYTES
+                + options
+                    .limits()
+                    .peak(decomposed().map(|t| t.worker_bytes(options.layout))),
             disk_bytes: tensors
                 .iter()
                 .map(|t| t.artifact_bytes(options.layout))
@@ -290,9 +312,42 @@ impl Plan {
         })
     }
 
-    /// The most disk that decomposing takes at any moment: finished matrices wait beside the shard that is being written.
+    /// The most disk that decomposing takes at any moment.
+    ///
+    /// A matrix waits in its file until the shard with its last tensor is whole: beside everything there may be that
+    /// shard, which is larger than its limit where one tensor is, and what earlier shards hold of the same matrix.
     pub fn disk_bytes_peak(&self, shard_bytes_max: u64) -> u64 {
-        self.disk_bytes + self.disk_bytes.min(shard_bytes_max) + self.disk_bytes / 50
+        let bytes = |t: &PlannedTensor| t.artifact_bytes(self.layout);
+        let largest = self.tensors.iter().map(bytes).max().unwrap_or(0);
+        let twice = shard_bytes_max.max(largest).saturating_add(largest);
+        self.disk_bytes_written() + self.disk_bytes.min(twice)
+    }
+
+    /// The disk that the decomposition takes: tensors, headers and records.
+    pub fn disk_bytes_written(&self) -> u64 {
+        self.disk_bytes + self.disk_bytes / 50
+    }
+
+    /// The disk that some finished matrices take.
+    pub fn disk_bytes_of(&self, tensors: &[&PlannedTensor]) -> u64 {
+        let bytes = tensors.iter().map(|t| t.artifact_bytes(self.layout));
+        let bytes: u64 = bytes.sum();
+        bytes + bytes / 50
+    }
+
+    /// What to decompose, shard by shard as far as sizes are known before, so that shards can be written early; and of
+    /// each the most expensive first, so that no worker is left with a large one at the end.
+    pub fn in_shard_order(&self, shard_bytes_max: u64) -> Vec<&PlannedTensor> {
+        let mut bytes = 0;
+        let mut placed: Vec<(u64, &PlannedTensor)> = Vec::new();
+        for tensor in &self.tensors {
+            if tensor.action == Action::Decompose {
+                placed.push((bytes / shard_bytes_max.max(1), tensor));
+            }
+            bytes += tensor.artifact_bytes(self.layout);
+        }
+        placed.sort_by_key(|&(shard, tensor)| (shard, std::cmp::Reverse(tensor.flops())));
+        placed.into_iter().map(|(_, tensor)| tensor).collect()
     }
 
     /// The tensors to decompose, in checkpoint order.

@@ -161,8 +161,7 @@ pub fn run(
     let started = Instant::now();
     let mut tokens = 0;
     let first = run.losses.len();
-    observer.start(Stage::Train, steps as u64, Unit::Steps);
-    observer.advance(Stage::Train, first as u64, "resumed");
+    observer.resume(Stage::Train, first as u64, steps as u64, Unit::Steps);
     for step in first..steps {
         let batch = batch(&windows, step, options);
         let learning_rate =

@@ -13,6 +13,9 @@ use crate::weights::shard::write_atomically;
 /// Our folder inside an output directory. It is never published.
 pub const STATE_DIR: &str = ".svdhub";
 
+/// With this file a directory is one machine's share of a decomposition, for `assemble`.
+pub const PART_FILE: &str = "part.json";
+
 /// What the directory was found to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Claim {
@@ -149,8 +152,22 @@ fn same_settings(
     Ok(())
 }
 
-/// Refuses a directory in which a job of ours was begun and has not ended.
+/// Refuses a directory that holds less than a whole: unfinished work, or a part of a decomposition.
 pub fn refuse_unfinished(dir: &Path) -> Result<()> {
+    refuse_interrupted(dir)?;
+    let part_file = dir.join(PART_FILE);
+    if !part_file.exists() {
+        return Ok(());
+    }
+    let record: serde_json::Value = json::read(&part_file)?;
+    Err(Error::OnlyAPart {
+        path: dir.into(),
+        part: record["part"].as_str().unwrap_or("?").into(),
+    })
+}
+
+/// Refuses a directory in which a job of ours was begun and has not ended.
+pub fn refuse_interrupted(dir: &Path) -> Result<()> {
     let job_file = dir.join(STATE_DIR).join("job.json");
     if !job_file.exists() {
         return Ok(());

@@ -1,6 +1,7 @@
 //! What to do about an error. The library says what is; here is said what helps.
 
 use svdhub::Error;
+use svdhub::job::MATRICES;
 
 /// One sentence that gets the user on, where there is one.
 pub fn advice(error: &Error) -> Option<String> {
@@ -16,6 +17,22 @@ pub fn advice(error: &Error) -> Option<String> {
             "repeat the first command to finish that job, or choose another --out"
         }
         Error::Unfinished { .. } => "run that command again: it goes on or begins anew by itself",
+        Error::OnlyAPart { .. } => {
+            "join it with the other parts: `svdhub assemble DIR... --out DIR`"
+        }
+        Error::NotAPart { .. } => "parts are what `svdhub decompose MODEL --part I/N` writes",
+        Error::PartsMissing { .. } => {
+            "run `svdhub decompose` with the same options and --part for what is missing, or name its directory too"
+        }
+        Error::PartTwice { .. } => "name each part once",
+        Error::PartsDiffer { .. } => {
+            "repeat one of them with the options of the other, in a new directory"
+        }
+        Error::Checksum { path, .. }
+            if path.parent().is_some_and(|dir| dir.ends_with(MATRICES)) =>
+        {
+            "copy that part again; or remove the file and part.json beside its folder, and repeat the part"
+        }
         Error::OutputLocked { .. } => "wait for it, or choose another --out",
         Error::Truncated { .. } | Error::Header { .. } | Error::ShardMissing { .. } => {
             "the file was cut short or damaged on its way: fetch or copy it again"

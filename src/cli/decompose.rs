@@ -7,6 +7,7 @@ use clap::Args;
 use svdhub::card::{bytes, thousands};
 use svdhub::decompose::{self, Facts, Options};
 use svdhub::hub::ModelRef;
+use svdhub::job::{Share, ShareRecord};
 use svdhub::linalg::Algorithm;
 use svdhub::{Error, Result};
 
@@ -33,6 +34,9 @@ pub struct Command {
     /// Start a new file when one would grow beyond this (500MB, 5GB)
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size)]
     shard_size: u64,
+    /// Do only share I of N, for `svdhub assemble` to join; N machines with the same options do it all
+    #[arg(long, value_name = "I/N")]
+    part: Option<Share>,
 }
 
 fn tolerance(text: &str) -> Result<f64> {
@@ -85,12 +89,29 @@ impl Command {
             },
             shard_bytes_max: self.shard_size,
         };
+        if let Some(share) = self.part {
+            let record =
+                decompose::run_share(&base, &self.out, share, &options, session.observer())?;
+            return session.print(&record, || show_share(&record, &shown(&self.out)));
+        }
         let facts = decompose::run(&base, &self.out, &options, session.observer())?;
         session.print(&facts, || show(&facts, &shown(&self.out)))
     }
 }
 
-fn show(facts: &Facts, out: &str) -> String {
+fn show_share(record: &ShareRecord, out: &str) -> String {
+    format!(
+        "part {}: {} matrices, {:.1} GFLOP · {} in {}\n\n{out}\n",
+        record.part,
+        record.modules.len(),
+        record.flops as f64 / 1e9,
+        bytes(record.bytes),
+        clock(record.seconds),
+    )
+}
+
+/// A decomposition for people.
+pub fn show(facts: &Facts, out: &str) -> String {
     let mut text = format!(
         "{} linear layers, {} singular values, {:.1} % of the energy · {} in {}\n",
         facts.linear_layers,

@@ -15,6 +15,7 @@ use svdhub::plan::{Action, Pattern, Plan, PlanOptions, expected_inventory};
 use svdhub::weights::{Dtype, Layout};
 use svdhub::{Error, Result};
 
+use super::decompose::size;
 use super::output::Table;
 use super::progress::clock;
 use super::session::Session;
@@ -55,6 +56,9 @@ pub struct PlanArgs {
     /// Matrices at a time [default: one for each core]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
+    /// Start a matrix only when it fits into this much memory beside the others (8GB) [default: no limit]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    memory: Option<u64>,
 }
 
 fn layout(text: &str) -> Result<ArtifactLayout> {
@@ -81,6 +85,7 @@ impl PlanArgs {
             exclude: self.exclude.clone(),
             layout: self.layout,
             threads: self.threads.map_or(default.threads, usize::from),
+            memory: self.memory,
         }
     }
 }

@@ -25,6 +25,8 @@ struct Running {
     stage: Stage,
     unit: Unit,
     total: u64,
+    /// What an earlier run did: it counts for the share, not for the rate.
+    before: u64,
     done: u64,
     started: Instant,
     said: Instant,
@@ -90,17 +92,24 @@ fn amount(value: f64, unit: Unit) -> String {
 
 impl Running {
     fn rate(&self) -> f64 {
-        self.done as f64 / self.started.elapsed().as_secs_f64().max(1e-3)
+        let done = self.done.saturating_sub(self.before);
+        done as f64 / self.started.elapsed().as_secs_f64().max(1e-3)
+    }
+
+    fn left(&self) -> String {
+        match self.rate() {
+            rate if rate > 0.0 => clock(self.total.saturating_sub(self.done) as f64 / rate),
+            _ => "–".into(),
+        }
     }
 
     fn line(&self) -> String {
         let share = 100.0 * self.done as f64 / self.total.max(1) as f64;
-        let left = (self.total.saturating_sub(self.done)) as f64 / self.rate().max(1e-9);
         format!(
             "{} {share:.0} % · {}/s · {} left",
             name(self.stage),
             amount(self.rate(), self.unit),
-            clock(left)
+            self.left()
         )
     }
 }
@@ -125,23 +134,29 @@ impl Observer for Progress {
             return;
         }
         match event {
-            Event::Started { stage, total, unit } => {
+            Event::Started {
+                stage,
+                done,
+                total,
+                unit,
+            } => {
                 let bar = (self.mode == Mode::Bars).then(|| {
-                    let style = ProgressStyle::with_template(
-                        "{prefix:>10} {bar:28} {percent:>3} % {msg} {eta} left",
-                    )
-                    .unwrap_or_else(|_| ProgressStyle::default_bar());
+                    let style =
+                        ProgressStyle::with_template("{prefix:>10} {bar:28} {percent:>3} % {msg}")
+                            .unwrap_or_else(|_| ProgressStyle::default_bar());
                     let target = ProgressDrawTarget::stderr_with_hz(10);
                     ProgressBar::with_draw_target(Some(*total), target)
                         .with_style(style)
                         .with_prefix(name(*stage))
+                        .with_position((*done).min(*total))
                 });
                 let now = Instant::now();
                 *self.running() = Some(Running {
                     stage: *stage,
                     unit: *unit,
                     total: *total,
-                    done: 0,
+                    before: *done,
+                    done: *done,
                     started: now,
                     said: now,
                     bar,
@@ -158,8 +173,9 @@ impl Observer for Progress {
                         bar.set_position(running.done.min(running.total));
                         if running.unit != Unit::Steps {
                             bar.set_message(format!(
-                                "{}/s {item}",
-                                amount(running.rate(), running.unit)
+                                "{}/s · {} left · {item}",
+                                amount(running.rate(), running.unit),
+                                running.left()
                             ));
                         }
                     }
@@ -177,8 +193,9 @@ impl Observer for Progress {
                         bar.finish_and_clear();
                     }
                     let seconds = running.started.elapsed().as_secs_f64();
+                    let done = running.done.saturating_sub(running.before);
                     if self.mode == Mode::Lines && seconds >= 1.0 {
-                        let done = match running.done {
+                        let done = match done {
                             0 => String::new(),
                             done => format!(": {}", amount(done as f64, running.unit)),
                         };
@@ -193,8 +210,13 @@ impl Observer for Progress {
                 learning_rate,
                 tokens_per_s,
             } => {
-                if let Some(bar) = self.running().as_ref().and_then(|r| r.bar.as_ref()) {
-                    bar.set_message(format!("loss {loss:.4} · {tokens_per_s:.0} tokens/s"));
+                if let Some(running) = self.running().as_ref()
+                    && let Some(bar) = &running.bar
+                {
+                    bar.set_message(format!(
+                        "loss {loss:.4} · {tokens_per_s:.0} tokens/s · {} left",
+                        running.left()
+                    ));
                 }
                 // at a terminal as in a log, some twenty losses stay to be read
                 let every = (steps / 20).max(1);
@@ -207,5 +229,29 @@ impl Observer for Progress {
             Event::Noted { message } => self.say(message),
             Event::Warned { .. } => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_earlier_run_did_counts_for_the_share_and_not_for_the_rate() {
+        let now = Instant::now();
+        let running = Running {
+            stage: Stage::Decompose,
+            unit: Unit::Flops,
+            total: 100_000_000_000,
+            before: 80_000_000_000,
+            done: 90_000_000_000,
+            started: now
+                .checked_sub(Duration::from_secs(5))
+                .expect("the clock runs for longer"),
+            said: now,
+            bar: None,
+        };
+        // 10 GFLOP in 5 s, and 10 more to do
+        assert_eq!(running.line(), "decompose 90 % · 2.0 GFLOP/s · 0:05 left");
     }
 }

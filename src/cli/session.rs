@@ -10,7 +10,7 @@ use svdhub::adapter::{Adapter, DecompositionPin, Mixture};
 use svdhub::artifact::{Artifact, is_artifact};
 use svdhub::base::{self, Base};
 use svdhub::event::Observer;
-use svdhub::format::ArtifactLayout;
+use svdhub::format::{ArtifactLayout, Pin};
 use svdhub::hub::{Hub, ModelRef, Snapshot};
 use svdhub::source::Source;
 use svdhub::workspace::refuse_unfinished;
@@ -104,7 +104,7 @@ impl Session {
         let found = self.locate(model)?;
         let mut artifact = Artifact::open(&found.dir, None)?;
         if artifact.svd.layout == ArtifactLayout::Sidecar {
-            let base = self.base_of(&artifact, base)?;
+            let base = self.base_of(&[&artifact.dir], &artifact.svd.base, base)?;
             artifact = Artifact::open(&found.dir, Some(base))?;
             artifact.check_base(self.observer())?;
         }
@@ -116,18 +116,19 @@ impl Session {
         Ok((artifact, pin))
     }
 
-    fn base_of(&self, artifact: &Artifact, given: Option<&ModelRef>) -> Result<Base> {
+    /// The base of a decomposition, or of its parts: as given, as pinned, or where one of the directories remembers it.
+    pub fn base_of(&self, dirs: &[&Path], pin: &Pin, given: Option<&ModelRef>) -> Result<Base> {
         if let Some(given) = given {
             return self.base(given);
         }
-        let pin = &artifact.svd.base;
         if let (Some(id), Some(revision)) = (pin.repo.clone(), pin.revision.clone()) {
             return self.base(&ModelRef::Repo { id, revision });
         }
-        match base::remembered(&artifact.dir).filter(|dir| dir.is_dir()) {
+        let mut remembered = dirs.iter().filter_map(|dir| base::remembered(dir));
+        match remembered.find(|dir| dir.is_dir()) {
             Some(dir) => Base::open(&dir, None, None),
             None => Err(Error::BaseNeeded {
-                artifact: artifact.dir.clone(),
+                artifact: dirs.first().map_or_else(PathBuf::new, |dir| dir.into()),
                 base: pin.describe(),
             }),
         }

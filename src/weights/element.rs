@@ -28,6 +28,15 @@ enum Values<'a> {
 }
 
 impl<'a> View<'a> {
+    /// Bytes in their stored form.
+    pub fn stored(dtype: Dtype, shape: &[usize], bytes: &'a [u8]) -> Self {
+        Self {
+            dtype,
+            shape: shape.to_vec(),
+            values: Values::Stored(bytes),
+        }
+    }
+
     /// f32 values that will be stored as such.
     pub fn f32(shape: &[usize], values: &'a [f32]) -> Self {
         assert_eq!(
@@ -82,11 +91,7 @@ impl Elements {
 
     /// The elements without a copy.
     pub fn view(&self) -> View<'_> {
-        View {
-            dtype: self.dtype,
-            shape: self.shape.clone(),
-            values: Values::Stored(&self.bytes),
-        }
+        View::stored(self.dtype, &self.shape, &self.bytes)
     }
 
     /// Wraps f32 values in their stored form.

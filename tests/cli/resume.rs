@@ -1,65 +1,159 @@
 //! Killed anywhere, the rerun continues to the same bytes.
 
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use svdhub::weights::Dtype;
 
+use crate::parts::assert_same;
 use crate::world::{Run, World, arg, files, fixture};
+
+/// A siege: the command is killed at random moments, often again while it goes on, and then left to end.
+///
+/// Returns what it said each time it was left alone.
+fn besiege(
+    world: &World,
+    seed: u64,
+    expected: &Path,
+    command: impl Fn(&Path) -> Vec<String>,
+    check: impl Fn(&Path),
+) -> Vec<String> {
+    let start = |out: &Path| {
+        let arguments = command(out);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        world.command(&arguments)
+    };
+    let started = Instant::now();
+    let undisturbed = world.path("undisturbed");
+    let run = Run::of(start(&undisturbed).output().expect("runs"));
+    run.succeeds();
+    assert_same(&undisturbed, expected);
+    let whole = started.elapsed();
+    let mut state = seed;
+    let mut random = move || {
+        // Knuth's constants; the high bits are the good ones
+        state = state
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (state >> 33) as f64 / (1u64 << 31) as f64
+    };
+    let (mut said, mut interrupted) = (Vec::new(), 0);
+    for attempt in 0..25 {
+        let out = world.path(&format!("killed-{attempt}"));
+        let kills = 1 + attempt % 3;
+        for _ in 0..kills {
+            let mut child = start(&out).spawn().expect("starts");
+            std::thread::sleep(whole.mul_f64(random()));
+            child.kill().expect("kills");
+            child.wait().expect("is gone");
+            check(&out);
+        }
+        interrupted += usize::from(!out.join("svd.safetensors.index.json").exists());
+        let run = Run::of(start(&out).output().expect("runs")).succeeds();
+        assert_same(&out, expected);
+        for left in ["parts", "shards"] {
+            let left = out.join(".svdhub").join(left);
+            assert!(!left.exists(), "{} is left", left.display());
+        }
+        said.push(run.stderr);
+    }
+    assert!(
+        interrupted >= 8,
+        "only {interrupted} runs were interrupted: the kills come too late"
+    );
+    said
+}
 
 #[test]
 fn killed_decompose_continues_to_the_same_bytes() {
     let world = World::new();
-    let base = world.model("base", Dtype::BF16, u64::MAX);
-    let options = ["--rank-fraction", "1", "--shard-size", "1MB"];
-    let decompose = |out: &str, threads: &str| {
-        [
-            &["decompose", arg(&base), "--out", out, "--threads", threads],
-            &options[..],
-        ]
-        .concat()
-        .into_iter()
-        .map(String::from)
-        .collect::<Vec<_>>()
+    let base = world.model("base", Dtype::BF16, 700_000);
+    let decompose = |out: &Path, threads: &str| {
+        let fixed = [
+            "decompose",
+            arg(&base),
+            "--out",
+            arg(out),
+            "--threads",
+            threads,
+        ];
+        let options = ["--rank-fraction", "0.5", "--shard-size", "300kB"];
+        let all = fixed.into_iter().chain(options).map(String::from);
+        all.collect::<Vec<String>>()
     };
-    let reference = world.path("undisturbed");
-    let run = |arguments: Vec<String>| {
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        world.run(&arguments)
+    let reference = world.path("reference");
+    let arguments = decompose(&reference, "2");
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    world.run(&arguments).succeeds();
+    let early = AtomicUsize::new(0);
+    let said = besiege(
+        &world,
+        20_261_125,
+        &reference,
+        |out| decompose(out, "1"),
+        |out| {
+            // a shard is finished, and not all matrices are
+            let state = out.join(".svdhub");
+            let shards = std::fs::read_dir(state.join("shards")).map_or(0, Iterator::count);
+            let matrices = std::fs::read_dir(state.join("parts")).map_or(0, Iterator::count);
+            if shards > 0 && shards < 20 && matrices < 42 {
+                early.fetch_add(1, Ordering::Relaxed);
+            }
+        },
+    );
+    let kept = said.iter().filter(|text| text.contains("are done already"));
+    assert!(kept.count() >= 5, "finished matrices are kept: {said:?}");
+    assert!(
+        early.load(Ordering::Relaxed) > 0,
+        "shards are written while matrices are computed"
+    );
+}
+
+#[test]
+fn killed_parts_and_assemblies_continue_to_the_same_bytes() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, 700_000);
+    let options = ["--rank-fraction", "0.5", "--shard-size", "300kB"];
+    let run = |out: &Path, more: &[&str]| {
+        let fixed = ["decompose", arg(&base), "--out", arg(out)];
+        let all = [&fixed[..], &options, more].concat();
+        world.command(&all)
     };
-    run(decompose(arg(&reference), "2")).succeeds();
-    let reference = files(&reference);
-    let mut interrupted = 0;
-    for (attempt, milliseconds) in [3, 10, 20, 40, 60, 80, 100, 130, 160, 200, 250, 300]
+    let reference = world.path("reference");
+    Run::of(run(&reference, &[]).output().expect("runs")).succeeds();
+    let parts: Vec<PathBuf> = ["1/2", "2/2"]
         .into_iter()
         .enumerate()
-    {
-        let out = world.path(&format!("killed-{attempt}"));
-        let arguments = decompose(arg(&out), "1");
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let mut child = world.command(&arguments).spawn().expect("starts");
-        std::thread::sleep(Duration::from_millis(milliseconds));
-        child.kill().expect("kills");
-        child.wait().expect("is gone");
-        let index = out.join("svd.safetensors.index.json");
-        interrupted += usize::from(!index.exists());
-        run(decompose(arg(&out), "2")).succeeds();
-        let continued = files(&out);
-        assert_eq!(
-            continued.keys().collect::<Vec<_>>(),
-            reference.keys().collect::<Vec<_>>()
-        );
-        for (name, bytes) in &continued {
-            assert!(
-                *bytes == reference[name],
-                "{name} differs after a kill at {milliseconds} ms"
-            );
-        }
-        assert!(!out.join(".svdhub/parts").exists(), "no parts are left");
-    }
-    assert!(
-        interrupted >= 3,
-        "only {interrupted} runs were interrupted: the kills come too late"
+        .map(|(number, share)| {
+            let out = world.path(&format!("part-{number}"));
+            let more = ["--part", share, "--threads", "1"];
+            for milliseconds in [20, 60, 60] {
+                let mut child = run(&out, &more).spawn().expect("starts");
+                std::thread::sleep(Duration::from_millis(milliseconds));
+                child.kill().expect("kills");
+                child.wait().expect("is gone");
+            }
+            Run::of(run(&out, &more).output().expect("runs")).succeeds();
+            out
+        })
+        .collect();
+    let matrices = |dir: &PathBuf| files(&dir.join("matrices"));
+    let before: Vec<_> = parts.iter().map(matrices).collect();
+    besiege(
+        &world,
+        42,
+        &reference,
+        |out| {
+            let [one, two] = [arg(&parts[0]), arg(&parts[1])];
+            ["assemble", one, two, "--out", arg(out)]
+                .map(String::from)
+                .to_vec()
+        },
+        |_| {},
     );
+    let after: Vec<_> = parts.iter().map(matrices).collect();
+    assert!(before == after, "the parts stay as they were");
 }
 
 #[test]

@@ -1,0 +1,612 @@
+//! Finished matrices in, the files of a decomposition out.
+//!
+//! A shard is written as soon as its matrices are there, while others are still being computed. How many there will be is
+//! not known before the end, because what a matrix takes is not: until then shards have numbers for names, in the state
+//! folder. What is known of a shard is written beside it, and only then its parts go; so that a kill at any moment loses
+//! no finished matrix.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::Receiver;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::base::{Base, card_facts, copy_side_files, side_files};
+use crate::error::{Error, IoContext, Result};
+use crate::event::{Observer, Stage, Unit};
+use crate::format::{
+    ArtifactLayout, BASE_CONFIG, BASE_INDEX, ModuleRecord, Pin, SCHEMA, Sums, SvdSection,
+    base_header_tensor,
+};
+use crate::job::Job;
+use crate::json::{self, Tool};
+use crate::linalg::{Algorithm, Route};
+use crate::part::Part;
+use crate::plan::{Action, Plan, PlannedTensor, Trainable};
+use crate::report;
+use crate::weights::shard::{Sum, rename, sha256_file, write_atomically};
+use crate::weights::{Checkpoint, Dtype, Header, Layout, ShardWriter};
+use crate::workspace::Workspace;
+
+/// The facts of a decomposition, as `report.json` keeps them.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Facts {
+    pub base: Pin,
+    pub model_type: String,
+    pub rank: crate::format::Rank,
+    pub layout: ArtifactLayout,
+    pub algorithm: Algorithm,
+    pub linear_layers: usize,
+    pub parameters: u64,
+    pub trainable: Trainable,
+    /// Σσ² of all kept triplets over Σ‖M‖²
+    pub captured_energy: f64,
+    /// Elements of M stored exactly beside M′, and their share.
+    pub exceptions: u64,
+    pub exceptions_share: f64,
+    /// Matrices for which single precision was not enough.
+    pub double_precision: usize,
+    pub bytes: u64,
+    pub base_bytes: u64,
+    pub threads: usize,
+    /// Of all machines together.
+    pub seconds: f64,
+    /// What the base's card says of itself (licence, language …).
+    pub base_card: Value,
+}
+
+/// A decomposition being put together in its directory.
+pub struct Join<'a> {
+    pub base: &'a Base,
+    pub out: &'a Path,
+    pub job: &'a Job,
+    pub plan: &'a Plan,
+    pub workspace: &'a Workspace,
+    pub observer: &'a dyn Observer,
+    /// Whether a part is removed once it is in a shard: our own are, those of other directories are not.
+    pub consumes: bool,
+}
+
+/// How far the joining is.
+#[derive(Default)]
+pub struct Joined {
+    /// By module, every matrix that is finished.
+    pub parts: BTreeMap<String, Part>,
+    shards: Vec<Shard>,
+    /// Whether the writing is what is shown to those who watch.
+    shown: bool,
+}
+
+/// A finished shard, as its record tells of it.
+#[derive(Serialize, Deserialize)]
+struct Shard {
+    sha256: String,
+    /// In the order of the file, each with the sha256 of its bytes.
+    tensors: Vec<(Placed, String)>,
+    /// Matrices of which nothing is left outside of this shard and those before it.
+    parts: BTreeMap<String, Part>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Placed {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    source: Source,
+}
+
+/// Where a tensor of the artifact comes from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+enum Source {
+    /// The part of this module.
+    Part(String),
+    Base,
+    BaseHeader(String),
+}
+
+impl Placed {
+    fn bytes(&self) -> u64 {
+        (self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8) as u64
+    }
+}
+
+impl Joined {
+    fn bytes(&self) -> u64 {
+        let tensors = self.shards.iter().flat_map(|shard| &shard.tensors);
+        tensors.map(|(placed, _)| placed.bytes()).sum()
+    }
+}
+
+/// What is joined lies here in the state folder.
+const SHARDS: &str = "shards";
+
+impl Join<'_> {
+    fn shard_path(&self, number: usize, ending: &str) -> PathBuf {
+        let folder = self.workspace.state(SHARDS);
+        folder.join(format!("{number:05}.{ending}"))
+    }
+
+    /// What an earlier run finished: its shards, and the matrices that are in them.
+    pub fn resume(&self) -> Result<Joined> {
+        let mut joined = Joined::default();
+        loop {
+            let record = self.shard_path(joined.shards.len() + 1, "json");
+            if !record.exists() {
+                return Ok(joined);
+            }
+            let shard: Shard = json::read(&record)?;
+            // the kill may have come between the record and this
+            self.consume(&shard)?;
+            joined.parts.extend(shard.parts.clone());
+            joined.shards.push(shard);
+        }
+    }
+
+    /// Removes the files of parts that a durable shard has made superfluous.
+    fn consume(&self, shard: &Shard) -> Result<()> {
+        if !self.consumes {
+            return Ok(());
+        }
+        for module in shard.parts.keys() {
+            let path = crate::part::path_of(&self.workspace.state(PARTS), module);
+            if path.exists() {
+                std::fs::remove_file(&path).context("remove", &path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the shards that are not there yet, each as soon as its matrices have arrived.
+    ///
+    /// `None` if `arrivals` ended before all of them came.
+    pub fn write_shards(
+        &self,
+        mut joined: Joined,
+        arrivals: &Receiver<(String, Part)>,
+    ) -> Result<Option<Joined>> {
+        let folder = self.workspace.state(SHARDS);
+        std::fs::create_dir_all(&folder).context("create", &folder)?;
+        let written = joined.shards.iter().flat_map(|shard| &shard.tensors);
+        let written: Vec<String> = written.map(|(placed, _)| placed.name.clone()).collect();
+        let mut written = written.into_iter();
+        let mut filling = Filling::new(self.job.options.shard_bytes_max);
+        let headers = self.base_headers();
+        let items = self.plan.tensors.iter().map(Some).chain([None]);
+        for item in items {
+            let placed = match item {
+                Some(tensor) if tensor.action == Action::Decompose => {
+                    let module = tensor.module();
+                    while !joined.parts.contains_key(module) {
+                        let Ok((arrived, part)) = arrivals.recv() else {
+                            return Ok(None);
+                        };
+                        joined.parts.insert(arrived, part);
+                    }
+                    place_part(module, &joined.parts[module])
+                }
+                Some(tensor) => self.place_copy(tensor),
+                None => headers.clone(),
+            };
+            for tensor in placed {
+                match written.next() {
+                    Some(name) if name == tensor.name => {}
+                    Some(name) => {
+                        return Err(Error::OutputOccupied {
+                            path: self.out.into(),
+                            found: format!("a shard with `{name}` where `{}` belongs", tensor.name),
+                        });
+                    }
+                    None => {
+                        if let Some(full) = filling.add(tensor) {
+                            joined.parts.extend(arrivals.try_iter());
+                            self.write_shard(full, &mut joined)?;
+                        }
+                    }
+                }
+            }
+        }
+        if let Some(last) = filling.end() {
+            self.write_shard(last, &mut joined)?;
+        }
+        self.observer.finish(Stage::Write);
+        Ok(Some(joined))
+    }
+
+    /// Of a tensor that is copied: its place in the artifact, if the layout has one for it.
+    fn place_copy(&self, tensor: &PlannedTensor) -> Vec<Placed> {
+        if self.job.options.plan.layout == ArtifactLayout::Sidecar {
+            return Vec::new();
+        }
+        let entry = self.base.checkpoint.inventory.get(&tensor.name);
+        let (_, entry) = entry.expect("a plan names tensors of its own inventory");
+        vec![Placed {
+            name: entry.name.clone(),
+            dtype: entry.dtype,
+            shape: entry.shape.clone(),
+            source: Source::Base,
+        }]
+    }
+
+    fn base_headers(&self) -> Vec<Placed> {
+        if self.job.options.plan.layout == ArtifactLayout::Sidecar {
+            return Vec::new();
+        }
+        let files = self.base.checkpoint.inventory.files.iter();
+        files
+            .map(|file| Placed {
+                name: base_header_tensor(&file.name),
+                dtype: Dtype::U8,
+                shape: vec![file.header.prefix.len()],
+                source: Source::BaseHeader(file.name.clone()),
+            })
+            .collect()
+    }
+
+    /// Shows the writing once nothing else is under way.
+    fn show(&self, joined: &mut Joined) {
+        if joined.shown || joined.parts.len() < self.plan.decomposed().count() {
+            return;
+        }
+        joined.shown = true;
+        let all: u64 = self
+            .plan
+            .tensors
+            .iter()
+            .flat_map(|tensor| match joined.parts.get(tensor.module()) {
+                Some(part) if tensor.action == Action::Decompose => {
+                    place_part(tensor.module(), part)
+                }
+                _ => self.place_copy(tensor),
+            })
+            .chain(self.base_headers())
+            .map(|placed| placed.bytes())
+            .sum();
+        let done = joined.bytes();
+        self.observer
+            .resume(Stage::Write, done, all.max(done), Unit::Bytes);
+    }
+
+    fn write_shard(&self, tensors: Vec<Placed>, joined: &mut Joined) -> Result<()> {
+        let number = joined.shards.len() + 1;
+        self.show(joined);
+        let header = Header::compose(
+            tensors
+                .iter()
+                .map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice())),
+        )?;
+        let mut writer = ShardWriter::create(&self.shard_path(number, "safetensors"), header)?;
+        let mut open: Option<(String, Checkpoint)> = None;
+        let mut shard = Shard {
+            sha256: String::new(),
+            tensors: Vec::new(),
+            parts: BTreeMap::new(),
+        };
+        for tensor in tensors {
+            let sum = match &tensor.source {
+                Source::Part(module) => {
+                    let part = &joined.parts[module];
+                    let sum = copy_part(&mut writer, &tensor, module, part, &mut open)?;
+                    if part.tensors.last().is_some_and(|t| t.name == tensor.name) {
+                        shard.parts.insert(module.clone(), part.clone());
+                    }
+                    sum
+                }
+                Source::Base => self.copy_base(&mut writer, &tensor)?,
+                Source::BaseHeader(file) => {
+                    let mut files = self.base.checkpoint.inventory.files.iter();
+                    let file = files.find(|f| &f.name == file);
+                    let file = file.expect("headers are placed for files of the base");
+                    writer.put(&tensor.name, &file.header.prefix)?;
+                    crate::weights::shard::sha256_hex(&file.header.prefix)
+                }
+            };
+            self.observer
+                .advance(Stage::Write, tensor.bytes(), &tensor.name);
+            shard.tensors.push((tensor, sum));
+        }
+        shard.sha256 = writer.finish()?;
+        let json = serde_json::to_vec(&shard).expect("a shard's record serialises");
+        write_atomically(&self.shard_path(number, "json"), &json)?;
+        self.consume(&shard)?;
+        joined.shards.push(shard);
+        Ok(())
+    }
+
+    fn copy_base(&self, writer: &mut ShardWriter, tensor: &Placed) -> Result<String> {
+        let checkpoint = &self.base.checkpoint;
+        let mut sum = Sum::default();
+        writer.begin(&tensor.name);
+        checkpoint.read_blocks(&tensor.name, |block| {
+            if block.first_not_finite().is_some() {
+                // read again as a whole: the error names the element's place in the tensor
+                checkpoint.read_finite(&tensor.name)?;
+            }
+            sum.update(&block.bytes);
+            writer.write(&block.bytes)
+        })?;
+        Ok(sum.finish())
+    }
+
+    /// Gives the shards their names and writes everything else; the index last.
+    ///
+    /// The time is that of all machines, and the threads those of the largest.
+    pub fn complete(&self, joined: Joined, threads: usize, seconds: f64) -> Result<Facts> {
+        let Joined { parts, shards, .. } = joined;
+        let records: BTreeMap<String, ModuleRecord> = parts
+            .into_iter()
+            .map(|(module, part)| (module, part.record))
+            .collect();
+        let mut index = Index::default();
+        for (number, shard) in (1..).zip(&shards) {
+            let name = Layout::Decomposition.shard_file(number, shards.len());
+            self.name_shard(number, &name)?;
+            index.add(&name, shard);
+        }
+        let facts = self.facts(&records, index.total_size, threads, seconds);
+        self.write_config(&facts, records)?;
+        copy_side_files(&self.base.dir, self.out)?;
+        // what was trained and measured before belongs to the base, not to what will be trained from here
+        report::add(self.out, serde_json::Map::new(), "decompose", &facts)?;
+        self.write_index(index)?;
+        if self.job.base.repo.is_none() {
+            // a sidecar is merged beside its base: remember where that was
+            self.base.remember_in(self.workspace)?;
+        }
+        Ok(facts)
+    }
+
+    fn name_shard(&self, number: usize, name: &str) -> Result<()> {
+        let (from, to) = (self.shard_path(number, "safetensors"), self.out.join(name));
+        match (from.exists(), to.exists()) {
+            (true, true) => Err(Error::OutputOccupied {
+                path: self.out.into(),
+                found: format!("another `{name}`"),
+            }),
+            // named before a kill
+            (false, true) => Ok(()),
+            _ => rename(&from, &to),
+        }
+    }
+
+    fn facts(
+        &self,
+        records: &BTreeMap<String, ModuleRecord>,
+        bytes: u64,
+        threads: usize,
+        seconds: f64,
+    ) -> Facts {
+        let total_energy = |f: fn(&ModuleRecord) -> f64| records.values().map(f).sum::<f64>();
+        // ‖M‖² = ‖M′‖² / (1 − share); a share of 1 leaves the kept energy, which is then all of it
+        let whole = |r: &ModuleRecord| {
+            if r.captured_energy < 1.0 {
+                r.residual_norm.powi(2) / (1.0 - r.captured_energy)
+            } else {
+                0.0
+            }
+        };
+        let all = total_energy(whole);
+        let captured_energy = if all > 0.0 {
+            1.0 - total_energy(|r| r.residual_norm.powi(2)) / all
+        } else {
+            1.0
+        };
+        let exceptions = records.values().map(|r| r.exceptions).sum();
+        let elements: usize = records.values().map(|r| r.shape[0] * r.shape[1]).sum();
+        Facts {
+            base: self.job.base.clone(),
+            model_type: self.plan.model_type.clone(),
+            rank: self.plan.rank,
+            layout: self.plan.layout,
+            algorithm: self.job.options.algorithm.clone(),
+            linear_layers: self.plan.linear_layers,
+            parameters: self.plan.parameters,
+            trainable: self.plan.trainable,
+            captured_energy,
+            exceptions,
+            exceptions_share: exceptions as f64 / elements as f64,
+            double_precision: records
+                .values()
+                .filter(|r| r.route != Route::GramF32)
+                .count(),
+            bytes,
+            base_bytes: self.base.checkpoint.inventory.total_bytes(),
+            threads,
+            seconds,
+            base_card: card_facts(&self.base.dir),
+        }
+    }
+
+    fn write_config(&self, facts: &Facts, modules: BTreeMap<String, ModuleRecord>) -> Result<()> {
+        let path = self.base.dir.join("config.json");
+        let verbatim = std::fs::read(&path).context("read", &path)?;
+        let mut config: Value = json::read(&path)?;
+        let section = SvdSection {
+            schema: SCHEMA,
+            layout: facts.layout,
+            base: facts.base.clone(),
+            rank: facts.rank,
+            algorithm: facts.algorithm.clone(),
+            modules,
+            tool: Tool::this(),
+        };
+        config["svd"] = serde_json::to_value(section).expect("a section serialises");
+        write_atomically(&self.out.join(BASE_CONFIG), &verbatim)?;
+        if self.base.checkpoint.indexed {
+            let index = self.base.dir.join(Layout::Model.index_file());
+            let verbatim = std::fs::read(&index).context("read", &index)?;
+            write_atomically(&self.out.join(BASE_INDEX), &verbatim)?;
+        }
+        let json = serde_json::to_vec_pretty(&config).expect("a JSON value serialises");
+        write_atomically(&self.out.join("config.json"), &json).map(drop)
+    }
+
+    /// Written last: with it, and only with it, the directory is a decomposition.
+    fn write_index(&self, mut index: Index) -> Result<()> {
+        let mut small = side_files(self.out)?;
+        small.push("config.json".into());
+        small.push(BASE_CONFIG.into());
+        if self.base.checkpoint.indexed {
+            small.push(BASE_INDEX.into());
+        }
+        for name in small {
+            let sum = sha256_file(&self.out.join(&name), |_| {})?;
+            index.sums.files.insert(name, sum);
+        }
+        let json = serde_json::json!({
+            "metadata": {"total_size": index.total_size, "sha256": index.sums},
+            "weight_map": index.weight_map,
+        });
+        let json = serde_json::to_vec_pretty(&json).expect("a JSON value serialises");
+        write_atomically(&self.out.join(Layout::Decomposition.index_file()), &json).map(drop)
+    }
+}
+
+/// Where an undivided decomposition keeps its parts in the state folder.
+pub const PARTS: &str = "parts";
+
+/// Removes what helped to resume a job that is complete now.
+pub fn clean_up(workspace: &Workspace) {
+    let records = std::fs::read_dir(workspace.state(SHARDS));
+    for record in records.into_iter().flatten().flatten() {
+        let path = record.path();
+        if path.extension().is_some_and(|ending| ending == "json") {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+    // both are empty, or hold what is not ours
+    let _ = std::fs::remove_dir(workspace.state(SHARDS));
+    let _ = std::fs::remove_dir(workspace.state(PARTS));
+}
+
+fn place_part(module: &str, part: &Part) -> Vec<Placed> {
+    let tensors = part.tensors.iter().map(|tensor| Placed {
+        name: tensor.name.clone(),
+        dtype: tensor.dtype,
+        shape: tensor.shape.clone(),
+        source: Source::Part(module.into()),
+    });
+    tensors.collect()
+}
+
+/// Copies a tensor of a part, and refuses one that is not what was written. `open` keeps the part for its next tensor.
+fn copy_part(
+    writer: &mut ShardWriter,
+    tensor: &Placed,
+    module: &str,
+    part: &Part,
+    open: &mut Option<(String, Checkpoint)>,
+) -> Result<String> {
+    let file = part.file.as_ref();
+    let path = &file
+        .expect("a part stays until all of it is in shards")
+        .path;
+    if open.as_ref().is_none_or(|(opened, _)| opened != module) {
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        *open = Some((module.into(), Checkpoint::single(folder, &name)?));
+    }
+    let (_, checkpoint) = open.as_ref().expect("it was opened above");
+    let mut sum = Sum::default();
+    writer.begin(&tensor.name);
+    checkpoint.read_blocks(&tensor.name, |block| {
+        sum.update(&block.bytes);
+        writer.write(&block.bytes)
+    })?;
+    let found = sum.finish();
+    let mut written = part.tensors.iter();
+    let written = written.find(|t| t.name == tensor.name);
+    let expected = &written
+        .expect("tensors are placed from this very list")
+        .sha256;
+    if found == *expected {
+        Ok(found)
+    } else {
+        Err(Error::Checksum {
+            what: format!("tensor `{}`", tensor.name),
+            path: path.clone(),
+            expected: expected.clone(),
+            found,
+        })
+    }
+}
+
+/// The index as it grows.
+#[derive(Default)]
+struct Index {
+    total_size: u64,
+    weight_map: BTreeMap<String, String>,
+    sums: Sums,
+}
+
+impl Index {
+    fn add(&mut self, file: &str, shard: &Shard) {
+        self.sums.files.insert(file.into(), shard.sha256.clone());
+        for (tensor, sha256) in &shard.tensors {
+            self.total_size += tensor.bytes();
+            self.weight_map.insert(tensor.name.clone(), file.into());
+            let sums = &mut self.sums.tensors;
+            sums.insert(tensor.name.clone(), sha256.clone());
+        }
+    }
+}
+
+/// Fills shards in order; a tensor is never split.
+struct Filling {
+    shard: Vec<Placed>,
+    bytes: u64,
+    bytes_max: u64,
+}
+
+impl Filling {
+    fn new(bytes_max: u64) -> Self {
+        Self {
+            shard: Vec::new(),
+            bytes: 0,
+            bytes_max,
+        }
+    }
+
+    /// Adds a tensor; returns the shard that was full without it.
+    fn add(&mut self, tensor: Placed) -> Option<Vec<Placed>> {
+        let fits = self.bytes == 0 || self.bytes + tensor.bytes() <= self.bytes_max;
+        let full = (!fits).then(|| std::mem::take(&mut self.shard));
+        if full.is_some() {
+            self.bytes = 0;
+        }
+        self.bytes += tensor.bytes();
+        self.shard.push(tensor);
+        full
+    }
+
+    /// The last shard, which no other tensor has filled.
+    fn end(self) -> Option<Vec<Placed>> {
+        Some(self.shard).filter(|shard| !shard.is_empty())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_are_filled_in_order_and_never_split_a_tensor() {
+        let tensors = [("a", 4), ("b", 4), ("c", 20), ("d", 1)];
+        let mut filling = Filling::new(10);
+        let mut shards: Vec<Vec<Placed>> = Vec::new();
+        for (name, n) in tensors {
+            shards.extend(filling.add(Placed {
+                name: name.into(),
+                dtype: Dtype::U8,
+                shape: vec![n],
+                source: Source::Base,
+            }));
+        }
+        shards.extend(filling.end());
+        let names: Vec<Vec<&str>> = shards
+            .iter()
+            .map(|s| s.iter().map(|t| t.name.as_str()).collect())
+            .collect();
+        assert_eq!(names, [vec!["a", "b"], vec!["c"], vec!["d"]]);
+    }
+}

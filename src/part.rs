@@ -1,0 +1,122 @@
+//! One decomposed matrix in a file of its own, on its way into a decomposition.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::format::ModuleRecord;
+use crate::weights::element::View;
+use crate::weights::shard::{Sum, sha256_hex};
+use crate::weights::{Dtype, Header, ShardWriter};
+
+/// A finished matrix: what is known of it, and what its file holds.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Part {
+    pub record: ModuleRecord,
+    pub tensors: Vec<PartTensor>,
+    /// `None` once the tensors are in a shard.
+    #[serde(skip)]
+    pub file: Option<PartFile>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PartTensor {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    pub sha256: String,
+}
+
+/// Where a part lies.
+#[derive(Debug, Clone)]
+pub struct PartFile {
+    pub path: PathBuf,
+    /// The header names the sha256 of every tensor: this sum stands for the whole file.
+    pub header_sha256: String,
+}
+
+/// The path of a module's part. Hashed, because a module's name is what a stranger's checkpoint says it is.
+pub fn path_of(folder: &Path, module: &str) -> PathBuf {
+    folder.join(format!(
+        "{}.safetensors",
+        &sha256_hex(module.as_bytes())[..24]
+    ))
+}
+
+impl Part {
+    /// Writes a finished matrix into `folder`.
+    pub fn write(
+        folder: &Path,
+        module: &str,
+        record: ModuleRecord,
+        tensors: &[(String, View<'_>)],
+    ) -> Result<Self> {
+        let described = tensors.iter().map(|(name, view)| {
+            let mut sum = Sum::default();
+            view.for_each_block(|block| {
+                sum.update(block);
+                Ok(())
+            })?;
+            Ok(PartTensor {
+                name: name.clone(),
+                dtype: view.dtype,
+                shape: view.shape.clone(),
+                sha256: sum.finish(),
+            })
+        });
+        let mut part = Self {
+            record,
+            tensors: described.collect::<Result<_>>()?,
+            file: None,
+        };
+        let about = serde_json::to_string(&part).expect("a part's record serialises");
+        let header = Header::compose_with(
+            &[("part", &about)],
+            part.tensors
+                .iter()
+                .map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice())),
+        )?;
+        let path = path_of(folder, module);
+        let header_sha256 = sha256_hex(&header.prefix);
+        let mut writer = ShardWriter::create(&path, header)?;
+        for (name, view) in tensors {
+            writer.begin(name);
+            view.for_each_block(|block| writer.write(block))?;
+        }
+        writer.finish()?;
+        part.file = Some(PartFile {
+            path,
+            header_sha256,
+        });
+        Ok(part)
+    }
+
+    /// Reads the header of the part of a module; the tensors are checked when they are read.
+    pub fn read(folder: &Path, module: &str) -> Result<Self> {
+        let path = path_of(folder, module);
+        let refuse = |reason: &str| Error::Header {
+            path: path.clone(),
+            reason: format!("as the part `{module}`, {reason}"),
+        };
+        let header = Header::read(&path)?;
+        let about = header.metadata("part");
+        let about = about.ok_or_else(|| refuse("it tells nothing of the matrix"))?;
+        let mut part: Self = serde_json::from_str(&about)
+            .map_err(|_| refuse("it tells nothing readable of the matrix"))?;
+        let same = part.tensors.len() == header.entries.len()
+            && part
+                .tensors
+                .iter()
+                .zip(&header.entries)
+                .all(|(t, e)| (&t.name, t.dtype, &t.shape) == (&e.name, e.dtype, &e.shape));
+        if !same {
+            return Err(refuse("it holds other tensors than it tells of"));
+        }
+        part.file = Some(PartFile {
+            path,
+            header_sha256: sha256_hex(&header.prefix),
+        });
+        Ok(part)
+    }
+}
