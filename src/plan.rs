@@ -533,6 +533,30 @@ mod tests {
     }
 
     #[test]
+    fn work_goes_shard_by_shard_and_in_each_the_largest_first() {
+        let llama = json!({"model_type": "llama", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 12,
+            "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 100, "tie_word_embeddings": true});
+        let plan = plan(llama, Rank::default());
+        let layer = |t: &PlannedTensor| t.name.split('.').nth(2).map(str::to_string);
+        let layers: u64 = plan
+            .tensors
+            .iter()
+            .map(|t| t.artifact_bytes(plan.layout))
+            .sum();
+        let order = plan.in_shard_order(layers / 6);
+        assert_eq!(order.len(), plan.decomposed().count());
+        let first: Vec<_> = order[..7].iter().map(|t| layer(t)).collect();
+        let last: Vec<_> = order[order.len() - 7..].iter().map(|t| layer(t)).collect();
+        assert!(
+            first.iter().all(|l| !last.contains(l)),
+            "{first:?} {last:?}"
+        );
+        assert!(order[0].name.contains("mlp") && order[1].name.contains("mlp"));
+        let single = plan.in_shard_order(u64::MAX);
+        assert!(single.is_sorted_by_key(|t| std::cmp::Reverse(t.flops())));
+    }
+
+    #[test]
     fn patterns_match_names_and_parts() {
         let name = "model.layers.12.self_attn.q_proj";
         for yes in [
