@@ -102,18 +102,21 @@ pub fn run_share(
     let mut settings = job.settings();
     settings.insert("part".into(), share.to_string());
     let (mut workspace, claim) = Workspace::claim(out, "decompose", settings)?;
+    let folder = out.join(MATRICES);
     match claim {
-        Claim::Finished => {
-            observer.note(format!("{} is complete already", out.display()));
-            return ShareRecord::read(out);
-        }
+        Claim::Finished => match ShareRecord::read(out) {
+            Ok(record) if is_whole(&record, &folder) => {
+                observer.note(format!("{} is complete already", out.display()));
+                return Ok(record);
+            }
+            _ => observer.note(format!("{} has lost files: going on there", out.display())),
+        },
         Claim::Interrupted => observer.note(format!("going on in {}", out.display())),
         Claim::Fresh => {}
     }
     let mine = share.of(&plan);
     let needed = plan.disk_bytes_of(&mine);
     check_free_space(out, needed.saturating_sub(bytes_in(out)))?;
-    let folder = out.join(MATRICES);
     let compute = Compute {
         base,
         folder: &folder,
@@ -147,6 +150,14 @@ pub fn run_share(
     write_atomically(&out.join(PART_FILE), &json)?;
     workspace.finish()?;
     Ok(record)
+}
+
+/// Whether the files are there that the record tells of.
+fn is_whole(record: &ShareRecord, folder: &Path) -> bool {
+    record.modules.iter().all(|(module, header_sha256)| {
+        let file = Part::read(folder, module).ok().and_then(|part| part.file);
+        file.is_some_and(|file| file.header_sha256 == *header_sha256)
+    })
 }
 
 /// What will be done, and what makes it this job and no other.

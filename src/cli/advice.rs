@@ -31,7 +31,7 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::Checksum { path, .. }
             if path.parent().is_some_and(|dir| dir.ends_with(MATRICES)) =>
         {
-            "copy that part again; or remove the file and part.json beside its folder, and repeat the part"
+            "copy it again, or remove that file and run its `svdhub decompose --part` again: only this matrix is then repeated"
         }
         Error::OutputLocked { .. } => "wait for it, or choose another --out",
         Error::Truncated { .. } | Error::Header { .. } | Error::ShardMissing { .. } => {

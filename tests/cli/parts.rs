@@ -223,7 +223,7 @@ fn gaps_repetitions_and_mixtures_are_refused_by_name() {
 }
 
 #[test]
-fn a_corrupt_part_is_refused_by_file_and_tensor_and_repaired_by_a_good_copy() {
+fn a_corrupt_part_is_refused_by_file_and_tensor_and_can_be_repaired() {
     let world = World::new();
     let base = world.model("base", Dtype::BF16, u64::MAX);
     let parts = world.parts(&base, 2, &["--shard-size", "500kB"]);
@@ -254,12 +254,9 @@ fn a_corrupt_part_is_refused_by_file_and_tensor_and_repaired_by_a_good_copy() {
     let u = u.expect("there is a u");
     flipped[u.offset as usize + 9] ^= 0x10;
     std::fs::write(victim, &flipped).expect("writes");
-    world.run(&world.assemble(&parts, &out)).refuses(&[
-        &u.name,
-        name,
-        "sha256",
-        "copy that part again",
-    ]);
+    world
+        .run(&world.assemble(&parts, &out))
+        .refuses(&[&u.name, name, "sha256", "copy it again"]);
     assert!(!out.join("svd.safetensors.index.json").exists());
     world
         .run(&["verify", arg(&out)])
@@ -281,7 +278,29 @@ fn a_corrupt_part_is_refused_by_file_and_tensor_and_repaired_by_a_good_copy() {
         .run(&world.assemble(&parts, &out))
         .refuses(&[name, "cut short"]);
 
-    std::fs::write(victim, &sound).expect("writes");
+    // as advised: without the file, its part is repeated where it is broken
+    std::fs::remove_file(victim).expect("removes");
+    world
+        .run(&world.assemble(&parts, &out))
+        .refuses(&[name, "cannot open"]);
+    let run = world
+        .run(&[
+            "decompose",
+            arg(&base),
+            "--out",
+            arg(&parts[0]),
+            "--part",
+            "1/2",
+            "--shard-size",
+            "500kB",
+        ])
+        .succeeds();
+    assert!(
+        run.stderr.contains("20 of 21 matrices are done already"),
+        "{}",
+        run.stderr
+    );
+    assert!(std::fs::read(victim).expect("reads") == sound);
     let run = world.run(&world.assemble(&parts, &out)).succeeds();
     assert!(run.stderr.contains("going on in"), "{}", run.stderr);
     assert_same(&out, &whole);
