@@ -43,9 +43,21 @@ pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<Str
         _ => "a local model".into(),
     };
     let rank = &decompose["rank"];
+    let value = &rank["value"];
     let rank_text = match rank["mode"].as_str() {
-        Some("fraction") => format!("min(m, n) · {}", rank["value"]),
-        _ => rank["value"].to_string(),
+        Some("fraction") => format!("its min(m, n) · {value} largest singular triplets"),
+        Some("energy") => {
+            format!(
+                "the fewest of its largest singular triplets that hold {value} of its energy Σσ²"
+            )
+        }
+        Some("budget") => {
+            let total = value.as_u64().map_or(value.to_string(), thousands);
+            format!(
+                "those of its singular triplets that are among the {total} largest of all weights"
+            )
+        }
+        _ => format!("its {value} largest singular triplets"),
     };
     let train = section("train");
     let decomposition_text = match train["decomposition"].as_str() {
