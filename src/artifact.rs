@@ -145,7 +145,12 @@ impl Artifact {
     pub fn base_tensor(&self, tensor: &str) -> Result<Elements> {
         if self.svd.layout == ArtifactLayout::Sidecar {
             let stored = self.stored_in_base(tensor);
-            return self.need_base()?.checkpoint.read_finite(&stored);
+            let elements = self.need_base()?.checkpoint.read_finite(&stored)?;
+            // the base is pinned as a whole, but which of its weights a head copies is this artifact's word alone
+            if let Some((_, record)) = self.module_of(tensor).filter(|_| stored != tensor) {
+                self.check_sum(tensor, &elements, Some(&record.sha256))?;
+            }
+            return Ok(elements);
         }
         match self.module_of(tensor) {
             Some((module, record)) => self.restore(module, record, &self.factors(module)?),

@@ -193,6 +193,42 @@ mod tests {
     }
 
     #[test]
+    fn a_card_tells_how_the_rank_was_chosen_and_whether_the_head_was_untied() {
+        for (rank, words) in [
+            (
+                json!({"mode": "fraction", "value": 0.1}),
+                "with its min(m, n) · 0.1 largest",
+            ),
+            (json!({"mode": "fixed", "value": 8}), "with its 8 largest"),
+            (
+                json!({"mode": "energy", "value": 0.9}),
+                "that hold 0.9 of its energy",
+            ),
+            (
+                json!({"mode": "budget", "value": 40_000}),
+                "among the 40,000 largest of all weights",
+            ),
+        ] {
+            let mut report = report();
+            report["decompose"]["rank"] = rank;
+            let card = render(Kind::Decomposition, "me/svd", &report).expect("renders");
+            assert!(card.contains(words), "{words} is missing from\n{card}");
+            assert!(!card.contains("untied"));
+        }
+        let mut report = report();
+        report["decompose"]["untied_head"] = true.into();
+        report["merge"]["tensors_identical_to_base"] = true.into();
+        let card = render(Kind::Model, "me/same", &report).expect("renders");
+        for words in [
+            "| head | untied from the embedding",
+            "Every tensor of the base is here byte for byte",
+        ] {
+            assert!(card.contains(words), "{words} is missing from\n{card}");
+        }
+        assert!(!card.contains("Rounding error"));
+    }
+
+    #[test]
     fn sizes_read_naturally() {
         assert_eq!(
             [

@@ -533,7 +533,9 @@ fn planned(
         Some(match role {
             Role::Norm => "a norm, not a matrix",
             Role::Bias => "a bias, carried along",
-            Role::Embedding if config.tied => "the embedding, and the head tied to it",
+            Role::Embedding if config.tied && !options.untie_head => {
+                "the embedding, and the head tied to it"
+            }
             Role::Embedding => "the embedding",
             _ => "not a linear weight",
         })
@@ -572,9 +574,9 @@ fn decomposed(tensor: PlannedTensor, rank: Rank) -> PlannedTensor {
     let reason = match (q, rank) {
         (Some(q), _) => format!("{kind}, {q} of {short} triplets"),
         (None, Rank::Energy(share)) => {
-            format!("{kind}, the fewest of {short} triplets with {share} of the energy")
+            format!("{kind}, the fewest of {short} triplets that hold {share} of the energy")
         }
-        (None, _) => format!("{kind}, of {short} triplets its part of the budget"),
+        (None, _) => format!("{kind}, up to {short} triplets of the budget"),
     };
     PlannedTensor {
         action: Action::Decompose,

@@ -391,7 +391,7 @@ fn a_plan_says_what_headers_cannot_know() {
         .run(&["plan", arg(&base), "--budget", "700", "--all"])
         .succeeds()
         .stdout;
-    for words in ["700", "≤ 128", "its part of the budget"] {
+    for words in ["700", "≤ 128", "triplets of the budget"] {
         assert!(text.contains(words), "`{words}` is missing from\n{text}");
     }
 }
@@ -732,6 +732,43 @@ fn a_head_that_cannot_be_untied_is_refused_with_the_reason() {
             .refuses(&["cannot be untied", words]);
     }
     assert_untied(&world, &tied, &["--include", "lm_head"]);
+}
+
+#[test]
+fn a_head_said_to_copy_another_weight_is_refused() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let split = world.path("svd");
+    let options = ["--untie-head", "--layout", "sidecar"];
+    world
+        .run(
+            &[
+                &["decompose", arg(&base), "--out", arg(&split)],
+                &options[..],
+            ]
+            .concat(),
+        )
+        .succeeds();
+    let data = fixture("eighty-heldout.txt");
+    let mut config = json_file(&split.join("config.json"));
+    for (i, (other, word)) in [
+        ("model.layers.0.mlp.down_proj", "sha256"),
+        ("model.nothing", "missing"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        config["svd"]["modules"]["lm_head"]["tied_to"] = other.into();
+        std::fs::write(split.join("config.json"), config.to_string()).expect("writes");
+        let merged = world.path(&format!("merged-{i}"));
+        world
+            .run(&["merge", arg(&split), "--out", arg(&merged)])
+            .refuses(&[word]);
+        assert!(!merged.join("config.json").exists());
+        world
+            .run(&["evaluate", arg(&split), "--data", arg(&data)])
+            .refuses(&[word]);
+    }
 }
 
 fn family(family: &str, tied: bool) -> Value {
