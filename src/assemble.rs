@@ -164,7 +164,9 @@ pub fn run(shares: &Shares, base: &Base, out: &Path, observer: &dyn Observer) ->
         Claim::Fresh => {}
     }
     base.check(&job.base, observer)?;
-    check_free_space(out, plan.disk_bytes_written().saturating_sub(bytes_in(out)))?;
+    let matrices: u64 = shares.shares.iter().map(|(_, record)| record.bytes).sum();
+    let needed = matrices + plan.disk_bytes_copied();
+    check_free_space(out, needed.saturating_sub(bytes_in(out)))?;
     let join = Join {
         base,
         out,

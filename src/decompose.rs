@@ -4,7 +4,7 @@
 //! Killed anywhere, the rerun keeps every finished matrix and every finished shard.
 
 use std::cell::OnceCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Receiver;
@@ -13,9 +13,9 @@ use std::time::Instant;
 use ndarray::Array2;
 
 use crate::base::Base;
-use crate::error::{IoContext, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
-use crate::format::{ArtifactLayout, ModuleRecord, ModuleTensors, Pin, stored_positions};
+use crate::format::{ArtifactLayout, ModuleRecord, ModuleTensors, Pin, Rank, stored_positions};
 use crate::job::{Job, MATRICES, Share, ShareRecord};
 use crate::join::{self, Join, PARTS};
 use crate::json::Tool;
@@ -24,11 +24,11 @@ use crate::model::ModelConfig;
 use crate::part::Part;
 use crate::plan::{Plan, PlannedTensor};
 use crate::split::Factors;
-use crate::weights::dtype_name;
 use crate::weights::element::View;
 use crate::weights::shard::{sha256_hex, write_atomically};
+use crate::weights::{Checkpoint, dtype_name};
 use crate::workspace::{Claim, PART_FILE, Workspace, bytes_in, check_free_space};
-use crate::{report, workers};
+use crate::{ranks, report, workers};
 
 pub use crate::job::Options;
 pub use crate::join::Facts;
@@ -50,8 +50,12 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
         Claim::Interrupted => observer.note(format!("going on in {}", out.display())),
         Claim::Fresh => {}
     }
+    refuse_another_head(&plan, &base.checkpoint)?;
+    check_room(out, &plan, plan.disk_bytes_min(), observer)?;
+    let spectra = workspace.state(SPECTRA);
+    let plan = ranks::resolve(plan, &base.checkpoint, &spectra, observer)?;
     let needed = plan.disk_bytes_peak(options.shard_bytes_max);
-    check_free_space(out, needed.saturating_sub(bytes_in(out)))?;
+    check_room(out, &plan, needed, observer)?;
     let join = Join {
         base,
         out,
@@ -83,6 +87,7 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
     let facts = join.complete(joined, plan.threads, started.elapsed().as_secs_f64())?;
     workspace.finish()?;
     join::clean_up(&workspace);
+    let _ = std::fs::remove_dir_all(spectra);
     Ok(facts)
 }
 
@@ -114,9 +119,15 @@ pub fn run_share(
         Claim::Interrupted => observer.note(format!("going on in {}", out.display())),
         Claim::Fresh => {}
     }
-    let mine = share.of(&plan);
-    let needed = plan.disk_bytes_of(&mine);
-    check_free_space(out, needed.saturating_sub(bytes_in(out)))?;
+    refuse_another_head(&plan, &base.checkpoint)?;
+    // divided before the ranks are known: what every machine foresees is the same, to the last bit
+    let names: BTreeSet<String> = share.of(&plan).iter().map(|t| t.name.clone()).collect();
+    let spectra = workspace.state(SPECTRA);
+    let plan = ranks::resolve(plan, &base.checkpoint, &spectra, observer)?;
+    let mut mine: Vec<&PlannedTensor> = plan.decomposed().collect();
+    mine.retain(|tensor| names.contains(&tensor.name));
+    mine.sort_by_key(|tensor| std::cmp::Reverse(tensor.flops()));
+    check_room(out, &plan, plan.disk_bytes_of(&mine), observer)?;
     let compute = Compute {
         base,
         folder: &folder,
@@ -149,7 +160,42 @@ pub fn run_share(
     let json = serde_json::to_vec_pretty(&record).expect("a record serialises");
     write_atomically(&out.join(PART_FILE), &json)?;
     workspace.finish()?;
+    let _ = std::fs::remove_dir_all(spectra);
     Ok(record)
+}
+
+/// Where the spectra that a budget needs are kept in the state folder.
+const SPECTRA: &str = "spectra";
+
+/// Refuses a disk without the bytes needed; where ranks are open these are an upper bound, and worth a warning only.
+fn check_room(out: &Path, plan: &Plan, bytes: u64, observer: &dyn Observer) -> Result<()> {
+    match check_free_space(out, bytes.saturating_sub(bytes_in(out))) {
+        Err(error) if !plan.ranks_known() && bytes > plan.disk_bytes_min() => {
+            observer.warn(format!("at most, {error}"));
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+/// Refuses to untie a head whose stored copy is not the embedding: nobody could say which of the two is the head.
+fn refuse_another_head(plan: &Plan, checkpoint: &Checkpoint) -> Result<()> {
+    let untied = plan.decomposed().find(|t| t.tied_to.is_some());
+    let Some(head) = untied.filter(|t| checkpoint.inventory.contains(&t.name)) else {
+        return Ok(());
+    };
+    let sum = |tensor: &str| Ok::<_, Error>(sha256_hex(&checkpoint.read(tensor)?.bytes));
+    if sum(&head.name)? == sum(&head.stored_as())? {
+        return Ok(());
+    }
+    Err(Error::HeadNotTied {
+        path: checkpoint.dir.clone(),
+        reason: format!(
+            "the stored `{}` differs from `{}`, and the config says that they are one",
+            head.name,
+            head.stored_as()
+        ),
+    })
 }
 
 /// Whether the files are there that the record tells of.
@@ -257,25 +303,24 @@ impl Compute<'_> {
 
     fn compute_part(&self, tensor: &PlannedTensor) -> Result<Part> {
         let (module, checkpoint) = (tensor.module(), &self.base.checkpoint);
-        let stored = checkpoint.read_finite(&tensor.name)?;
-        let q = tensor.q.expect("only planned decompositions come here");
+        let stored = checkpoint.read_finite(&tensor.stored_as())?;
+        let wanted = match self.options.plan.rank {
+            Rank::Energy(share) => Wanted::Energy(share),
+            _ => Wanted::Triplets(tensor.q.expect("every other rank was resolved before")),
+        };
         let [m, n] = [stored.shape[0], stored.shape[1]];
         let (factors, mut record) = {
             let matrix = Array2::from_shape_vec((m, n), stored.to_f32())
                 .expect("a tensor has as many values as its shape says");
-            let svd = linalg::decompose(
-                module,
-                matrix.view(),
-                Wanted::Triplets(q),
-                &self.options.algorithm,
-            )?;
+            let svd = linalg::decompose(module, matrix.view(), wanted, &self.options.algorithm)?;
+            let q = svd.sigma.len();
             let (captured_energy, residual_norm) = energy(matrix.view(), &svd.sigma);
             let record = ModuleRecord {
                 q,
                 shape: [m, n],
                 dtype: dtype_name(stored.dtype),
                 bias: checkpoint.inventory.contains(&format!("{module}.bias")),
-                tied_to: None,
+                tied_to: tensor.tied_to.clone(),
                 captured_energy,
                 residual_norm,
                 sigma_max: svd.sigma[0],
@@ -317,7 +362,7 @@ impl Compute<'_> {
         };
         let sigma = factors.sigma.to_vec();
         tensors.push((names.u, dense(&factors.u)));
-        tensors.push((names.sigma, View::f32(&[q], &sigma)));
+        tensors.push((names.sigma, View::f32(&[record.q], &sigma)));
         tensors.push((names.v, dense(&factors.v)));
         Part::write(self.folder, module, record, &tensors)
     }

@@ -56,6 +56,11 @@ impl Job {
         };
         let layout = format!("{:?}", plan.layout).to_lowercase();
         let content = sha256_hex(files.as_bytes());
+        let head = if plan.untie_head {
+            "untied"
+        } else {
+            "as in the base"
+        };
         [
             // a directory may move or lie elsewhere on another machine: there, the content says it all
             ("base model", self.base.describe()),
@@ -64,6 +69,7 @@ impl Job {
             ("layout", layout),
             ("include", list(&plan.include)),
             ("exclude", list(&plan.exclude)),
+            ("head", head.into()),
             ("tolerance", algorithm.tolerance.to_string()),
             ("shard size", shard_bytes_max.to_string()),
         ]

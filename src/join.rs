@@ -17,13 +17,13 @@ use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{
     ArtifactLayout, BASE_CONFIG, BASE_INDEX, ModuleRecord, Pin, SCHEMA, Sums, SvdSection,
-    base_header_tensor,
+    base_header_tensor, untie,
 };
 use crate::job::Job;
 use crate::json::{self, Tool};
 use crate::linalg::{Algorithm, Route};
 use crate::part::Part;
-use crate::plan::{Action, Plan, PlannedTensor, Trainable};
+use crate::plan::{Plan, PlannedTensor, Trainable};
 use crate::report;
 use crate::weights::shard::{Sum, rename, sha256_file, write_atomically};
 use crate::weights::{Checkpoint, Dtype, Header, Layout, ShardWriter};
@@ -40,6 +40,9 @@ pub struct Facts {
     pub linear_layers: usize,
     pub parameters: u64,
     pub trainable: Trainable,
+    /// The head was tied to the embedding and is now a weight of its own.
+    #[serde(default)]
+    pub untied_head: bool,
     /// Σσ² of all kept triplets over Σ‖M‖²
     pub captured_energy: f64,
     /// Elements of M stored exactly beside M′, and their share.
@@ -175,7 +178,7 @@ impl Join<'_> {
         let items = self.plan.tensors.iter().map(Some).chain([None]);
         for item in items {
             let placed = match item {
-                Some(tensor) if tensor.action == Action::Decompose => {
+                Some(tensor) if tensor.is_decomposed() => {
                     let module = tensor.module();
                     while !joined.parts.contains_key(module) {
                         let Ok((arrived, part)) = arrivals.recv() else {
@@ -254,9 +257,7 @@ impl Join<'_> {
             .tensors
             .iter()
             .flat_map(|tensor| match joined.parts.get(tensor.module()) {
-                Some(part) if tensor.action == Action::Decompose => {
-                    place_part(tensor.module(), part)
-                }
+                Some(part) if tensor.is_decomposed() => place_part(tensor.module(), part),
                 _ => self.place_copy(tensor),
             })
             .chain(self.base_headers())
@@ -401,7 +402,12 @@ impl Join<'_> {
             algorithm: self.job.options.algorithm.clone(),
             linear_layers: self.plan.linear_layers,
             parameters: self.plan.parameters,
-            trainable: self.plan.trainable,
+            trainable: Trainable {
+                sigma: records.values().map(|r| r.q as u64).sum(),
+                norms: self.plan.trainable.norms,
+                embeddings: self.plan.trainable.embeddings,
+            },
+            untied_head: self.job.options.plan.untie_head,
             captured_energy,
             exceptions,
             exceptions_share: exceptions as f64 / elements as f64,
@@ -421,6 +427,9 @@ impl Join<'_> {
         let path = self.base.dir.join("config.json");
         let verbatim = std::fs::read(&path).context("read", &path)?;
         let mut config: Value = json::read(&path)?;
+        if facts.untied_head {
+            untie(&mut config);
+        }
         let section = SvdSection {
             schema: SCHEMA,
             layout: facts.layout,

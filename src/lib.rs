@@ -31,6 +31,7 @@ mod part;
 pub mod plan;
 pub mod publish;
 mod random;
+pub mod ranks;
 pub mod report;
 pub mod source;
 pub mod split;

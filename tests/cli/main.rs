@@ -4,6 +4,7 @@ mod bad_input;
 mod hostile;
 mod hub;
 mod parts;
+mod ranks;
 mod resume;
 mod round_trip;
 mod training;

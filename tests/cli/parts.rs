@@ -374,3 +374,30 @@ fn a_tight_memory_budget_gives_the_same_bytes() {
     assert!(run.stderr.contains("run alone"), "{}", run.stderr);
     assert_same(&tiny, &free);
 }
+
+#[test]
+fn parts_agree_on_ranks_that_only_the_weights_know() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    for (name, options) in [
+        ("energy", ["--energy", "0.6", "--untie-head"]),
+        ("budget", ["--budget", "900", "--untie-head"]),
+    ] {
+        let (whole, out) = (world.path(name), world.path(&format!("{name}-assembled")));
+        let fixed = ["decompose", arg(&base), "--out", arg(&whole)];
+        world.run(&[&fixed[..], &options].concat()).succeeds();
+        let parts: Vec<PathBuf> = (1..=3)
+            .map(|number| {
+                let part = world.path(&format!("{name}-{number}"));
+                let share = format!("{number}/3");
+                let fixed = ["decompose", arg(&base), "--out", arg(&part)];
+                let all = [&fixed[..], &["--part", &share], &options].concat();
+                world.run(&all).succeeds();
+                assert!(!part.join(".svdhub/spectra").exists(), "spectra are left");
+                part
+            })
+            .collect();
+        world.run(&world.assemble(&parts, &out)).succeeds();
+        assert_same(&out, &whole);
+    }
+}
