@@ -27,7 +27,7 @@ pub mod json;
 pub mod linalg;
 pub mod merge;
 pub mod model;
-mod part;
+pub mod part;
 pub mod plan;
 pub mod publish;
 mod random;

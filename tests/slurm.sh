@@ -106,6 +106,10 @@ for _ in $(seq 100); do
   sleep 0.3
 done
 sinfo
+if [ "$(sinfo -h -o %T)" != idle ]; then
+  echo "the node did not come up" >&2
+  exit 1
+fi
 
 cat >"$work/job.sh" <<'JOB'
 #!/bin/sh
@@ -113,7 +117,7 @@ exec "$SVDHUB" decompose "$MODEL" --part "$SLURM_ARRAY_TASK_ID/$PARTS" --out "$W
   --shard-size 1MB --threads 1
 JOB
 export SVDHUB=$svdhub WORK=$work PARTS=$parts MODEL=$PWD/fixtures/shakespeare-1m
-sbatch --wait --array=1-$parts --output="$work/job-%a.out" "$work/job.sh"
+timeout 300 sbatch --wait --array=1-$parts --output="$work/job-%a.out" "$work/job.sh"
 cat "$work"/job-*.out
 
 "$svdhub" assemble "$work"/part-* --out "$work/assembled"
