@@ -354,6 +354,7 @@ fn a_disk_without_room() {
     let nothing = !no_split.join("svd.safetensors.index.json").exists()
         && !no_model.join("model.safetensors").exists()
         && !adapter.join("adapter.safetensors").exists();
+    drop(stuffing);
     let _ = std::process::Command::new("umount").arg(&mount).status();
     decomposed.refuses(&["needs", "free", "choose another disk"]);
     merged.refuses(&["needs", "free"]);
