@@ -146,10 +146,7 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
         captured_energy,
         exceptions,
         exceptions_share: exceptions as f64 / elements as f64,
-        double_precision: records
-            .values()
-            .filter(|r| r.route != linalg::Route::GramF32)
-            .count(),
+        double_precision: records.values().filter(|r| !r.route.is_single()).count(),
         bytes,
         base_bytes: base.checkpoint.inventory.total_bytes(),
         threads: plan.threads,
@@ -334,6 +331,12 @@ impl Job<'_> {
                 Wanted::Triplets(q),
                 &self.options.algorithm,
             )?;
+            if let Some(refused) = &svd.refused {
+                self.observer.note(format!(
+                    "{module}: {refused}; {} instead",
+                    svd.route.describe()
+                ));
+            }
             let (captured_energy, residual_norm) = energy(matrix.view(), &svd.sigma);
             let record = ModuleRecord {
                 q,
