@@ -144,7 +144,13 @@ impl Artifact {
     /// The base's tensor of that name, byte for byte: M of a module, or a tensor that was carried along.
     pub fn base_tensor(&self, tensor: &str) -> Result<Elements> {
         if self.svd.layout == ArtifactLayout::Sidecar {
-            return self.need_base()?.checkpoint.read_finite(tensor);
+            let stored = self.stored_in_base(tensor);
+            let elements = self.need_base()?.checkpoint.read_finite(&stored)?;
+            // the base is pinned as a whole, but which of its weights a head copies is this artifact's word alone
+            if let Some((_, record)) = self.module_of(tensor).filter(|_| stored != tensor) {
+                self.check_sum(tensor, &elements, Some(&record.sha256))?;
+            }
+            return Ok(elements);
         }
         match self.module_of(tensor) {
             Some((module, record)) => self.restore(module, record, &self.factors(module)?),
@@ -176,6 +182,24 @@ impl Artifact {
         Some((module, self.svd.modules.get(module)?))
     }
 
+    /// The base's name of a tensor: an untied head is the embedding there.
+    fn stored_in_base(&self, tensor: &str) -> String {
+        let record = self.module_of(tensor).map(|(_, record)| record);
+        match record.and_then(|record| record.tied_to.as_ref()) {
+            Some(module) => format!("{module}.weight"),
+            None => tensor.into(),
+        }
+    }
+
+    /// The weights that the base does not have under their own name or takes for another's: untied heads.
+    pub fn untied(&self) -> impl Iterator<Item = (&str, &ModuleRecord)> {
+        let modules = self.svd.modules.iter();
+        modules.filter_map(|(module, record)| {
+            record.tied_to.as_ref()?;
+            Some((module.as_str(), record))
+        })
+    }
+
     /// M of a module, byte for byte, with factors that are at hand already.
     pub fn restore(
         &self,
@@ -185,7 +209,8 @@ impl Artifact {
     ) -> Result<Elements> {
         let tensor = format!("{module}.weight");
         let matrix = if self.svd.layout == ArtifactLayout::Sidecar {
-            self.need_base()?.checkpoint.read(&tensor)?
+            let stored = self.stored_in_base(&tensor);
+            self.need_base()?.checkpoint.read(&stored)?
         } else {
             self.recompose(module, record, factors)?
         };
@@ -331,7 +356,8 @@ impl Artifact {
         })
     }
 
-    fn dtype_of(&self, module: &str, record: &ModuleRecord) -> Result<Dtype> {
+    /// The dtype of M.
+    pub fn dtype_of(&self, module: &str, record: &ModuleRecord) -> Result<Dtype> {
         match record.dtype.as_str() {
             "F32" => Ok(Dtype::F32),
             "F16" => Ok(Dtype::F16),

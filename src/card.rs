@@ -43,9 +43,21 @@ pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<Str
         _ => "a local model".into(),
     };
     let rank = &decompose["rank"];
+    let value = &rank["value"];
     let rank_text = match rank["mode"].as_str() {
-        Some("fraction") => format!("min(m, n) · {}", rank["value"]),
-        _ => rank["value"].to_string(),
+        Some("fraction") => format!("its min(m, n) · {value} largest singular triplets"),
+        Some("energy") => {
+            format!(
+                "the fewest of its largest singular triplets that hold {value} of its energy Σσ²"
+            )
+        }
+        Some("budget") => {
+            let total = value.as_u64().map_or(value.to_string(), thousands);
+            format!(
+                "those of its singular triplets that are among the {total} largest of all weights"
+            )
+        }
+        _ => format!("its {value} largest singular triplets"),
     };
     let train = section("train");
     let decomposition_text = match train["decomposition"].as_str() {
@@ -178,6 +190,42 @@ mod tests {
         let card = render(Kind::Decomposition, "me/svd", &report()).expect("renders");
         assert!(!card.contains("## Training") && !card.contains("| merged |"));
         assert!(card.contains("svdhub train me/svd") && card.contains("library_name: svdhub"));
+    }
+
+    #[test]
+    fn a_card_tells_how_the_rank_was_chosen_and_whether_the_head_was_untied() {
+        for (rank, words) in [
+            (
+                json!({"mode": "fraction", "value": 0.1}),
+                "with its min(m, n) · 0.1 largest",
+            ),
+            (json!({"mode": "fixed", "value": 8}), "with its 8 largest"),
+            (
+                json!({"mode": "energy", "value": 0.9}),
+                "that hold 0.9 of its energy",
+            ),
+            (
+                json!({"mode": "budget", "value": 40_000}),
+                "among the 40,000 largest of all weights",
+            ),
+        ] {
+            let mut report = report();
+            report["decompose"]["rank"] = rank;
+            let card = render(Kind::Decomposition, "me/svd", &report).expect("renders");
+            assert!(card.contains(words), "{words} is missing from\n{card}");
+            assert!(!card.contains("untied"));
+        }
+        let mut report = report();
+        report["decompose"]["untied_head"] = true.into();
+        report["merge"]["tensors_identical_to_base"] = true.into();
+        let card = render(Kind::Model, "me/same", &report).expect("renders");
+        for words in [
+            "| head | untied from the embedding",
+            "Every tensor of the base is here byte for byte",
+        ] {
+            assert!(card.contains(words), "{words} is missing from\n{card}");
+        }
+        assert!(!card.contains("Rounding error"));
     }
 
     #[test]

@@ -15,18 +15,18 @@ use crate::base::{Base, REMEMBERED, card_facts, copy_side_files};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{
-    ArtifactLayout, BASE_CONFIG, BASE_INDEX, ModuleRecord, ModuleTensors, Pin, SCHEMA, Sums,
-    SvdSection, base_header_tensor, stored_positions,
+    ArtifactLayout, BASE_CONFIG, BASE_INDEX, ModuleRecord, ModuleTensors, Pin, Rank, SCHEMA, Sums,
+    SvdSection, base_header_tensor, stored_positions, untie,
 };
 use crate::json::Tool;
 use crate::linalg::{self, Algorithm, Wanted, svd::energy};
 use crate::model::ModelConfig;
-use crate::plan::{Plan, PlanOptions, PlannedTensor, Trainable};
+use crate::plan::{Action, Plan, PlanOptions, PlannedTensor, Trainable};
 use crate::split::Factors;
 use crate::weights::shard::{sha256_hex, write_atomically};
 use crate::weights::{Checkpoint, Dtype, Elements, Header, Layout, ShardWriter, dtype_name};
 use crate::workspace::{Claim, Workspace, bytes_in, check_free_space};
-use crate::{json, report, workers};
+use crate::{json, ranks, report, workers};
 
 /// How to decompose.
 #[derive(Debug, Clone)]
@@ -51,12 +51,15 @@ impl Default for Options {
 pub struct Facts {
     pub base: Pin,
     pub model_type: String,
-    pub rank: crate::format::Rank,
+    pub rank: Rank,
     pub layout: ArtifactLayout,
     pub algorithm: Algorithm,
     pub linear_layers: usize,
     pub parameters: u64,
     pub trainable: Trainable,
+    /// The head was tied to the embedding and is now a weight of its own.
+    #[serde(default)]
+    pub untied_head: bool,
     /// Σσ² of all kept triplets over Σ‖M‖²
     pub captured_energy: f64,
     /// Elements of M stored exactly beside M′, and their share.
@@ -97,8 +100,15 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
         Claim::Interrupted => observer.note(format!("going on in {}", out.display())),
         Claim::Fresh => {}
     }
-    let needed = plan.disk_bytes_peak(options.shard_bytes_max);
-    check_free_space(out, needed.saturating_sub(bytes_in(out)))?;
+    refuse_another_head(&plan, &base.checkpoint)?;
+    let room = |bytes: u64| check_free_space(out, bytes.saturating_sub(bytes_in(out)));
+    room(plan.disk_bytes_min())?;
+    let spectra = workspace.state("spectra");
+    let plan = ranks::resolve(plan, &base.checkpoint, &spectra, observer)?;
+    match room(plan.disk_bytes_peak(options.shard_bytes_max)) {
+        Err(error) if !plan.ranks_known() => observer.warn(format!("at most, {error}")),
+        result => result?,
+    }
     let job = Job {
         base,
         out,
@@ -142,7 +152,12 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
         algorithm: options.algorithm.clone(),
         linear_layers: plan.linear_layers,
         parameters: plan.parameters,
-        trainable: plan.trainable,
+        trainable: Trainable {
+            sigma: records.values().map(|r| r.q as u64).sum(),
+            norms: plan.trainable.norms,
+            embeddings: plan.trainable.embeddings,
+        },
+        untied_head: options.plan.untie_head,
         captured_energy,
         exceptions,
         exceptions_share: exceptions as f64 / elements as f64,
@@ -168,6 +183,7 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
     }
     workspace.finish()?;
     let _ = std::fs::remove_dir(workspace.state("parts"));
+    let _ = std::fs::remove_dir_all(spectra);
     let _ = std::fs::remove_file(workspace.state("assembly.json"));
     Ok(facts)
 }
@@ -186,7 +202,7 @@ fn settings(
         let names: Vec<String> = patterns.iter().map(ToString::to_string).collect();
         names.join(",")
     };
-    BTreeMap::from([
+    let mut settings = BTreeMap::from([
         (
             "base model".into(),
             match (&base.repo, &base.revision) {
@@ -207,7 +223,31 @@ fn settings(
         ("exclude".into(), list(&options.plan.exclude)),
         ("tolerance".into(), options.algorithm.tolerance.to_string()),
         ("shard size".into(), options.shard_bytes_max.to_string()),
-    ])
+    ]);
+    if options.plan.untie_head {
+        settings.insert("head".into(), "untied".into());
+    }
+    settings
+}
+
+/// Refuses to untie a head whose stored copy is not the embedding: nobody could say which of the two is the head.
+fn refuse_another_head(plan: &Plan, checkpoint: &Checkpoint) -> Result<()> {
+    let untied = plan.decomposed().find(|t| t.tied_to.is_some());
+    let Some(head) = untied.filter(|t| checkpoint.inventory.contains(&t.name)) else {
+        return Ok(());
+    };
+    let sum = |tensor: &str| Ok::<_, Error>(sha256_hex(&checkpoint.read(tensor)?.bytes));
+    if sum(&head.name)? == sum(&head.stored_as())? {
+        return Ok(());
+    }
+    Err(Error::HeadNotTied {
+        path: checkpoint.dir.clone(),
+        reason: format!(
+            "the stored `{}` differs from `{}`, and the config says that they are one",
+            head.name,
+            head.stored_as()
+        ),
+    })
 }
 
 struct Job<'a> {
@@ -319,18 +359,17 @@ impl Job<'_> {
 
     fn compute_part(&self, tensor: &PlannedTensor) -> Result<Part> {
         let (module, checkpoint) = (tensor.module(), &self.base.checkpoint);
-        let stored = checkpoint.read_finite(&tensor.name)?;
-        let q = tensor.q.expect("only planned decompositions come here");
+        let stored = checkpoint.read_finite(&tensor.stored_as())?;
+        let wanted = match self.options.plan.rank {
+            Rank::Energy(share) => Wanted::Energy(share),
+            _ => Wanted::Triplets(tensor.q.expect("every other rank was resolved before")),
+        };
         let [m, n] = [stored.shape[0], stored.shape[1]];
         let (factors, mut record) = {
             let matrix = Array2::from_shape_vec((m, n), stored.to_f32())
                 .expect("a tensor has as many values as its shape says");
-            let svd = linalg::decompose(
-                module,
-                matrix.view(),
-                Wanted::Triplets(q),
-                &self.options.algorithm,
-            )?;
+            let svd = linalg::decompose(module, matrix.view(), wanted, &self.options.algorithm)?;
+            let q = svd.sigma.len();
             if let Some(refused) = &svd.refused {
                 self.observer.note(format!(
                     "{module}: {refused}; {} instead",
@@ -343,7 +382,7 @@ impl Job<'_> {
                 shape: [m, n],
                 dtype: dtype_name(stored.dtype),
                 bias: checkpoint.inventory.contains(&format!("{module}.bias")),
-                tied_to: None,
+                tied_to: tensor.tied_to.clone(),
                 captured_energy,
                 residual_norm,
                 sigma_max: svd.sigma[0],
@@ -387,7 +426,7 @@ impl Job<'_> {
         tensors.push((names.u, dense(&factors.u)));
         tensors.push((
             names.sigma,
-            Elements::from_f32(&[q], &factors.sigma.to_vec()),
+            Elements::from_f32(&[record.q], &factors.sigma.to_vec()),
         ));
         tensors.push((names.v, dense(&factors.v)));
         self.write_part(module, record, &tensors)
@@ -471,7 +510,10 @@ impl Job<'_> {
         let mut placed = Vec::new();
         let sidecar = self.options.plan.layout == ArtifactLayout::Sidecar;
         for tensor in &plan.tensors {
-            if let Some(part) = parts.get(tensor.module()).filter(|_| tensor.q.is_some()) {
+            if let Some(part) = parts
+                .get(tensor.module())
+                .filter(|_| tensor.action == Action::Decompose)
+            {
                 placed.extend(part.tensors.iter().map(|t| Placed {
                     name: t.name.clone(),
                     dtype: t.dtype,
@@ -573,6 +615,9 @@ impl Job<'_> {
         let path = self.base.dir.join("config.json");
         let verbatim = std::fs::read(&path).context("read", &path)?;
         let mut config: Value = json::read(&path)?;
+        if facts.untied_head {
+            untie(&mut config);
+        }
         let section = SvdSection {
             schema: SCHEMA,
             layout: facts.layout,

@@ -132,6 +132,14 @@ pub enum Error {
     },
     #[error("no tensor of {} is decomposed: {reason}", path.display())]
     NothingToDecompose { path: PathBuf, reason: String },
+    #[error("a budget of {budget} singular values is less than one for each of the {matrices} matrices of {}", path.display())]
+    BudgetTooSmall {
+        path: PathBuf,
+        budget: u64,
+        matrices: usize,
+    },
+    #[error("the head of {} cannot be untied: {reason}", path.display())]
+    HeadNotTied { path: PathBuf, reason: String },
 
     // -- numbers ----------------------------------------------------------------------------
     #[error("LAPACK's {routine} failed on a {rows} × {columns} matrix (info = {info})")]

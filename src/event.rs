@@ -5,6 +5,7 @@
 pub enum Stage {
     Download,
     Hash,
+    Spectra,
     Decompose,
     Write,
     Load,

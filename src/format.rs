@@ -15,7 +15,9 @@ use crate::weights::checkpoint::is_plain_file_name;
 use crate::weights::{Dtype, Elements};
 
 /// The version of the `svd` section this build writes. Older ones are read, newer ones refused.
-pub const SCHEMA: u32 = 1;
+///
+/// 1: ranks by `fraction` and `fixed`. 2: also by `energy` and `budget`; a module may be `tied_to` the weight it copies.
+pub const SCHEMA: u32 = 2;
 
 /// The base's `config.json` and index, byte for byte: merging gives them back.
 pub const BASE_CONFIG: &str = "base_config.json";
@@ -70,6 +72,7 @@ pub struct ModuleRecord {
     /// The base's dtype, which merging gives back.
     pub dtype: String,
     pub bias: bool,
+    /// Of a head that was untied: the module whose weight in the base it is a copy of.
     pub tied_to: Option<String>,
     /// Σσ² of the kept triplets over ‖M‖²
     pub captured_energy: f64,
@@ -125,6 +128,11 @@ pub fn base_header_tensor(file: &str) -> String {
     format!("{BASE_HEADER}{file}")
 }
 
+/// Says in a model's config that its head is a weight of its own.
+pub fn untie(config: &mut Value) {
+    config["tie_word_embeddings"] = false.into();
+}
+
 /// How many singular triplets of each weight are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "mode", content = "value", rename_all = "kebab-case")]
@@ -133,6 +141,10 @@ pub enum Rank {
     Fraction(f64),
     /// q = min(r, min(m, n))
     Fixed(NonZeroUsize),
+    /// The smallest q with Σσ² ≥ E·‖M‖²
+    Energy(f64),
+    /// The so many largest singular values of the whole model, at least one of each weight.
+    Budget(u64),
 }
 
 impl Default for Rank {
@@ -142,27 +154,48 @@ impl Default for Rank {
 }
 
 impl Rank {
-    /// q for a matrix whose shorter side is `short`.
-    pub fn q(self, short: usize) -> usize {
+    /// q for a matrix whose shorter side is `short`; `None` where it depends on the numbers in the matrix.
+    pub fn known(self, short: usize) -> Option<usize> {
         match self {
-            Self::Fraction(f) => ((f * short as f64).floor() as usize).clamp(1, short),
-            Self::Fixed(r) => r.get().min(short),
+            Self::Fraction(f) => Some(((f * short as f64).floor() as usize).clamp(1, short)),
+            Self::Fixed(r) => Some(r.get().min(short)),
+            Self::Energy(_) | Self::Budget(_) => None,
+        }
+    }
+
+    /// The most that q can be for a matrix whose shorter side is `short`.
+    pub fn at_most(self, short: usize) -> usize {
+        match self {
+            Self::Fraction(_) | Self::Fixed(_) => self.known(short).unwrap_or(short),
+            // the leading ⌈E·short⌉ of descending values hold no less than the mean share
+            Self::Energy(share) => ((share * short as f64).ceil() as usize).clamp(1, short),
+            Self::Budget(total) => usize::try_from(total).map_or(short, |total| total.min(short)),
         }
     }
 
     /// Parses a share of the full rank.
     pub fn fraction(text: &str) -> Result<Self> {
-        let refuse = |reason: &str| Error::Parse {
-            what: "a rank fraction",
-            value: text.into(),
-            reason: reason.into(),
-        };
-        let f: f64 = text.parse().map_err(|_| refuse("it is not a number"))?;
-        if f > 0.0 && f <= 1.0 {
-            Ok(Self::Fraction(f))
-        } else {
-            Err(refuse("it must be above 0 and at most 1"))
-        }
+        share("a rank fraction", text).map(Self::Fraction)
+    }
+
+    /// Parses a share of ‖M‖².
+    pub fn energy(text: &str) -> Result<Self> {
+        share("a share of the energy", text).map(Self::Energy)
+    }
+}
+
+/// A number above 0 and at most 1.
+fn share(what: &'static str, text: &str) -> Result<f64> {
+    let refuse = |reason: &str| Error::Parse {
+        what,
+        value: text.into(),
+        reason: reason.into(),
+    };
+    let share: f64 = text.parse().map_err(|_| refuse("it is not a number"))?;
+    if share > 0.0 && share <= 1.0 {
+        Ok(share)
+    } else {
+        Err(refuse("it must be above 0 and at most 1"))
     }
 }
 
@@ -171,6 +204,8 @@ impl fmt::Display for Rank {
         match self {
             Self::Fraction(f) => write!(out, "fraction {f}"),
             Self::Fixed(r) => write!(out, "rank {r}"),
+            Self::Energy(share) => write!(out, "energy {share}"),
+            Self::Budget(total) => write!(out, "budget {total}"),
         }
     }
 }
@@ -315,6 +350,89 @@ pub fn stored_positions(positions: &[u64], elements: usize) -> Elements {
             dtype: Dtype::U64,
             shape,
             bytes,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn parse(section: &Value) -> Result<SvdSection> {
+        parse_section(Path::new("config.json"), section)
+    }
+
+    #[test]
+    fn a_section_of_the_first_schema_is_still_read() {
+        // as version 0.1.0 wrote it for one matrix of the fixture model
+        let section: Value =
+            serde_json::from_str(include_str!("../fixtures/svd-section-schema-1.json"))
+                .expect("JSON");
+        assert_eq!(section["schema"], 1);
+        let read = parse(&section).expect("reads");
+        assert_eq!(
+            read.rank,
+            Rank::Fixed(NonZeroUsize::new(2).expect("not zero"))
+        );
+        let record = &read.modules["model.layers.0.self_attn.k_proj"];
+        assert_eq!((record.q, record.shape), (2, [64, 128]));
+        assert_eq!(record.tied_to, None);
+    }
+
+    #[test]
+    fn every_mode_of_rank_is_written_and_read_and_a_newer_schema_refused() {
+        let mut section: Value =
+            serde_json::from_str(include_str!("../fixtures/svd-section-schema-1.json"))
+                .expect("JSON");
+        for (rank, stored) in [
+            (
+                Rank::Fraction(0.25),
+                json!({"mode": "fraction", "value": 0.25}),
+            ),
+            (Rank::Energy(0.9), json!({"mode": "energy", "value": 0.9})),
+            (
+                Rank::Budget(5_000_000_000),
+                json!({"mode": "budget", "value": 5_000_000_000u64}),
+            ),
+        ] {
+            assert_eq!(serde_json::to_value(rank).expect("serialises"), stored);
+            section["schema"] = SCHEMA.into();
+            section["rank"] = stored;
+            assert_eq!(parse(&section).expect("reads").rank, rank);
+        }
+        section["schema"] = (SCHEMA + 1).into();
+        let error = parse(&section).expect_err("refused").to_string();
+        assert!(error.contains("newer"), "{error}");
+    }
+
+    #[test]
+    fn positions_beyond_thirty_two_bits_come_back() {
+        // of a 1,048,576 × 8,192 head: 2³³ elements, its last position beyond u32
+        let elements = 1_048_576usize * 8_192;
+        let at = [0, u64::from(u32::MAX), 1 << 32, (1 << 33) - 1];
+        let stored = stored_positions(&at, elements);
+        assert_eq!((stored.dtype, stored.bytes.len()), (Dtype::U64, 4 * 8));
+        assert_eq!(positions(&stored), at);
+        // of a 262,144 × 8,192 head: beyond i32, within u32
+        let at = [1 << 31, (1 << 31) + 7];
+        let stored = stored_positions(&at, (1 << 31) + 8);
+        assert_eq!((stored.dtype, stored.bytes.len()), (Dtype::U32, 2 * 4));
+        assert_eq!(positions(&stored), at);
+    }
+
+    #[test]
+    fn a_share_of_the_energy_bounds_the_rank() {
+        let energy = Rank::energy("0.5").expect("parses");
+        assert_eq!(
+            (energy.known(7), energy.at_most(7), energy.at_most(1)),
+            (None, 4, 1)
+        );
+        assert_eq!(Rank::Energy(1.0).at_most(7), 7);
+        assert_eq!(Rank::Budget(5).at_most(7), 5);
+        assert_eq!(Rank::Budget(u64::MAX).at_most(7), 7);
+        for bad in ["0", "1.01", "nan", "-1", "much"] {
+            assert!(Rank::energy(bad).is_err(), "{bad}");
         }
     }
 }

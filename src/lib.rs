@@ -25,6 +25,7 @@ pub mod model;
 pub mod plan;
 pub mod publish;
 mod random;
+pub mod ranks;
 pub mod report;
 pub mod source;
 pub mod split;

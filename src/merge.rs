@@ -6,16 +6,17 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use crate::adapter::Mixture;
 use crate::artifact::Artifact;
 use crate::base::copy_side_files;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
-use crate::format::{BASE_CONFIG, BASE_INDEX};
+use crate::format::{BASE_CONFIG, BASE_INDEX, untie};
 use crate::split::RoundingLoss;
 use crate::weights::element::is_float;
-use crate::weights::shard::write_atomically;
+use crate::weights::shard::{hex, write_atomically};
 use crate::weights::{Dtype, Elements, Entry, Header, Layout, ShardWriter, dtype_name};
 use crate::workspace::{Claim, Workspace, bytes_in, check_free_space};
 use crate::{json, linalg, report, workers};
@@ -48,6 +49,9 @@ pub struct Facts {
     pub sha256: BTreeMap<String, String>,
     /// Every weight file is the base's, byte for byte.
     pub identical_to_base: bool,
+    /// Every tensor of the base is there, byte for byte; a head that was untied may stand beside them.
+    #[serde(default)]
+    pub tensors_identical_to_base: bool,
     /// ‖round(W) − W‖ / ‖W − M‖ over all changed weights: how much of the training rounding ate.
     pub rounding_loss: f64,
     /// Share of the changed weights' elements that rounding put back on the base's value.
@@ -72,8 +76,8 @@ pub fn run(
 ) -> Result<Facts> {
     let started = Instant::now();
     linalg::single_threaded_blas();
-    let headers: Vec<(String, Header)> = artifact
-        .base_headers()?
+    let base_headers = artifact.base_headers()?;
+    let headers: Vec<(String, Header)> = with_untied_heads(artifact, &base_headers)?
         .into_iter()
         .map(|(file, header)| Ok((file, recast(header, options.dtype)?)))
         .collect::<Result<_>>()?;
@@ -104,12 +108,21 @@ pub fn run(
 
     observer.start(Stage::Merge, total, Unit::Bytes);
     let mut loss = RoundingLoss::default();
-    let mut sha256 = BTreeMap::new();
-    for (file, header) in &headers {
-        let sum = write_file(
-            artifact, mixture, out, file, header, options, observer, &mut loss,
+    let (mut sha256, mut sha256_of_base) = (BTreeMap::new(), BTreeMap::new());
+    for ((file, header), (_, base_header)) in headers.iter().zip(&base_headers) {
+        let (sum, base_sum) = write_file(
+            artifact,
+            mixture,
+            out,
+            file,
+            header,
+            base_header,
+            options,
+            observer,
+            &mut loss,
         )?;
         sha256.insert(file.clone(), sum);
+        sha256_of_base.insert(file.clone(), base_sum);
     }
     observer.finish(Stage::Merge);
     let untrained = mixture.parts.iter().all(|(adapter, weight)| {
@@ -117,14 +130,16 @@ pub fn run(
             || (adapter.tensors.is_empty() && adapter.delta.values().flatten().all(|&d| d == 0.0))
     });
     let identical = sha256 == artifact.svd.base.sha256;
-    if untrained && options.dtype.is_none() && !identical {
-        refuse_difference(artifact, out, &sha256)?;
+    let tensors_identical = sha256_of_base == artifact.svd.base.sha256;
+    if untrained && options.dtype.is_none() && !tensors_identical {
+        refuse_difference(artifact, out, &sha256_of_base)?;
     }
     let facts = Facts {
         dtype,
         adapters,
         sha256,
         identical_to_base: identical,
+        tensors_identical_to_base: tensors_identical,
         rounding_loss: loss.relative(),
         unchanged_share: loss.unchanged as f64 / loss.elements.max(1) as f64,
         bytes: total,
@@ -152,6 +167,26 @@ pub fn run(
     Ok(facts)
 }
 
+/// The base's headers, and behind the last tensor of the last file the heads that were untied.
+fn with_untied_heads(
+    artifact: &Artifact,
+    base: &[(String, Header)],
+) -> Result<Vec<(String, Header)>> {
+    let mut headers = base.to_vec();
+    for (module, record) in artifact.untied() {
+        let tensor = format!("{module}.weight");
+        let mut stored = headers.iter().flat_map(|(_, header)| &header.entries);
+        if stored.any(|entry| entry.name == tensor) {
+            continue;
+        }
+        let dtype = artifact.dtype_of(module, record)?;
+        if let Some((_, last)) = headers.last_mut() {
+            *last = last.with_tensor(&tensor, dtype, &record.shape)?;
+        }
+    }
+    Ok(headers)
+}
+
 /// The header with every float tensor in another dtype.
 fn recast(header: Header, dtype: Option<Dtype>) -> Result<Header> {
     let Some(dtype) = dtype else {
@@ -167,6 +202,8 @@ fn recast(header: Header, dtype: Option<Dtype>) -> Result<Header> {
     }))
 }
 
+/// Writes one file. Returns its sha256, and the sha256 of the base's file if it held these tensors: the same unless a
+/// head stands behind them.
 #[allow(clippy::too_many_arguments)]
 fn write_file(
     artifact: &Artifact,
@@ -174,12 +211,18 @@ fn write_file(
     out: &Path,
     file: &str,
     header: &Header,
+    base_header: &Header,
     options: &Options,
     observer: &dyn Observer,
     loss: &mut RoundingLoss,
-) -> Result<String> {
+) -> Result<(String, String)> {
     let path = out.join(file);
     let mut writer = ShardWriter::create(&path, header.clone())?;
+    // hashed a second time only where the file is not the base's from end to end
+    let base_tensors = base_header.entries.len();
+    let longer = header.entries.len() > base_tensors;
+    let mut base_hash = longer.then(|| Sha256::new_with_prefix(&base_header.prefix));
+    let mut written = 0;
     workers::in_order(
         &header.entries,
         options.threads,
@@ -187,10 +230,16 @@ fn write_file(
         |entry, (elements, eaten)| {
             loss.add(&eaten);
             observer.advance(Stage::Merge, entry.bytes, &entry.name);
+            if let Some(hash) = base_hash.as_mut().filter(|_| written < base_tensors) {
+                hash.update(&elements.bytes);
+            }
+            written += 1;
             writer.put(&entry.name, &elements.bytes)
         },
     )?;
-    writer.finish()
+    let sum = writer.finish()?;
+    let base_sum = base_hash.map_or(sum.clone(), |hash| hex(&hash.finalize()));
+    Ok((sum, base_sum))
 }
 
 /// One tensor of the merged model, in the dtype its entry announces.
@@ -246,21 +295,27 @@ fn write_config(
 ) -> Result<()> {
     let kept = artifact.dir.join(BASE_CONFIG);
     let verbatim = std::fs::read(&kept).context("read", &kept)?;
-    let Some(dtype) = dtype else {
+    let untied = artifact.untied().next().is_some();
+    if dtype.is_none() && !untied {
         return write_atomically(&out.join("config.json"), &verbatim).map(drop);
-    };
-    let name = match dtype {
-        Dtype::F16 => "float16",
-        Dtype::BF16 => "bfloat16",
-        _ => "float32",
-    };
-    // transformers 5 writes `dtype`, older ones `torch_dtype`
-    let key = if config["dtype"].is_null() {
-        "torch_dtype"
-    } else {
-        "dtype"
-    };
-    config[key] = Value::from(name);
+    }
+    if untied {
+        untie(&mut config);
+    }
+    if let Some(dtype) = dtype {
+        let name = match dtype {
+            Dtype::F16 => "float16",
+            Dtype::BF16 => "bfloat16",
+            _ => "float32",
+        };
+        // transformers 5 writes `dtype`, older ones `torch_dtype`
+        let key = if config["dtype"].is_null() {
+            "torch_dtype"
+        } else {
+            "dtype"
+        };
+        config[key] = Value::from(name);
+    }
     let json = serde_json::to_vec_pretty(&config).expect("a JSON value serialises");
     write_atomically(&out.join("config.json"), &json).map(drop)
 }
@@ -276,18 +331,30 @@ fn write_index(
         return Ok(());
     }
     let path = out.join(Layout::Model.index_file());
-    if dtype.is_none() {
+    let mut index: Value = json::read(&kept)?;
+    let mut added = 0;
+    if let Some(map) = index["weight_map"].as_object_mut() {
+        for (file, header) in headers {
+            for entry in &header.entries {
+                if !map.contains_key(&entry.name) {
+                    map.insert(entry.name.clone(), file.as_str().into());
+                    added += entry.elements() as u64;
+                }
+            }
+        }
+    }
+    if dtype.is_none() && added == 0 {
         let verbatim = std::fs::read(&kept).context("read", &kept)?;
         return write_atomically(&path, &verbatim).map(drop);
     }
-    let mut index: Value = json::read(&kept)?;
-    let total: u64 = headers
-        .iter()
-        .flat_map(|(_, header)| &header.entries)
-        .map(|entry| entry.bytes)
-        .sum();
+    let entries = headers.iter().flat_map(|(_, header)| &header.entries);
+    let total: u64 = entries.map(|entry| entry.bytes).sum();
     if let Some(metadata) = index["metadata"].as_object_mut() {
         metadata.insert("total_size".into(), total.into());
+        // newer indices count these too
+        if let Some(parameters) = metadata.get("total_parameters").and_then(Value::as_u64) {
+            metadata.insert("total_parameters".into(), (parameters + added).into());
+        }
     }
     let json = serde_json::to_vec_pretty(&index).expect("a JSON value serialises");
     write_atomically(&path, &json).map(drop)

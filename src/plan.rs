@@ -14,6 +14,9 @@ use crate::weights::checkpoint::WeightFile;
 use crate::weights::element::is_float;
 use crate::weights::{Dtype, Entry, Header, Inventory, dtype_name};
 
+/// The module of a language model's head.
+pub const HEAD: &str = "lm_head";
+
 /// A module name pattern: `*` stands for any run of characters.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -72,6 +75,8 @@ pub struct PlanOptions {
     /// Modules to decompose; empty means all linear ones.
     pub include: Vec<Pattern>,
     pub exclude: Vec<Pattern>,
+    /// Decompose a head that is tied to the embedding as a weight of its own.
+    pub untie_head: bool,
     pub layout: ArtifactLayout,
     pub threads: usize,
 }
@@ -82,6 +87,7 @@ impl Default for PlanOptions {
             rank: Rank::default(),
             include: Vec::new(),
             exclude: Vec::new(),
+            untie_head: false,
             layout: ArtifactLayout::Residual,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
         }
@@ -130,8 +136,13 @@ pub struct PlannedTensor {
     pub bytes: u64,
     pub role: Role,
     pub action: Action,
-    /// Singular triplets to keep, of a tensor that is decomposed.
+    /// Singular triplets to keep of a tensor that is decomposed; `None` as long as only its spectrum could tell.
     pub q: Option<usize>,
+    /// The most that q can be; 0 of a tensor that is copied.
+    pub q_max: usize,
+    /// Of a head that is untied: the module whose weight it is a copy of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tied_to: Option<String>,
     pub reason: String,
 }
 
@@ -141,6 +152,18 @@ impl PlannedTensor {
         self.name.strip_suffix(".weight").unwrap_or(&self.name)
     }
 
+    /// The tensor of the base that holds the numbers.
+    pub fn stored_as(&self) -> String {
+        match &self.tied_to {
+            Some(module) => format!("{module}.weight"),
+            None => self.name.clone(),
+        }
+    }
+
+    fn is_decomposed(&self) -> bool {
+        self.action == Action::Decompose
+    }
+
     /// (m, n) of a planned decomposition.
     fn sides(&self) -> (usize, usize) {
         (self.shape[0], self.shape[1])
@@ -148,7 +171,10 @@ impl PlannedTensor {
 
     /// Multiplications and additions of the Gram route (facts of 2026-11: 1.3–2.1 × these are measured).
     pub fn flops(&self) -> u64 {
-        let Some(q) = self.q else { return 0 };
+        if !self.is_decomposed() {
+            return 0;
+        }
+        let q = self.q.unwrap_or(self.q_max);
         let (m, n) = self.sides();
         let (s, l, q) = (m.min(n) as f64, m.max(n) as f64, q as f64);
         let svd = s * s * l + 8.0 / 3.0 * s.powi(3) + 2.0 * q * s * s + 2.0 * q * s * l + q * q * l;
@@ -156,11 +182,22 @@ impl PlannedTensor {
         (svd + 4.0 * q * s * l) as u64
     }
 
+    /// Multiplications and additions of all singular values without their vectors.
+    pub fn spectrum_flops(&self) -> u64 {
+        if !self.is_decomposed() {
+            return 0;
+        }
+        let (m, n) = self.sides();
+        let (s, l) = (m.min(n) as f64, m.max(n) as f64);
+        (s * s * l + 8.0 / 3.0 * s.powi(3)) as u64
+    }
+
     /// Bytes one worker holds while it decomposes this tensor.
     fn worker_bytes(&self, layout: ArtifactLayout) -> u64 {
-        let Some(q) = self.q else {
+        if !self.is_decomposed() {
             return self.bytes;
-        };
+        }
+        let q = self.q.unwrap_or(self.q_max);
         let (m, n) = self.sides();
         let (elements, short) = ((m * n) as u64, m.min(n) as u64);
         let factors = 4 * (q * (m + n)) as u64;
@@ -174,12 +211,12 @@ impl PlannedTensor {
         decomposing.max(splitting)
     }
 
-    /// Bytes the tensor takes in the artifact.
-    fn artifact_bytes(&self, layout: ArtifactLayout) -> u64 {
-        match (self.q, layout) {
-            (None, ArtifactLayout::Residual) => self.bytes,
-            (None, ArtifactLayout::Sidecar) => 0,
-            (Some(q), _) => {
+    /// Bytes the tensor takes in the artifact, with `q` triplets if it is decomposed.
+    fn artifact_bytes(&self, layout: ArtifactLayout, q: usize) -> u64 {
+        match (self.action, layout) {
+            (Action::Copy, ArtifactLayout::Residual) => self.bytes,
+            (Action::Copy, ArtifactLayout::Sidecar) => 0,
+            (Action::Decompose, _) => {
                 let (m, n) = self.sides();
                 let factors = 4 * (q * (m + n + 1)) as u64;
                 // of an f32 weight, 14–19 % of the elements are stored exactly, in 8 bytes each; of 16 bits, almost none
@@ -201,17 +238,30 @@ pub struct Trainable {
     pub embeddings: u64,
 }
 
+/// The same as far as a plan knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Foreseen {
+    /// `None` as long as only the spectra could tell.
+    pub sigma: Option<u64>,
+    /// The most that `sigma` can be.
+    pub sigma_max: u64,
+    pub norms: u64,
+    pub embeddings: u64,
+}
+
 /// The whole plan of one decomposition.
 #[derive(Debug, Clone, Serialize)]
 pub struct Plan {
     pub model_type: String,
     pub rank: Rank,
     pub layout: ArtifactLayout,
+    /// Of the model that merging will give.
     pub parameters: u64,
-    pub trainable: Trainable,
+    pub trainable: Foreseen,
     /// LoRA parameters by rank, on the same linear layers, for comparison.
     pub lora: BTreeMap<String, u64>,
     pub linear_layers: usize,
+    /// These and the following are upper bounds where the ranks are not known yet.
     pub flops: u64,
     /// An estimate: the rate of a core is not measured here.
     pub seconds: f64,
@@ -240,54 +290,128 @@ impl Plan {
         options: &PlanOptions,
     ) -> Result<Self> {
         check_shapes(root, config, inventory)?;
-        let tensors: Vec<PlannedTensor> = inventory
+        let mut tensors: Vec<PlannedTensor> = inventory
             .entries()
             .map(|(file, entry)| planned(root, file, entry, config, options))
             .collect::<Result<_>>()?;
+        if options.untie_head {
+            let head = untied_head(root, config, inventory, options)?;
+            match tensors.iter_mut().find(|t| t.name == head.name) {
+                Some(stored) => *stored = head,
+                None => tensors.push(head),
+            }
+        }
         refuse_taken_names(root, inventory, &tensors)?;
-        let decomposed = || tensors.iter().filter(|t| t.q.is_some());
-        if decomposed().next().is_none() {
+        let matrices = tensors.iter().filter(|t| t.is_decomposed()).count();
+        if matrices == 0 {
             return Err(Error::NothingToDecompose {
                 path: root.into(),
                 reason: "no linear weight matches the include and exclude patterns".into(),
             });
         }
-        let count = |role: Role| {
-            tensors
-                .iter()
-                .filter(|t| t.role == role)
-                .map(|t| t.shape.iter().product::<usize>() as u64)
-                .sum::<u64>()
+        if let Rank::Budget(budget) = options.rank
+            && budget < matrices as u64
+        {
+            return Err(Error::BudgetTooSmall {
+                path: root.into(),
+                budget,
+                matrices,
+            });
+        }
+        Ok(Self::add_up(
+            config.model_type.clone(),
+            options.rank,
+            options.layout,
+            options.threads,
+            tensors,
+        ))
+    }
+
+    /// The totals of planned tensors.
+    fn add_up(
+        model_type: String,
+        rank: Rank,
+        layout: ArtifactLayout,
+        threads: usize,
+        tensors: Vec<PlannedTensor>,
+    ) -> Self {
+        let elements = |t: &PlannedTensor| t.shape.iter().product::<usize>() as u64;
+        let count = |role: Role| -> u64 {
+            let of_role = tensors.iter().filter(|t| t.role == role);
+            of_role.map(elements).sum()
         };
+        let decomposed = || tensors.iter().filter(|t| t.is_decomposed());
         let sides: u64 = decomposed().map(|t| (t.shape[0] + t.shape[1]) as u64).sum();
-        let flops = tensors.iter().map(PlannedTensor::flops).sum::<u64>();
-        let mut workers: Vec<u64> = tensors
+        let known: Option<u64> = decomposed().map(|t| t.q.map(|q| q as u64)).sum();
+        let there_are = decomposed().map(|t| t.q_max as u64).sum();
+        let sigma = match rank {
+            Rank::Budget(total) => Some(total.min(there_are)),
+            _ => known,
+        };
+        let costliest = costliest(&tensors, rank);
+        let flops: u64 = costliest
             .iter()
-            .map(|t| t.worker_bytes(options.layout))
-            .collect();
+            .map(|t| match t.q {
+                // the spectrum decides on q, and the matrix is then decomposed
+                None => t.flops() + t.spectrum_flops(),
+                Some(_) => t.flops(),
+            })
+            .sum();
+        let mut workers: Vec<u64> = tensors.iter().map(|t| t.worker_bytes(layout)).collect();
         workers.sort_unstable_by(|a, b| b.cmp(a));
-        Ok(Self {
-            model_type: config.model_type.clone(),
-            rank: options.rank,
-            layout: options.layout,
-            parameters: inventory.entries().map(|(_, e)| e.elements() as u64).sum(),
-            trainable: Trainable {
-                sigma: decomposed().filter_map(|t| t.q).map(|q| q as u64).sum(),
+        Self {
+            model_type,
+            rank,
+            layout,
+            parameters: tensors.iter().map(elements).sum(),
+            trainable: Foreseen {
+                sigma,
+                sigma_max: sigma.unwrap_or(there_are),
                 norms: count(Role::Norm),
                 embeddings: count(Role::Embedding),
             },
             lora: [8, 16, 32].map(|r: u64| (r.to_string(), r * sides)).into(),
             linear_layers: decomposed().count(),
             flops,
-            seconds: flops as f64 / FLOPS_PER_CORE / options.threads as f64,
-            peak_bytes: PROCESS_BYTES + workers.iter().take(options.threads).sum::<u64>(),
-            disk_bytes: tensors
+            seconds: flops as f64 / FLOPS_PER_CORE / threads as f64,
+            peak_bytes: PROCESS_BYTES + workers.iter().take(threads).sum::<u64>(),
+            disk_bytes: costliest
                 .iter()
-                .map(|t| t.artifact_bytes(options.layout))
+                .map(|t| t.artifact_bytes(layout, t.q.unwrap_or(t.q_max)))
                 .sum(),
-            threads: options.threads,
+            threads,
             tensors,
-        })
+        }
+    }
+
+    /// Whether every q is known.
+    pub fn ranks_known(&self) -> bool {
+        self.decomposed().all(|t| t.q.is_some())
+    }
+
+    /// The plan once the ranks are known, by module.
+    pub fn with_ranks(mut self, ranks: &BTreeMap<String, usize>) -> Self {
+        for tensor in self.tensors.iter_mut().filter(|t| t.is_decomposed()) {
+            if let Some(&q) = ranks.get(tensor.module()) {
+                tensor.q = Some(q);
+                tensor.q_max = q;
+            }
+        }
+        Self::add_up(
+            self.model_type,
+            self.rank,
+            self.layout,
+            self.threads,
+            self.tensors,
+        )
+    }
+
+    /// The least the artifact can take, whatever the ranks turn out to be.
+    pub fn disk_bytes_min(&self) -> u64 {
+        self.tensors
+            .iter()
+            .map(|t| t.artifact_bytes(self.layout, t.q.unwrap_or(1)))
+            .sum()
     }
 
     /// The most disk that decomposing takes at any moment: finished matrices wait beside the shard that is being written.
@@ -297,8 +421,29 @@ impl Plan {
 
     /// The tensors to decompose, in checkpoint order.
     pub fn decomposed(&self) -> impl Iterator<Item = &PlannedTensor> {
-        self.tensors.iter().filter(|t| t.q.is_some())
+        self.tensors.iter().filter(|t| t.is_decomposed())
     }
+}
+
+/// The tensors with the ranks that would cost most: a budget spent on the widest matrices, the largest bound elsewhere.
+fn costliest(tensors: &[PlannedTensor], rank: Rank) -> Vec<PlannedTensor> {
+    let mut tensors = tensors.to_vec();
+    let Rank::Budget(total) = rank else {
+        return tensors;
+    };
+    let mut open: Vec<&mut PlannedTensor> = tensors
+        .iter_mut()
+        .filter(|t| t.is_decomposed() && t.q.is_none())
+        .collect();
+    open.sort_by_key(|t| std::cmp::Reverse(t.shape[0] + t.shape[1]));
+    // one is for each matrix, whatever it is worth
+    let mut left = total.saturating_sub(open.len() as u64);
+    for tensor in open {
+        let more = left.min(tensor.q_max as u64 - 1);
+        left -= more;
+        tensor.q_max = 1 + more as usize;
+    }
+    tensors
 }
 
 /// The headers a checkpoint of this config would have, for planning without one.
@@ -359,7 +504,7 @@ pub fn check_shapes(root: &Path, config: &ModelConfig, inventory: &Inventory) ->
 
 /// A stranger's tensor must not be called like a part of the decomposition it is carried along in.
 fn refuse_taken_names(root: &Path, inventory: &Inventory, tensors: &[PlannedTensor]) -> Result<()> {
-    let modules = tensors.iter().filter(|t| t.q.is_some());
+    let modules = tensors.iter().filter(|t| t.is_decomposed());
     let parts = modules.flat_map(|t| ModuleTensors::of(t.module()).all());
     let headers = inventory
         .files
@@ -384,52 +529,146 @@ fn planned(
     let role = role(&entry.name);
     let module = entry.name.strip_suffix(".weight").unwrap_or(&entry.name);
     let linear = matches!(role, Role::Linear | Role::Head) && entry.shape.len() == 2;
-    let copy = |reason: &str| (None, reason.to_string());
-    let (q, reason) = if !linear {
-        copy(match role {
+    let copied = if !linear {
+        Some(match role {
             Role::Norm => "a norm, not a matrix",
             Role::Bias => "a bias, carried along",
-            Role::Embedding if config.tied => "the embedding, and the head tied to it",
+            Role::Embedding if config.tied && !options.untie_head => {
+                "the embedding, and the head tied to it"
+            }
             Role::Embedding => "the embedding",
             _ => "not a linear weight",
         })
     } else if role == Role::Head && config.tied {
-        copy("tied to the embedding: decomposing it would untie the model")
-    } else if options.exclude.iter().any(|p| p.matches(module)) {
-        copy("excluded")
-    } else if !options.include.is_empty() && !options.include.iter().any(|p| p.matches(module)) {
-        copy("not included")
+        Some("tied to the embedding: decomposing it would untie the model")
     } else {
-        if !is_float(entry.dtype) {
-            return Err(Error::Dtype {
-                tensor: entry.name.clone(),
-                path: root.join(&file.name),
-                expected: "F32, F16 or BF16".into(),
-                found: dtype_name(entry.dtype),
-            });
-        }
-        let short = entry.shape[0].min(entry.shape[1]);
-        if short == 0 {
-            copy("empty")
-        } else {
-            let q = options.rank.q(short);
-            (Some(q), format!("linear, {q} of {short} triplets"))
-        }
+        left_out(module, options)
     };
-    Ok(PlannedTensor {
+    let tensor = PlannedTensor {
         name: entry.name.clone(),
         shape: entry.shape.clone(),
         dtype: dtype_name(entry.dtype),
         bytes: entry.bytes,
         role,
-        action: if q.is_some() {
-            Action::Decompose
-        } else {
-            Action::Copy
-        },
+        action: Action::Copy,
+        q: None,
+        q_max: 0,
+        tied_to: None,
+        reason: copied.unwrap_or("empty").into(),
+    };
+    if copied.is_some() || entry.elements() == 0 {
+        return Ok(tensor);
+    }
+    refuse_other_dtypes(root, file, entry)?;
+    Ok(decomposed(tensor, options.rank))
+}
+
+/// A matrix that was chosen, with what is known of its rank.
+fn decomposed(tensor: PlannedTensor, rank: Rank) -> PlannedTensor {
+    let short = tensor.shape[0].min(tensor.shape[1]);
+    let kind = match &tensor.tied_to {
+        Some(module) => format!("linear, untied from {module}"),
+        None => "linear".into(),
+    };
+    let q = rank.known(short);
+    let reason = match (q, rank) {
+        (Some(q), _) => format!("{kind}, {q} of {short} triplets"),
+        (None, Rank::Energy(share)) => {
+            format!("{kind}, the fewest of {short} triplets that hold {share} of the energy")
+        }
+        (None, _) => format!("{kind}, up to {short} triplets of the budget"),
+    };
+    PlannedTensor {
+        action: Action::Decompose,
         q,
+        q_max: rank.at_most(short),
         reason,
+        ..tensor
+    }
+}
+
+/// Why the patterns leave a module out, if they do.
+fn left_out(module: &str, options: &PlanOptions) -> Option<&'static str> {
+    let any = |patterns: &[Pattern]| patterns.iter().any(|p| p.matches(module));
+    if any(&options.exclude) {
+        Some("excluded")
+    } else if !options.include.is_empty() && !any(&options.include) {
+        Some("not included")
+    } else {
+        None
+    }
+}
+
+fn refuse_other_dtypes(root: &Path, file: &WeightFile, entry: &Entry) -> Result<()> {
+    if is_float(entry.dtype) {
+        return Ok(());
+    }
+    Err(Error::Dtype {
+        tensor: entry.name.clone(),
+        path: root.join(&file.name),
+        expected: "F32, F16 or BF16".into(),
+        found: dtype_name(entry.dtype),
     })
+}
+
+/// The head as a weight of its own: a copy of the embedding it was tied to.
+fn untied_head(
+    root: &Path,
+    config: &ModelConfig,
+    inventory: &Inventory,
+    options: &PlanOptions,
+) -> Result<PlannedTensor> {
+    let refuse = |reason: &str| Error::HeadNotTied {
+        path: root.into(),
+        reason: reason.into(),
+    };
+    if !config.tied {
+        return Err(refuse(
+            "it is a weight of its own already, and decomposed as such",
+        ));
+    }
+    let prefix = prefix(inventory);
+    if prefix.is_empty() {
+        // transformers takes such a checkpoint for the inner model, and would look for the head inside it
+        return Err(refuse(
+            "the checkpoint holds the inner model alone (no `model.` before its names), which has no place for a head",
+        ));
+    }
+    if let Some(reason) = left_out(HEAD, options) {
+        return Err(refuse(&format!("`{HEAD}` is {reason}")));
+    }
+    let embedding = format!("{prefix}embed_tokens");
+    let source = format!("{embedding}.weight");
+    let (file, entry) = inventory.get(&source).ok_or_else(|| Error::TensorMissing {
+        tensor: source.clone(),
+        path: root.into(),
+    })?;
+    refuse_other_dtypes(root, file, entry)?;
+    let name = format!("{HEAD}.weight");
+    if let Some((_, stored)) = inventory.get(&name)
+        && (stored.dtype, &stored.shape) != (entry.dtype, &entry.shape)
+    {
+        return Err(refuse(&format!(
+            "the stored `{name}` ({} {:?}) is not a copy of `{source}` ({} {:?})",
+            dtype_name(stored.dtype),
+            stored.shape,
+            dtype_name(entry.dtype),
+            entry.shape
+        )));
+    }
+    let head = PlannedTensor {
+        name,
+        shape: entry.shape.clone(),
+        dtype: dtype_name(entry.dtype),
+        bytes: entry.bytes,
+        role: Role::Head,
+        action: Action::Decompose,
+        q: None,
+        q_max: 0,
+        tied_to: Some(embedding),
+        reason: String::new(),
+    };
+    Ok(decomposed(head, options.rank))
 }
 
 #[cfg(test)]
@@ -438,13 +677,140 @@ mod tests {
     use serde_json::{Value, json};
 
     fn plan(config: Value, rank: Rank) -> Plan {
-        let config = ModelConfig::parse(Path::new("config.json"), &config).expect("parses");
-        let inventory = expected_inventory(&config, Dtype::BF16).expect("composes");
         let options = PlanOptions {
             rank,
             ..PlanOptions::default()
         };
-        Plan::new(Path::new("."), &config, &inventory, &options).expect("plans")
+        try_plan(config, &options).expect("plans")
+    }
+
+    fn try_plan(config: Value, options: &PlanOptions) -> Result<Plan> {
+        let config = ModelConfig::parse(Path::new("config.json"), &config).expect("parses");
+        let inventory = expected_inventory(&config, Dtype::BF16).expect("composes");
+        Plan::new(Path::new("."), &config, &inventory, options)
+    }
+
+    /// Two layers of 7 matrices, whose shorter side is 24 except in k_proj and v_proj, where it is 12; tied.
+    fn small() -> Value {
+        json!({"model_type": "qwen2", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50, "tie_word_embeddings": true})
+    }
+
+    #[test]
+    fn ranks_that_only_the_weights_know_are_not_guessed() {
+        for (rank, sigma, sigma_max) in [
+            // ⌈0.3·24⌉ = 8, ⌈0.3·12⌉ = 4: 2 · (5·8 + 2·4)
+            (Rank::Energy(0.3), None, 96),
+            (Rank::Budget(100), Some(100), 100),
+            // 2 · (5·24 + 2·12) are all there are
+            (Rank::Budget(1_000_000), Some(288), 288),
+        ] {
+            let plan = plan(small(), rank);
+            assert_eq!(
+                (plan.trainable.sigma, plan.trainable.sigma_max),
+                (sigma, sigma_max)
+            );
+            assert!(!plan.ranks_known());
+            assert_eq!(plan.linear_layers, 14);
+            assert!(plan.decomposed().all(|t| t.q.is_none() && t.q_max > 0));
+            assert!(plan.disk_bytes_min() < plan.disk_bytes);
+        }
+    }
+
+    #[test]
+    fn resolved_ranks_cost_no_more_than_was_planned() {
+        let planned = plan(small(), Rank::Budget(60));
+        let bound = (planned.disk_bytes, planned.flops, planned.peak_bytes);
+        // the widest matrices, gate_proj, up_proj and down_proj, take what they can
+        let ranks = |wide: usize| -> BTreeMap<String, usize> {
+            let q = |t: &PlannedTensor| {
+                if t.module().ends_with("up_proj") {
+                    wide
+                } else {
+                    1
+                }
+            };
+            let named = |t: &PlannedTensor| (t.module().to_string(), q(t));
+            planned.decomposed().map(named).collect()
+        };
+        let resolved = planned.clone().with_ranks(&ranks(24));
+        assert!(resolved.ranks_known());
+        assert_eq!(resolved.trainable.sigma, Some(60));
+        assert_eq!(resolved.disk_bytes, bound.0);
+        assert!(resolved.flops <= bound.1 && resolved.peak_bytes <= bound.2);
+        let narrow = planned.clone().with_ranks(&ranks(2));
+        // 22 triplets less in each of two matrices of 24 × 40
+        assert_eq!(resolved.disk_bytes - narrow.disk_bytes, 4 * 44 * 65);
+    }
+
+    #[test]
+    fn a_budget_below_one_for_each_matrix_is_refused() {
+        let options = |total| PlanOptions {
+            rank: Rank::Budget(total),
+            ..PlanOptions::default()
+        };
+        let error = try_plan(small(), &options(13)).expect_err("refused");
+        assert!(
+            matches!(
+                error,
+                Error::BudgetTooSmall {
+                    budget: 13,
+                    matrices: 14,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        try_plan(small(), &options(14)).expect("plans");
+    }
+
+    #[test]
+    fn a_tied_head_is_untied_only_when_asked() {
+        let mut options = PlanOptions::default();
+        let tied = try_plan(small(), &options).expect("plans");
+        assert!(tied.tensors.iter().all(|t| t.role != Role::Head));
+        options.untie_head = true;
+        let untied = try_plan(small(), &options).expect("plans");
+        let head = untied
+            .decomposed()
+            .find(|t| t.role == Role::Head)
+            .expect("a head");
+        assert_eq!((head.module(), head.q), ("lm_head", Some(2)));
+        assert_eq!(head.shape, [50, 24]);
+        assert_eq!(head.tied_to.as_deref(), Some("model.embed_tokens"));
+        assert_eq!(head.stored_as(), "model.embed_tokens.weight");
+        assert_eq!(untied.parameters, tied.parameters + 50 * 24);
+        assert_eq!(untied.linear_layers, tied.linear_layers + 1);
+        let mut not_tied = small();
+        not_tied["tie_word_embeddings"] = false.into();
+        options.exclude = vec![Pattern("lm_head".into())];
+        for (config, reason) in [(not_tied, "own already"), (small(), "excluded")] {
+            let error = try_plan(config, &options).expect_err("refused").to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_head_of_two_billion_elements_is_counted_in_full() {
+        // 2³¹ elements in the embedding and in the head, more than i32 counts; 2³³ bytes of M′, more than u32
+        let giant = json!({"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 1,
+            "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 262_144, "tie_word_embeddings": false});
+        let plan = plan(giant, Rank::Fraction(0.5));
+        let head = plan
+            .decomposed()
+            .find(|t| t.role == Role::Head)
+            .expect("a head");
+        let (m, n, q) = (262_144u64, 8_192u64, 4_096u64);
+        assert_eq!((head.q, head.bytes), (Some(4_096), 2 * m * n));
+        assert_eq!(
+            head.artifact_bytes(ArtifactLayout::Residual, 4_096),
+            4 * m * n + 4 * q * (m + n + 1)
+        );
+        assert!(head.worker_bytes(ArtifactLayout::Sidecar) > 6 * m * n);
+        let (s, l) = (n as f64, m as f64);
+        assert!(head.flops() as f64 > s * s * l && head.flops() < u64::MAX / 1000);
+        assert!(plan.parameters > 2 * m * n && plan.disk_bytes > 4 * m * n);
+        assert_eq!(plan.trainable.embeddings, m * n);
     }
 
     #[test]
@@ -457,8 +823,8 @@ mod tests {
             (0.5, 198_144, 397_824),
         ] {
             let plan = plan(phi3.clone(), Rank::Fraction(f));
-            assert_eq!(plan.trainable.sigma, sigma);
-            assert_eq!(plan.trainable.sigma + plan.trainable.norms, with_norms);
+            assert_eq!(plan.trainable.sigma, Some(sigma));
+            assert_eq!(sigma + plan.trainable.norms, with_norms);
             assert_eq!(plan.trainable.embeddings, 98_500_608);
             assert_eq!(plan.linear_layers, 129);
             let lora: Vec<u64> = ["8", "16", "32"].map(|r| plan.lora[r]).to_vec();
@@ -469,8 +835,9 @@ mod tests {
         let plan = plan(mistral, Rank::Fraction(0.25));
         assert_eq!(
             plan.trainable,
-            Trainable {
-                sigma: 181_248,
+            Foreseen {
+                sigma: Some(181_248),
+                sigma_max: 181_248,
                 norms: 266_240,
                 embeddings: 131_072_000
             }
@@ -497,9 +864,9 @@ mod tests {
 
     #[test]
     fn the_smallest_rank_is_one() {
-        assert_eq!(Rank::Fraction(0.1).q(5), 1);
-        assert_eq!(Rank::Fraction(1.0).q(5), 5);
-        assert_eq!(Rank::fraction("0.5").expect("parses").q(7), 3);
+        assert_eq!(Rank::Fraction(0.1).known(5), Some(1));
+        assert_eq!(Rank::Fraction(1.0).known(5), Some(5));
+        assert_eq!(Rank::fraction("0.5").expect("parses").known(7), Some(3));
         assert!(
             Rank::fraction("0").is_err()
                 && Rank::fraction("1.5").is_err()

@@ -13,7 +13,7 @@ use crate::event::{Observer, Stage, Unit};
 use crate::format::{ArtifactLayout, ModuleRecord};
 use crate::linalg::{self, certify};
 use crate::model::ModelConfig;
-use crate::plan::check_shapes;
+use crate::plan::{HEAD, check_shapes, prefix};
 use crate::weights::shard::{sha256_file, sha256_hex};
 use crate::weights::{Checkpoint, Layout, dtype_name};
 use crate::{json, report, workers};
@@ -461,10 +461,12 @@ fn model(
         facts.checks.push("sha256 of every weight file".into());
     }
     if let Some(original) = against {
-        same_tensors(original, &base.checkpoint, facts);
-        facts
-            .checks
-            .push("names, shapes and dtypes are the base's".into());
+        let untied = !config.tied && ModelConfig::read(&original.dir)?.tied;
+        same_tensors(original, &base.checkpoint, untied, facts);
+        facts.checks.push(match untied {
+            false => "names, shapes and dtypes are the base's".into(),
+            true => "names, shapes and dtypes are the base's, and those of its head, untied".into(),
+        });
     }
     Ok(())
 }
@@ -488,8 +490,15 @@ fn compare_sums(
     }
 }
 
-fn same_tensors(original: &Base, merged: &Checkpoint, facts: &mut Facts) {
+/// `untied`: the merged model has a head of its own, which is the embedding in the original.
+fn same_tensors(original: &Base, merged: &Checkpoint, untied: bool, facts: &mut Facts) {
     let describe = |dtype, shape: &[usize]| format!("{} {shape:?}", dtype_name(dtype));
+    let head = format!("{HEAD}.weight");
+    let embedding = format!(
+        "{}embed_tokens.weight",
+        prefix(&original.checkpoint.inventory)
+    );
+    let embedding = original.checkpoint.inventory.get(&embedding);
     for (file, entry) in original.checkpoint.inventory.entries() {
         let expected = describe(entry.dtype, &entry.shape);
         match merged.inventory.get(&entry.name) {
@@ -503,13 +512,16 @@ fn same_tensors(original: &Base, merged: &Checkpoint, facts: &mut Facts) {
         }
     }
     for (file, entry) in merged.inventory.entries() {
-        if !original.checkpoint.inventory.contains(&entry.name) {
-            facts.problem(
-                &file.name,
-                Some(&entry.name),
-                "no such tensor",
-                describe(entry.dtype, &entry.shape),
-            );
+        if original.checkpoint.inventory.contains(&entry.name) {
+            continue;
+        }
+        let found = describe(entry.dtype, &entry.shape);
+        let expected = match embedding.filter(|_| untied && entry.name == head) {
+            Some((_, tied)) => describe(tied.dtype, &tied.shape),
+            None => "no such tensor".into(),
+        };
+        if found != expected {
+            facts.problem(&file.name, Some(&entry.name), expected, found);
         }
     }
 }

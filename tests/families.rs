@@ -9,7 +9,7 @@ use candle_transformers::models as theirs;
 use serde_json::{Value, json};
 
 use svdhub::error::{Error, Result};
-use svdhub::linalg::{Algorithm, decompose};
+use svdhub::linalg::{Algorithm, Wanted, decompose};
 use svdhub::model::{Decoder, ModelConfig, Tensors, Trained};
 use svdhub::plan::{Role, role};
 use svdhub::split::Factors;
@@ -41,7 +41,12 @@ impl Tensors for Memory {
         let matrix =
             ndarray::Array2::from_shape_vec(shape, stored.to_f32()).expect("the shape fits");
         let q = ((share * shape.0.min(shape.1) as f64) as usize).max(1);
-        let svd = decompose(module, matrix.view(), q, &Algorithm::default())?;
+        let svd = decompose(
+            module,
+            matrix.view(),
+            Wanted::Triplets(q),
+            &Algorithm::default(),
+        )?;
         // not zero, so that a forward pass that forgets Δσ is seen
         let delta = svd.sigma.iter().map(|s| 0.1 * s).collect();
         let (u, sigma, v) = (svd.u, svd.sigma, svd.v);

@@ -44,6 +44,10 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::NothingToDecompose { .. } => {
             "`svdhub plan` shows the module names that patterns match"
         }
+        Error::BudgetTooSmall { .. } => {
+            "give a larger --budget, or fewer matrices with --include and --exclude"
+        }
+        Error::HeadNotTied { .. } => "leave out --untie-head",
         Error::Diverged { .. } => "lower --lr",
         Error::DeadGradient { .. } => {
             "windows of two tokens teach attention nothing; otherwise this is a defect of svdhub: please report it with the model's config.json"

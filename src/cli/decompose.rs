@@ -106,6 +106,9 @@ fn show(facts: &Facts, out: &str) -> String {
             100.0 * facts.exceptions_share
         ));
     }
+    if facts.untied_head {
+        text.push_str("the head is untied from the embedding: the merged model will have one more tensor, and say so\n");
+    }
     text.push_str(&format!("\n{out}\n"));
     text
 }

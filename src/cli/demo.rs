@@ -25,7 +25,7 @@ use svdhub::{Error, Result, decompose, evaluate, merge, publish, train, verify};
 
 use super::evaluate::record;
 use super::output::Table;
-use super::plan::PlanArgs;
+use super::plan::{PlanArgs, singular_values};
 use super::session::{Session, keep_freed_memory, shown};
 use super::train::{length, positive};
 
@@ -217,7 +217,7 @@ impl Walk<'_> {
         let plan = Plan::new(&base.dir, &config, &base.checkpoint.inventory, &options)?;
         self.step(&format!(
             "plan: {} of {} parameters can move, {} linear layers, {}",
-            thousands(plan.trainable.sigma),
+            singular_values(&plan, 0),
             thousands(plan.parameters),
             plan.linear_layers,
             plan.rank
@@ -247,7 +247,7 @@ impl Walk<'_> {
 
         self.step(&format!(
             "train {} numbers",
-            thousands(plan.trainable.sigma)
+            thousands(split.trainable.sigma)
         ));
         let adapter_dir = self.dir("adapter");
         let trained = self.train(&base, &decomposed, &decomposition, &data, &adapter_dir)?;
@@ -320,7 +320,7 @@ impl Walk<'_> {
             seconds,
             train_tokens_per_s: trained.tokens_per_s,
             rounding_loss: merged.rounding_loss,
-            untrained_is_base: untrained.identical_to_base,
+            untrained_is_base: untrained.tensors_identical_to_base,
             fetched_is_published,
             verified: checked.ok && checked_split.ok,
             learned: after.loss < before.loss

@@ -72,6 +72,8 @@ impl Command {
 fn show(facts: &Facts, out: &str) -> String {
     let outcome = if facts.identical_to_base {
         "the base, byte for byte".to_string()
+    } else if facts.tensors_identical_to_base {
+        "every tensor of the base, byte for byte, and its head untied".to_string()
     } else {
         format!(
             "rounding error {:.1} % of the change, {:.1} % of the elements kept the base's value",

@@ -1,7 +1,7 @@
 //! `svdhub plan`.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -11,7 +11,7 @@ use svdhub::card::{bytes, thousands};
 use svdhub::format::{ArtifactLayout, Rank};
 use svdhub::hub::ModelRef;
 use svdhub::model::ModelConfig;
-use svdhub::plan::{Action, Pattern, Plan, PlanOptions, expected_inventory};
+use svdhub::plan::{Action, Foreseen, Pattern, Plan, PlanOptions, expected_inventory};
 use svdhub::weights::{Dtype, Layout};
 use svdhub::{Error, Result};
 
@@ -37,24 +37,50 @@ pub struct Command {
 /// What is decomposed, and how far. The same for `plan` and `decompose`.
 #[derive(Args, Clone)]
 pub struct PlanArgs {
-    /// Keep this share of each weight's singular values, 0 < F ≤ 1 [default: 0.1]
-    #[arg(long, value_name = "F", value_parser = Rank::fraction, conflicts_with = "rank", help_heading = "Rank")]
-    rank_fraction: Option<Rank>,
-    /// Keep this many singular values of each weight
-    #[arg(long, value_name = "Q", help_heading = "Rank")]
-    rank: Option<NonZeroUsize>,
+    #[command(flatten)]
+    rank: RankArgs,
     /// Decompose only modules that match, `*` for any characters or part of a name (q_proj, layers.3)
     #[arg(long, value_name = "PATTERN", help_heading = "Rank")]
     include: Vec<Pattern>,
     /// Leave modules that match alone
     #[arg(long, value_name = "PATTERN", help_heading = "Rank")]
     exclude: Vec<Pattern>,
+    /// Decompose a head that is tied to the embedding as a copy of its own; the merged model is then untied too
+    #[arg(long, help_heading = "Rank")]
+    untie_head: bool,
     /// residual: self-contained; sidecar: small, needs the base model beside it
     #[arg(long, value_name = "LAYOUT", default_value = "residual", value_parser = layout)]
     layout: ArtifactLayout,
     /// Matrices at a time [default: one for each core]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
+}
+
+/// How many singular values are kept: one of these.
+#[derive(Args, Clone)]
+#[group(multiple = false)]
+struct RankArgs {
+    /// Keep this share of each weight's singular values, 0 < F ≤ 1 [default: 0.1]
+    #[arg(long, value_name = "F", value_parser = Rank::fraction, help_heading = "Rank")]
+    rank_fraction: Option<Rank>,
+    /// Keep this many singular values of each weight
+    #[arg(long, value_name = "Q", help_heading = "Rank")]
+    rank: Option<NonZeroUsize>,
+    /// Keep as few of each weight as hold this share of its energy Σσ², 0 < E ≤ 1
+    #[arg(long, value_name = "E", value_parser = Rank::energy, help_heading = "Rank")]
+    energy: Option<Rank>,
+    /// Keep the N largest of the whole model, at least one of each weight
+    #[arg(long, value_name = "N", help_heading = "Rank")]
+    budget: Option<NonZeroU64>,
+}
+
+impl RankArgs {
+    fn rank(&self) -> Option<Rank> {
+        self.rank_fraction
+            .or(self.energy)
+            .or(self.rank.map(Rank::Fixed))
+            .or(self.budget.map(|total| Rank::Budget(total.get())))
+    }
 }
 
 fn layout(text: &str) -> Result<ArtifactLayout> {
@@ -73,12 +99,10 @@ impl PlanArgs {
     pub fn options(&self) -> PlanOptions {
         let default = PlanOptions::default();
         PlanOptions {
-            rank: self
-                .rank_fraction
-                .or(self.rank.map(Rank::Fixed))
-                .unwrap_or(default.rank),
+            rank: self.rank.rank().unwrap_or(default.rank),
             include: self.include.clone(),
             exclude: self.exclude.clone(),
+            untie_head: self.untie_head,
             layout: self.layout,
             threads: self.threads.map_or(default.threads, usize::from),
         }
@@ -135,8 +159,8 @@ pub fn show(plan: &Plan, name: &str, all: bool) -> String {
     );
     let trainable = plan.trainable;
     let mut table = Table::new(["trainable numbers", ""]);
-    table.row(["Σ", &thousands(trainable.sigma)]);
-    table.row(["Σ + norms", &thousands(trainable.sigma + trainable.norms)]);
+    table.row(["Σ", &singular_values(plan, 0)]);
+    table.row(["Σ + norms", &singular_values(plan, trainable.norms)]);
     for (rank, count) in by_rank(&plan.lora) {
         table.row([
             format!("LoRA of rank {rank}, same layers"),
@@ -146,7 +170,12 @@ pub fn show(plan: &Plan, name: &str, all: bool) -> String {
     table.row(["embeddings, apart", &thousands(trainable.embeddings)]);
     text.push_str(&table.render());
 
-    let mut table = Table::new(["cost of decomposing", ""]);
+    let title = if plan.ranks_known() {
+        "cost of decomposing"
+    } else {
+        "cost of decomposing, at most"
+    };
+    let mut table = Table::new([title, ""]);
     table.row(["disk", &bytes(plan.disk_bytes)]);
     table.row([
         format!("peak memory, {} at a time", plan.threads),
@@ -161,6 +190,17 @@ pub fn show(plan: &Plan, name: &str, all: bool) -> String {
     text.push('\n');
     text.push_str(&if all { every(plan) } else { groups(plan) });
     text
+}
+
+/// How many Σ and `more` are, or can be where the weights themselves will tell.
+pub fn singular_values(plan: &Plan, more: u64) -> String {
+    let Foreseen {
+        sigma, sigma_max, ..
+    } = plan.trainable;
+    match sigma {
+        Some(sigma) => thousands(sigma + more),
+        None => format!("at most {}", thousands(sigma_max + more)),
+    }
 }
 
 fn by_rank(lora: &BTreeMap<String, u64>) -> Vec<(u64, u64)> {
@@ -178,7 +218,11 @@ fn shape(shape: &[usize]) -> String {
 fn every(plan: &Plan) -> String {
     let mut table = Table::new(["tensor", "shape", "dtype", "q", "why"]);
     for tensor in &plan.tensors {
-        let q = tensor.q.map_or("–".into(), |q| q.to_string());
+        let q = match (tensor.action, tensor.q) {
+            (Action::Copy, _) => "–".into(),
+            (Action::Decompose, Some(q)) => q.to_string(),
+            (Action::Decompose, None) => format!("≤ {}", tensor.q_max),
+        };
         let cells = [
             tensor.name.clone(),
             shape(&tensor.shape),

@@ -67,6 +67,7 @@ fn name(stage: Stage) -> &'static str {
     match stage {
         Stage::Download => "download",
         Stage::Hash => "hash",
+        Stage::Spectra => "spectra",
         Stage::Decompose => "decompose",
         Stage::Write => "write",
         Stage::Load => "load",

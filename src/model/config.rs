@@ -128,6 +128,12 @@ impl ModelConfig {
             }
             None => hidden / heads,
         };
+        if heads * head_dim > SIDE_MAX {
+            return Err(key.refuse(
+                "head_dim",
+                &format!("is {head_dim} in each of {heads} heads, which no model has"),
+            ));
+        }
         let kv_heads = key.optional("num_key_value_heads")?.unwrap_or(heads);
         if !heads.is_multiple_of(kv_heads) {
             return Err(key.refuse(
@@ -313,6 +319,9 @@ fn rope(key: &Keys, head_dim: usize, positions_max: usize) -> Result<Rope> {
     })
 }
 
+/// The longest side: far beyond any model, and the bits of a matrix with two such sides still count in 64.
+const SIDE_MAX: usize = 1 << 28;
+
 /// Reads keys of one config and names them when they are wrong.
 struct Keys<'a> {
     path: &'a Path,
@@ -335,11 +344,10 @@ impl Keys<'_> {
     fn optional(&self, key: &str) -> Result<Option<usize>> {
         match &self.json[key] {
             Value::Null => Ok(None),
-            // far beyond any model, and small enough that no product of two overflows or fills the memory
             value => match (key, value.as_u64()) {
                 ("max_window_layers", Some(0)) => Ok(Some(0)),
                 ("num_hidden_layers", Some(n)) if n > 100_000 => Err(self.beyond(key, value)),
-                (_, Some(n)) if n > 1 << 28 => Err(self.beyond(key, value)),
+                (_, Some(n)) if n > SIDE_MAX as u64 => Err(self.beyond(key, value)),
                 (_, Some(n)) if n > 0 => Ok(Some(n as usize)),
                 _ => Err(self.refuse(key, &format!("is {value}, not a positive whole number"))),
             },
@@ -410,6 +418,8 @@ mod tests {
         for (key, value, word) in [
             ("hidden_size", json!(-3), "hidden_size"),
             ("num_key_value_heads", json!(3), "divide"),
+            ("vocab_size", json!(1u64 << 40), "no model has"),
+            ("head_dim", json!(1u64 << 28), "no model has"),
             ("model_type", json!("mixtral"), "mixtral"),
             ("vocab_size", json!(null), "missing"),
             ("rope_scaling", json!({"rope_type": "llama3"}), "factor"),

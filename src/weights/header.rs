@@ -149,6 +149,21 @@ impl Header {
         Self::parse(Path::new("<new file>"), prefix)
     }
 
+    /// The header with one more tensor at the end, under the same metadata.
+    pub fn with_tensor(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<Self> {
+        let json: serde_json::Value =
+            serde_json::from_slice(&self.prefix[8..]).expect("a checked header is JSON");
+        let metadata: Vec<(&str, &str)> = json["__metadata__"]
+            .as_object()
+            .into_iter()
+            .flatten()
+            .filter_map(|(key, value)| Some((key.as_str(), value.as_str()?)))
+            .collect();
+        let here = self.entries.iter();
+        let here = here.map(|e| (e.name.as_str(), e.dtype, e.shape.as_slice()));
+        Self::compose_with(&metadata, here.chain([(name, dtype, shape)]))
+    }
+
     /// One entry of the file's metadata.
     pub fn metadata(&self, key: &str) -> Option<String> {
         let json: serde_json::Value = serde_json::from_slice(self.prefix.get(8..)?).ok()?;
@@ -245,6 +260,28 @@ mod tests {
         let error =
             Header::parse(Path::new("x"), u64::MAX.to_le_bytes().to_vec()).expect_err("too long");
         assert!(error.to_string().contains("claims"), "{error}");
+    }
+
+    #[test]
+    fn a_tensor_is_added_behind_the_others() {
+        let shapes: [(&str, Dtype, &[usize]); 2] =
+            [("b", Dtype::BF16, &[2, 3]), ("a", Dtype::F32, &[5])];
+        let header = Header::compose_with(&[("made", "here")], shapes).expect("composes");
+        let longer = header
+            .with_tensor("head", Dtype::F16, &[4, 3])
+            .expect("composes");
+        let entries: Vec<(&str, u64)> = longer
+            .entries
+            .iter()
+            .map(|e| (e.name.as_str(), e.offset - longer.prefix.len() as u64))
+            .collect();
+        assert_eq!(entries, [("b", 0), ("a", 12), ("head", 32)]);
+        assert_eq!(
+            longer.file_bytes() - longer.prefix.len() as u64,
+            12 + 20 + 24
+        );
+        assert_eq!(longer.metadata("made").as_deref(), Some("here"));
+        assert_eq!(longer.metadata("format").as_deref(), Some("pt"));
     }
 
     proptest! {

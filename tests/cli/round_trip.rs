@@ -1,13 +1,11 @@
 //! Untrained means unchanged.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use svdhub::model::ModelConfig;
-use svdhub::weights::{Dtype, Elements};
+use svdhub::weights::Dtype;
 
-use crate::world::{World, arg, files, write_model};
+use crate::world::{World, arg, files};
 
 /// decompose → merge, and every file but the report is the base's own.
 fn assert_round_trip(world: &World, base: &Path, options: &[&str]) {
@@ -67,38 +65,6 @@ fn every_rank_and_selection_returns_every_byte() {
     }
 }
 
-/// Small models of the other families, with weights that repeat nothing and hold zeros of both signs.
-fn random_model(world: &World, name: &str, config: Value) -> std::path::PathBuf {
-    let dir = world.path(name);
-    std::fs::create_dir_all(&dir).expect("a directory");
-    std::fs::write(dir.join("config.json"), config.to_string()).expect("writes");
-    let parsed = ModelConfig::read(&dir).expect("parses");
-    let mut state = 7u64;
-    let tensors: BTreeMap<String, Elements> = parsed
-        .tensors("model.")
-        .into_iter()
-        .map(|(name, shape)| {
-            let values: Vec<f32> = (0..shape.iter().product::<usize>())
-                .map(|i| {
-                    state = state
-                        .wrapping_mul(6364136223846793005)
-                        .wrapping_add(1442695040888963407);
-                    let x = (state >> 40) as f32 / (1 << 23) as f32 - 1.0;
-                    match i % 97 {
-                        13 => 0.0,
-                        29 => -0.0,
-                        31 => x * 1e-6,
-                        _ => x * x * x,
-                    }
-                })
-                .collect();
-            (name, Elements::from_f32(&shape, &values).cast(Dtype::BF16))
-        })
-        .collect();
-    write_model(&dir, &tensors, u64::MAX);
-    dir
-}
-
 #[test]
 fn fused_biased_and_untied_families_return_every_byte() {
     let world = World::new();
@@ -112,7 +78,7 @@ fn fused_biased_and_untied_families_return_every_byte() {
         ("qwen3", true),
         ("mistral", false),
     ] {
-        let base = random_model(&world, family, config(family, tied));
+        let base = world.random_model(family, &config(family, tied));
         assert_round_trip(&world, &base, &["--rank-fraction", "0.5"]);
         let plan = world.json(&["plan", arg(&base)]);
         let head: Vec<&Value> = plan["modules"]

@@ -6,6 +6,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 use svdhub::hub::server::{Server, ServerOptions};
+use svdhub::model::ModelConfig;
 use svdhub::weights::{Checkpoint, Dtype, Elements, Header, Layout, ShardWriter};
 use tempfile::TempDir;
 
@@ -117,6 +118,38 @@ impl World {
             std::fs::copy(source.join(file), dir.join(file)).expect("copies");
         }
         write_model(&dir, &tensors, shard_bytes);
+        dir
+    }
+
+    /// A model of any family, its shapes from the config, in bf16 with weights that repeat nothing and hold zeros of both signs.
+    pub fn random_model(&self, name: &str, config: &Value) -> PathBuf {
+        let dir = self.path(name);
+        std::fs::create_dir_all(&dir).expect("a directory");
+        std::fs::write(dir.join("config.json"), config.to_string()).expect("writes");
+        let parsed = ModelConfig::read(&dir).expect("parses");
+        let mut state = 7u64;
+        let tensors: BTreeMap<String, Elements> = parsed
+            .tensors("model.")
+            .into_iter()
+            .map(|(name, shape)| {
+                let values: Vec<f32> = (0..shape.iter().product::<usize>())
+                    .map(|i| {
+                        state = state
+                            .wrapping_mul(6364136223846793005)
+                            .wrapping_add(1442695040888963407);
+                        let x = (state >> 40) as f32 / (1 << 23) as f32 - 1.0;
+                        match i % 97 {
+                            13 => 0.0,
+                            29 => -0.0,
+                            31 => x * 1e-6,
+                            _ => x * x * x,
+                        }
+                    })
+                    .collect();
+                (name, Elements::from_f32(&shape, &values).cast(Dtype::BF16))
+            })
+            .collect();
+        write_model(&dir, &tensors, u64::MAX);
         dir
     }
 }
