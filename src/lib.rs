@@ -27,6 +27,7 @@ pub mod publish;
 mod random;
 pub mod report;
 pub mod source;
+pub mod spectrum;
 pub mod split;
 pub mod train;
 pub mod verify;
