@@ -39,3 +39,52 @@ pub fn page(name: &str, facts: &Facts) -> Result<String> {
     let shown: Shown = serde_json::from_value(shown).expect("any JSON is a template value");
     Ok(environment.get_template("spectrum.html")?.render(shown)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::format::{ArtifactLayout, Pin, Rank};
+    use crate::spectrum::tests::spectrum;
+
+    #[test]
+    fn a_page_is_whole_and_strangers_names_stay_text() {
+        let hostile = "layers.0.\"><script>alert(1)</script>";
+        let facts = Facts {
+            base: Pin {
+                repo: None,
+                revision: None,
+                sha256: BTreeMap::new(),
+            },
+            layout: ArtifactLayout::Sidecar,
+            rank: Rank::Fraction(0.1),
+            linear_layers: 2,
+            sigma: 12_345,
+            routes: BTreeMap::from([("<b>".to_string(), 2)]),
+            source: Source::Report,
+            spectrum: spectrum(&[(hostile, &[4.0, 2.0], &[1.0]), ("lm_head", &[0.0], &[])]),
+        };
+        let page = page("a & b <svd>", &facts).expect("renders");
+        assert!(page.find(MARK).is_some_and(|at| at < 100));
+        assert!(!page.contains("<script") && !page.contains("<b>"));
+        assert!(page.contains("a &amp; b &lt;svd&gt;"));
+        // nothing is loaded: no address but the name of SVG itself
+        let addresses = page.matches("//").count();
+        assert_eq!(
+            addresses,
+            page.matches("http://www.w3.org/2000/svg").count()
+        );
+        assert!(!page.contains("src=") && !page.contains("href=") && !page.contains("url("));
+        for fact in [
+            "12,345",
+            "95.2 %",
+            "1.31",
+            "<td>–</td>",
+            "sidecar",
+            "fraction 0.1",
+        ] {
+            assert!(page.contains(fact), "{fact} is missing from\n{page}");
+        }
+    }
+}

@@ -63,9 +63,14 @@ pub fn curves(spectrum: &Spectrum) -> String {
     let at = |share: f64, sigma: f64| (frame.x(x.at(share)), frame.y(y.at(sigma)));
     for (i, role) in roles.iter().enumerate().filter(|(_, r)| r.modules > 1) {
         let c = &role.curve;
-        let up = c.share.iter().zip(&c.max).map(|(&k, &s)| at(k, s));
-        let down = c.share.iter().zip(&c.min).map(|(&k, &s)| at(k, s)).rev();
-        drawing.band(i, &up.chain(down).collect::<Vec<_>>());
+        let side = |values: &[f64]| -> Vec<(f64, f64)> {
+            c.share
+                .iter()
+                .zip(values)
+                .map(|(&k, &s)| at(k, s))
+                .collect()
+        };
+        drawing.band(i, &side(&c.max), &side(&c.min));
     }
     for (i, role) in roles.iter().enumerate() {
         let c = &role.curve;
@@ -76,8 +81,14 @@ pub fn curves(spectrum: &Spectrum) -> String {
             .map(|(&k, &s)| at(k, s))
             .collect();
         drawing.line(i, &points, &curve_in_words(role));
-        if let [(x, y)] = points[..] {
-            drawing.marker(i, x, y, 4.0, &curve_in_words(role));
+        // a marker now and then, each role's at its own places
+        let place = |share: f64| (6.0 * share + i as f64 / roles.len() as f64).floor();
+        let mut last = f64::NAN;
+        for (&share, &(x, y)) in c.share.iter().zip(&points) {
+            if place(share) != last && (points.len() == 1 || !last.is_nan()) {
+                drawing.marker(i, x, y, 3.4, &curve_in_words(role));
+            }
+            last = place(share);
         }
     }
     if roles.iter().all(|role| role.curve.share.is_empty()) {
@@ -115,7 +126,7 @@ pub fn energy(spectrum: &Spectrum) -> String {
     );
     let scale = match hi - lo {
         flat if flat < 1e-6 => Scale::linear((lo - 0.05).max(0.0), (hi + 0.05).min(1.0)),
-        _ => Scale::rounded(lo, hi),
+        _ => Scale::linear(lo, hi),
     };
     drawing.layer_axis(&frame, &columns);
     for (row, role) in roles.iter().enumerate() {
@@ -194,6 +205,7 @@ pub fn stable_rank(spectrum: &Spectrum) -> String {
         for (module, x, y) in points {
             let value = module.stable_rank.map_or_else(String::new, figure);
             let tip = format!("{}: stable rank {value}", module.name);
+            let radius = if module.layer.is_some() { radius } else { 3.6 };
             drawing.marker(i, x, y, radius, &tip);
         }
     }
@@ -329,44 +341,50 @@ impl Scale {
         }
     }
 
-    /// From `lo` to `hi`, both positive, widened to 1, 2 or 5 times a power of ten.
+    /// From `lo` to `hi`, both positive, widened to their first digits.
     fn log(lo: f64, hi: f64) -> Self {
-        let (lo, hi) = (
-            lo.clamp(1.0 / EXTREME, EXTREME),
-            hi.clamp(1.0 / EXTREME, EXTREME),
-        );
+        let edge = |v: f64, round: fn(f64) -> f64| {
+            let v = v.clamp(1.0 / EXTREME, EXTREME);
+            let power = 10f64.powf(v.log10().floor());
+            round(v / power) * power
+        };
+        // a hair inside, so that a round number stays what it is
+        let lo = edge(lo * (1.0 + 1e-9), f64::floor);
+        let hi = edge(hi * (1.0 - 1e-9), f64::ceil).max(2.0 * lo);
         let (first, last) = (lo.log10().floor() as i32, hi.log10().ceil() as i32);
-        let marks = (first..=last).flat_map(|e| [1.0, 2.0, 5.0].map(|m| (m, e)));
-        let all: Vec<(f64, f64, i32)> = marks.map(|(m, e)| (m * 10f64.powi(e), m, e)).collect();
-        let low = all
-            .iter()
-            .rposition(|(v, ..)| *v <= lo * 1.000_001)
-            .unwrap_or(0);
-        let high = all.iter().position(|(v, ..)| *v >= hi * 0.999_999);
-        let high = high
-            .unwrap_or(all.len() - 1)
-            .max(low + 1)
-            .min(all.len() - 1);
-        let between = &all[low..=high];
-        let dense = between.len() <= 9;
-        // whole powers of ten, and of those every second or third where there are many
+        // whole powers of ten, every second or third of them where there are many; between those what room there is
         let every = (last - first) / 8 + 1;
-        let kept = between
+        let powers = (first..=last).filter(|e| e % every == 0);
+        let marks = |digits: &[i32]| -> Vec<(i32, i32)> {
+            let all = powers
+                .clone()
+                .flat_map(|e| digits.iter().map(move |&m| (m, e)));
+            let inside = |&(m, e): &(i32, i32)| {
+                let v = f64::from(m) * 10f64.powi(e);
+                (lo * (1.0 - 1e-9)..=hi * (1.0 + 1e-9)).contains(&v)
+            };
+            all.filter(inside).collect()
+        };
+        let choices = [&[1, 2, 3, 4, 5, 6, 7, 8, 9][..], &[1, 2, 5], &[1]].map(marks);
+        let [.., sparse] = &choices;
+        let kept = choices
             .iter()
-            .filter(|(_, m, e)| dense || (*m == 1.0 && e % every == 0));
-        let label = |&(v, m, e): &(f64, f64, i32)| {
+            .find(|marks| marks.len() <= 9)
+            .unwrap_or(sparse);
+        let label = |&(m, e): &(i32, i32)| {
+            let v = f64::from(m) * 10f64.powi(e);
             let text = match e {
                 -2..=4 => figure_of_tick(v),
-                _ if m == 1.0 => format!("10{}", raised(e)),
-                _ => format!("{m:.0}·10{}", raised(e)),
+                _ if m == 1 => format!("10{}", raised(e)),
+                _ => format!("{m}·10{}", raised(e)),
             };
             (v, text)
         };
         Self {
-            lo: all[low].0,
-            hi: all[high].0,
+            lo,
+            hi,
             log: true,
-            ticks: kept.map(label).collect(),
+            ticks: kept.iter().map(label).collect(),
         }
     }
 
@@ -584,7 +602,7 @@ impl Drawing {
         }
         let left = frame.left;
         self.rule("axis", (left, frame.top), (left, frame.bottom()));
-        let [x, y] = [left - 60.0, frame.top + frame.height / 2.0].map(number);
+        let [x, y] = [left - 54.0, frame.top + frame.height / 2.0].map(number);
         let label = escape(label);
         self.put(format_args!(
             "<text x=\"{x}\" y=\"{y}\" transform=\"rotate(-90 {x} {y})\" text-anchor=\"middle\" class=\"ink\">{label}</text>"
@@ -613,13 +631,20 @@ impl Drawing {
         }
     }
 
-    fn band(&mut self, series: usize, outline: &[(f64, f64)]) {
-        if outline.len() < 4 {
+    /// Between two lines, which are drawn thin: where many bands overlap, their edges still tell them apart.
+    fn band(&mut self, series: usize, upper: &[(f64, f64)], lower: &[(f64, f64)]) {
+        if upper.len() < 2 {
             return;
         }
-        let (colour, path) = (series % 8, path(outline));
+        let (colour, dash) = (series % 8, series / 4 % 3);
+        let back: Vec<(f64, f64)> = lower.iter().rev().copied().collect();
+        let [over, under] = [upper, lower].map(path);
+        let outline = path(&[upper, &back].concat());
         self.put(format_args!(
-            "<path class=\"f{colour} band\" d=\"{path}Z\"/>"
+            "<path class=\"f{colour} band\" d=\"{outline}Z\"/>"
+        ));
+        self.put(format_args!(
+            "<path class=\"s{colour} d{dash} edge\" d=\"{over}{under}\"/>"
         ));
     }
 
@@ -628,9 +653,14 @@ impl Drawing {
             return;
         }
         let (colour, dash) = (series % 8, series / 4 % 3);
+        let line = if points.len() > 80 {
+            "line thin"
+        } else {
+            "line"
+        };
         let (path, tip) = (path(points), escape(tip));
         self.put(format_args!(
-            "<path class=\"s{colour} d{dash} line\" d=\"{path}\"><title>{tip}</title></path>"
+            "<path class=\"s{colour} d{dash} {line}\" d=\"{path}\"><title>{tip}</title></path>"
         ));
     }
 
@@ -723,7 +753,13 @@ impl Drawing {
             let tip = format!("{}, {} modules", role.role, role.modules);
             self.line(i, &[(x, y), (x + 26.0, y)], &tip);
             self.marker(i, x + 13.0, y, 3.6, &tip);
-            self.text(x + 34.0, y + 4.0, "start", "ink", &shortened(&role.role));
+            let zero = if role.stable_rank.is_none() {
+                " (zero)"
+            } else {
+                ""
+            };
+            let name = shortened(&role.role) + zero;
+            self.text(x + 34.0, y + 4.0, "start", "ink", &name);
         }
         let more = spectrum.roles.len() - roles.len();
         if more > 0 {
@@ -748,7 +784,7 @@ fn style() -> String {
     let mut css = String::from(
         ".plot text{font:12px system-ui,-apple-system,'Segoe UI','Helvetica Neue',Arial,sans-serif}\
          .plot .head{font-size:14px;font-weight:600}.plot .on-dark,.plot .on-light{font-size:10px}\
-         .plot .line{fill:none;stroke-width:1.8;stroke-linejoin:round}.plot .band{fill-opacity:.1}\
+         .plot .line{fill:none;stroke-width:1.8;stroke-linejoin:round}.plot .thin{stroke-width:1.1}.plot .band{fill-opacity:.06}.plot .edge{fill:none;stroke-width:.8;stroke-opacity:.55}\
          .plot .d1{stroke-dasharray:7 3}.plot .d2{stroke-dasharray:2 3}\
          .plot .on-dark{fill:#fff}.plot .on-light{fill:#111}",
     );
@@ -846,4 +882,234 @@ pub fn escape(text: &str) -> String {
         }
     }
     escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spectrum::tests::spectrum;
+
+    const HOSTILE: &str = "layers.0.<script>alert(\"1\")</script>&amp;'\u{1b}[2J\u{fffe}";
+
+    fn all(of: &Spectrum) -> [String; 3] {
+        [curves(of), energy(of), stable_rank(of)]
+    }
+
+    /// Every number of a picture lies inside it.
+    fn assert_sound(svg: &str) {
+        let document = roxmltree::Document::parse(svg).unwrap_or_else(|e| panic!("{e} in {svg}"));
+        let root = document.root_element();
+        assert!(root.has_tag_name(("http://www.w3.org/2000/svg", "svg")) && svg.contains(MARK));
+        let side = |name| -> f64 {
+            root.attribute(name)
+                .expect("a side")
+                .parse()
+                .expect("a number")
+        };
+        let (width, height) = (side("width"), side("height"));
+        for named in ["title", "desc"] {
+            let node = root.children().find(|n| n.has_tag_name(named));
+            assert!(
+                node.and_then(|n| n.text())
+                    .is_some_and(|text| !text.is_empty()),
+                "{named}"
+            );
+        }
+        let within = |text: &str, most: f64| {
+            let x: f64 = text.parse().unwrap_or_else(|_| panic!("{text} in {svg}"));
+            assert!(
+                x.is_finite() && (0.0..=most).contains(&x),
+                "{text} is outside of {svg}"
+            );
+        };
+        for node in document.descendants() {
+            for attribute in node.attributes() {
+                let value = attribute.value();
+                assert!(!value.contains("NaN") && !value.contains("inf"), "{value}");
+                match attribute.name() {
+                    "x" | "x1" | "x2" | "cx" | "width" => within(value, width),
+                    "y" | "y1" | "y2" | "cy" | "height" | "r" => within(value, height),
+                    "d" => {
+                        for point in value.split(['M', 'L', 'Z']).filter(|p| !p.is_empty()) {
+                            let (x, y) = point.split_once(' ').expect("a point");
+                            within(x, width);
+                            within(y, height);
+                        }
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_picture_is_well_formed_and_inside_its_frame() {
+        let deep: Vec<String> = (0..300)
+            .flat_map(|i| {
+                ["self_attn.q_proj", "mlp.up_proj"].map(|m| format!("model.layers.{i}.{m}"))
+            })
+            .chain(["lm_head".to_string()])
+            .collect();
+        let deep: Vec<(&str, &[f32], &[f32])> = deep
+            .iter()
+            .map(|name| (name.as_str(), &[9.0, 3.0, 1.0][..], &[0.5][..]))
+            .collect();
+        let strange: Vec<String> = (0..40)
+            .map(|i| format!("a.{}.role{i}", u32::MAX - i))
+            .collect();
+        let strange: Vec<(&str, &[f32], &[f32])> = strange
+            .iter()
+            .map(|name| (name.as_str(), &[1e30, 1e-30][..], &[][..]))
+            .collect();
+        let mut forged = spectrum(&[
+            ("layers.0.q_proj", &[2.0, 1.0], &[]),
+            ("layers.1.q_proj", &[3.0, 1.0], &[]),
+        ]);
+        for module in &mut forged.modules {
+            (module.captured_energy, module.stable_rank) = (-1e308, Some(1e308));
+        }
+        forged.roles[0].curve.min = vec![-1e308, 1e308];
+        forged.roles[0].stable_rank = Some(Spread {
+            min: -1e308,
+            median: 0.0,
+            max: 1e308,
+        });
+        for of in [
+            spectrum(&deep),
+            spectrum(&strange),
+            forged,
+            spectrum(&[("layers.3.q_proj", &[2.0, 1.0], &[1.0])]),
+            spectrum(&[("lm_head", &[2.0], &[])]),
+            spectrum(&[
+                ("layers.0.q_proj", &[0.0, 0.0], &[]),
+                ("layers.1.q_proj", &[0.0], &[]),
+            ]),
+            spectrum(&[
+                ("layers.0.q_proj", &[2.0, 0.0], &[]),
+                ("layers.0.k_proj", &[0.0], &[]),
+            ]),
+            spectrum(&[(HOSTILE, &[2.0, 1.0], &[1.0]), ("", &[1.0], &[])]),
+        ] {
+            all(&of).iter().for_each(|svg| assert_sound(svg));
+        }
+    }
+
+    #[test]
+    fn a_strangers_name_stays_text() {
+        let of = spectrum(&[(HOSTILE, &[2.0, 1.0], &[1.0])]);
+        for svg in all(&of) {
+            let document = roxmltree::Document::parse(&svg).expect("well-formed");
+            assert!(!document.descendants().any(|n| n.has_tag_name("script")));
+            let mut texts = document.descendants().filter_map(|n| n.text());
+            assert!(
+                texts.any(|t| t.contains("</script>&amp;'\u{fffd}[2J\u{fffd}")),
+                "{svg}"
+            );
+        }
+    }
+
+    /// The points of the path with these classes.
+    fn points(svg: &str, class: &str) -> Vec<(f64, f64)> {
+        let document = roxmltree::Document::parse(svg).expect("well-formed");
+        let path = document
+            .descendants()
+            .find(|n| n.attribute("class") == Some(class));
+        let d = path
+            .and_then(|p| p.attribute("d"))
+            .expect("a path")
+            .to_string();
+        let points = d.split(['M', 'L']).filter(|p| !p.is_empty());
+        let parse = |p: &str| {
+            let (x, y) = p.split_once(' ').expect("a point");
+            (x.parse().expect("x"), y.parse().expect("y"))
+        };
+        points.map(parse).collect()
+    }
+
+    #[test]
+    fn lines_go_where_the_numbers_are() {
+        // from 1 at k/q = 1/4 in equal steps on the log scale to 0.001, its lower end
+        let of = spectrum(&[("layers.0.q_proj", &[1.0, 0.1, 0.01, 0.001], &[])]);
+        let expected = [0.25, 0.5, 0.75, 1.0].map(|share| LEFT + share * WIDTH);
+        for (i, (x, y)) in points(&curves(&of), "s0 d0 line").into_iter().enumerate() {
+            assert!((x - expected[i]).abs() < 0.01);
+            assert!((y - (TOP + 340.0 * i as f64 / 3.0)).abs() < 0.01, "{y}");
+        }
+        // stable ranks 1 and 4 on a scale from 0 to 4
+        let of = spectrum(&[
+            ("layers.0.q_proj", &[2.0], &[]),
+            ("layers.7.q_proj", &[1.0; 4], &[]),
+        ]);
+        let line = points(&stable_rank(&of), "s0 d0 line");
+        assert_eq!(
+            line.iter().map(|p| p.1).collect::<Vec<_>>(),
+            [TOP + 225.0, TOP]
+        );
+        assert_eq!(
+            line[1].0 - line[0].0,
+            90.0,
+            "layers that are not there take no room"
+        );
+    }
+
+    #[test]
+    fn colours_follow_the_energy() {
+        let of = spectrum(&[
+            ("layers.0.q_proj", &[1.0], &[3.0]),
+            ("layers.1.q_proj", &[1.0], &[2.0]),
+            ("layers.2.q_proj", &[3.0], &[1.0]),
+        ]);
+        let svg = energy(&of);
+        let document = roxmltree::Document::parse(&svg).expect("well-formed");
+        let cells = document.descendants().filter(|n| n.has_tag_name("g"));
+        let fills: Vec<&str> = cells
+            .filter_map(|g| {
+                g.children()
+                    .find(|n| n.has_tag_name("rect"))?
+                    .attribute("fill")
+            })
+            .collect();
+        assert_eq!((fills[0], fills[2]), ("#440154", "#fde725"));
+        assert_ne!(fills[1], fills[0]);
+        assert!(svg.contains("layers.2.q_proj: 90.0 % of the energy in 1 of 2 triplets"));
+    }
+
+    #[test]
+    fn ticks_are_round_and_numbers_short() {
+        let labels = |s: Scale| {
+            s.ticks
+                .into_iter()
+                .map(|(_, t)| t)
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        assert_eq!(labels(Scale::linear(0.0, 1.0)), "0.0 0.2 0.4 0.6 0.8 1.0");
+        assert_eq!(labels(Scale::rounded(0.0, 171.0)), "0 50 100 150 200");
+        assert_eq!(labels(Scale::log(0.095, 1.0)), "0.1 0.2 0.5 1");
+        assert_eq!(
+            labels(Scale::log(0.35, 1.0)),
+            "0.3 0.4 0.5 0.6 0.7 0.8 0.9 1"
+        );
+        assert_eq!(
+            labels(Scale::log(1.4e-6, 1.0)),
+            "10⁻⁶ 10⁻⁵ 10⁻⁴ 10⁻³ 0.01 0.1 1"
+        );
+        let of = [
+            0.0, 0.123_456, 4.556, 38.46, 999.7, 744_142.0, 1.23e9, 4.2e-7,
+        ]
+        .map(figure);
+        assert_eq!(
+            of,
+            [
+                "0",
+                "0.123",
+                "4.56",
+                "38.5",
+                "1,000",
+                "744,142",
+                "1.2·10⁹",
+                "4.2·10⁻⁷"
+            ]
+        );
+    }
 }

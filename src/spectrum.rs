@@ -59,8 +59,8 @@ pub struct ModuleFacts {
     pub condition: Option<f64>,
     /// Some of 1 … q, both ends among them.
     pub ranks: Vec<usize>,
-    /// σ at `ranks`
-    pub sigma: Vec<f32>,
+    /// σ at `ranks`; f32 as in the tensors, widened so that every JSON of it has the same digits.
+    pub sigma: Vec<f64>,
     pub route: Route,
     pub certificate: Certificate,
 }
@@ -184,7 +184,7 @@ impl ModuleFacts {
             norm: norm2.sqrt(),
             stable_rank: (first > 0.0).then(|| norm2 / first.powi(2)),
             condition: (last > 0.0).then(|| first / last),
-            sigma: ranks.iter().map(|k| sigma[k - 1]).collect(),
+            sigma: ranks.iter().map(|k| sigma[k - 1].into()).collect(),
             ranks,
             route: record.route,
             certificate: record.certificate,
@@ -193,13 +193,13 @@ impl ModuleFacts {
 
     /// σ_k/σ₁ at k = `share`·q, on straight lines between the kept points; none of a zero matrix.
     fn relative(&self, share: f64) -> Option<f64> {
-        let first = self.sigma.first().copied().map(f64::from)?;
+        let first = self.sigma.first().copied()?;
         if first <= 0.0 {
             return None;
         }
         let k = share * self.q as f64;
         let after = self.ranks.partition_point(|&rank| (rank as f64) < k);
-        let point = |i: usize| Some((*self.ranks.get(i)? as f64, f64::from(*self.sigma.get(i)?)));
+        let point = |i: usize| Some((*self.ranks.get(i)? as f64, *self.sigma.get(i)?));
         let sigma = match (after.checked_sub(1).and_then(point), point(after)) {
             (Some((k0, s0)), Some((k1, s1))) => s0 + (s1 - s0) * (k - k0) / (k1 - k0),
             (None, Some((_, s))) | (Some((_, s)), None) => s,
@@ -297,7 +297,7 @@ fn curve(members: &[&ModuleFacts]) -> Curve {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// The record of a matrix of which `sigma` is kept and `left` (σ too) is not.
@@ -327,7 +327,8 @@ mod tests {
         }
     }
 
-    fn spectrum(modules: &[(&str, &[f32], &[f32])]) -> Spectrum {
+    /// Of matrices by name, with what is kept and what is left of σ.
+    pub fn spectrum(modules: &[(&str, &[f32], &[f32])]) -> Spectrum {
         let records = modules
             .iter()
             .map(|(name, sigma, left)| (name.to_string(), record(sigma, left)))
@@ -471,7 +472,7 @@ mod tests {
                 .contains("q_proj")
         );
         let mut broken = of.clone();
-        broken.modules[0].sigma = vec![f32::INFINITY, 4.0];
+        broken.modules[0].sigma = vec![f64::INFINITY, 4.0];
         assert!(broken.check(&records).is_err());
         let mut broken = of.clone();
         broken.modules[0].ranks = vec![0, 2];

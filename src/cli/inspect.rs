@@ -172,7 +172,7 @@ fn every(facts: &Facts) -> String {
             percent(m.captured_energy),
             or_none(m.stable_rank),
             or_none(m.condition),
-            or_none(m.sigma.first().map(|&s| s.into())),
+            or_none(m.sigma.first().copied()),
             route_name(m.route),
         ]);
     }
