@@ -115,6 +115,10 @@ pub fn route_name(route: Route) -> String {
 /// Writes a page or a picture. One of ours may be drawn again; whatever else has that name is left alone.
 pub fn write_page(path: &Path, text: &str) -> Result<()> {
     assert!(text.contains(MARK), "pages say whose they are");
+    if path.file_name().is_none() {
+        let source = std::io::ErrorKind::InvalidFilename.into();
+        return Err(Error::io("write", path, source));
+    }
     if path.symlink_metadata().is_ok() && !is_ours(path)? {
         return Err(Error::ForeignFile { path: path.into() });
     }
@@ -158,5 +162,6 @@ mod tests {
         std::os::unix::fs::symlink("nowhere", &link).expect("links");
         assert!(write_page(&link, &page("x")).is_err());
         assert!(write_page(dir.path(), &page("x")).is_err(), "a directory");
+        assert!(write_page(Path::new(""), &page("x")).is_err(), "no name");
     }
 }

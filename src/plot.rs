@@ -56,7 +56,7 @@ pub fn curves(spectrum: &Spectrum) -> String {
         &frame,
     );
     let positive = roles.iter().flat_map(|r| &r.curve.min);
-    let least = positive.filter(|&&s| s > 0.0).copied().fold(0.9, f64::min);
+    let least = positive.filter(|&&s| s > 0.0).copied().fold(0.5, f64::min);
     let (x, y) = (Scale::linear(0.0, 1.0), Scale::log(least, 1.0));
     drawing.x_axis(&frame, &x, "k/q: position among the kept values");
     drawing.y_axis(&frame, &y, "σₖ/σ₁");
@@ -184,7 +184,8 @@ pub fn stable_rank(spectrum: &Spectrum) -> String {
     let y = if lo > 0.0 && hi / lo > 20.0 {
         Scale::log(lo, hi)
     } else {
-        Scale::rounded(0.0, hi)
+        // no matrix but zero has less than 1
+        Scale::rounded(0.0, hi.max(1.0))
     };
     drawing.y_axis(&frame, &y, "stable rank");
     drawing.layer_axis(&frame, &columns);
@@ -349,8 +350,8 @@ impl Scale {
             round(v / power) * power
         };
         // a hair inside, so that a round number stays what it is
-        let lo = edge(lo * (1.0 + 1e-9), f64::floor);
-        let hi = edge(hi * (1.0 - 1e-9), f64::ceil).max(2.0 * lo);
+        let hi = edge(hi * (1.0 - 1e-9), f64::ceil);
+        let lo = edge(lo * (1.0 + 1e-9), f64::floor).min(hi / 2.0);
         let (first, last) = (lo.log10().floor() as i32, hi.log10().ceil() as i32);
         // whole powers of ten, every second or third of them where there are many; between those what room there is
         let every = (last - first) / 8 + 1;
@@ -1090,6 +1091,7 @@ mod tests {
             labels(Scale::log(0.35, 1.0)),
             "0.3 0.4 0.5 0.6 0.7 0.8 0.9 1"
         );
+        assert_eq!(labels(Scale::log(1.0, 1.0)), "0.5 0.6 0.7 0.8 0.9 1");
         assert_eq!(
             labels(Scale::log(1.4e-6, 1.0)),
             "10⁻⁶ 10⁻⁵ 10⁻⁴ 10⁻³ 0.01 0.1 1"
