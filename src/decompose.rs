@@ -22,6 +22,7 @@ use crate::json::Tool;
 use crate::linalg::{self, Algorithm, Wanted, svd::energy};
 use crate::model::ModelConfig;
 use crate::plan::{Action, Plan, PlanOptions, PlannedTensor, Trainable};
+use crate::spectrum::{self, Spectrum};
 use crate::split::Factors;
 use crate::weights::shard::{sha256_hex, write_atomically};
 use crate::weights::{Checkpoint, Dtype, Elements, Header, Layout, ShardWriter, dtype_name};
@@ -123,21 +124,7 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
         .map(|(module, part)| (module, part.record))
         .collect();
 
-    let total_energy = |f: fn(&ModuleRecord) -> f64| records.values().map(f).sum::<f64>();
-    // ‖M‖² = ‖M′‖² / (1 − share); a share of 1 leaves the kept energy, which is then all of it
-    let whole = |r: &ModuleRecord| {
-        if r.captured_energy < 1.0 {
-            r.residual_norm.powi(2) / (1.0 - r.captured_energy)
-        } else {
-            0.0
-        }
-    };
-    let all = total_energy(whole);
-    let captured_energy = if all > 0.0 {
-        1.0 - total_energy(|r| r.residual_norm.powi(2)) / all
-    } else {
-        1.0
-    };
+    let spectrum = Spectrum::of(&records, |module| job.sigma(module, &files))?;
     let exceptions = records.values().map(|r| r.exceptions).sum();
     let elements: usize = records.values().map(|r| r.shape[0] * r.shape[1]).sum();
     let facts = Facts {
@@ -158,7 +145,7 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
             embeddings: plan.trainable.embeddings,
         },
         untied_head: options.plan.untie_head,
-        captured_energy,
+        captured_energy: spectrum.captured_energy,
         exceptions,
         exceptions_share: exceptions as f64 / elements as f64,
         double_precision: records.values().filter(|r| !r.route.is_single()).count(),
@@ -172,6 +159,7 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
     copy_side_files(&base.dir, out)?;
     // what was trained and measured before belongs to the base, not to what will be trained from here
     report::add(out, serde_json::Map::new(), "decompose", &facts)?;
+    report::add(out, serde_json::Map::new(), spectrum::SECTION, &spectrum)?;
     job.write_index(files)?;
     if base.repo.is_none() {
         // a sidecar is merged beside its base: remember where that was
@@ -600,6 +588,14 @@ impl Job<'_> {
 
     fn open_part(&self, module: &str) -> Result<Checkpoint> {
         Checkpoint::single(&self.workspace.state("parts"), &part_file(module))
+    }
+
+    /// The singular values of a module, read back from its finished shard.
+    fn sigma(&self, module: &str, index: &Index) -> Result<Vec<f32>> {
+        let tensor = ModuleTensors::of(module).sigma;
+        let file = index.weight_map.get(&tensor);
+        let file = file.expect("every decomposed module was placed in a shard");
+        Ok(Checkpoint::single(self.out, file)?.read(&tensor)?.to_f32())
     }
 
     fn base_header(&self, file: &str) -> Vec<u8> {

@@ -3,6 +3,7 @@
 mod bad_input;
 mod hostile;
 mod hub;
+mod inspect;
 mod ranks;
 mod resume;
 mod round_trip;
