@@ -7,6 +7,7 @@ use half::bf16;
 use ndarray::{Array1, Array2};
 use serde::{Deserialize, Serialize};
 use svdhub::linalg::{gemm, spectrum};
+use svdhub::weights::shard::sha256_hex;
 use svdhub::weights::{Checkpoint, Dtype, Elements, Header, Layout, ShardWriter};
 
 use crate::peers::Peers;
@@ -139,7 +140,13 @@ impl Source {
     /// The matrix, made or copied once and kept in `folder`.
     pub fn read(&self, folder: &Path) -> Result<Matrix> {
         let name = self.name();
-        let file = format!("{name}-{RULE}.safetensors");
+        let file = match self {
+            Self::Made(..) => format!("{name}-{RULE}.safetensors"),
+            Self::Real { model, tensor, .. } => {
+                let stored = Checkpoint::open(model, Layout::Model)?.read(tensor)?;
+                format!("{name}-{}.safetensors", &sha256_hex(&stored.bytes)[..8])
+            }
+        };
         let path = folder.join(&file);
         if !path.exists() {
             let values = match self {
@@ -155,15 +162,17 @@ impl Source {
     }
 }
 
-/// Names the rule below in the file's name: another rule makes other files.
+/// The version of the rule below, in the name of the file: another rule makes other files.
 const RULE: &str = "r1";
 
 impl Matrix {
     /// All singular values in f64, good down to the q-th; kept beside the matrix.
     pub fn reference(&self, q: usize, peers: Option<&mut Peers>) -> Result<Reference> {
         let path = self.path.with_extension(format!("q{q}.json"));
-        if let Ok(bytes) = std::fs::read(&path) {
-            return Ok(serde_json::from_slice(&bytes)?);
+        // a file cut off by a kill is as good as none
+        let kept = std::fs::read(&path).ok();
+        if let Some(kept) = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+            return Ok(kept);
         }
         let Some(peers) = peers else {
             // ours against ours shows no error that both make: it is not kept

@@ -194,7 +194,7 @@ fn run(args: &Args) -> Result<bool> {
     for planned in plan(args)? {
         let matrix = planned.matrix.read(&folder)?;
         let cases = compare(&matrix, &planned.fractions, peers.as_mut(), args, &folder)?;
-        println!("\n{}", table::matrix(&cases));
+        print!("\n{}", table::matrix(&cases));
         findings.matrices.extend(cases);
     }
     if args.shape.is_empty() && args.kind.is_empty() && !args.quick {
@@ -202,7 +202,7 @@ fn run(args: &Args) -> Result<bool> {
     }
     findings.verdicts = targets::judge(&findings.matrices, &findings.models);
     if !findings.verdicts.is_empty() {
-        println!("\n{}", table::verdicts(&findings.verdicts));
+        print!("\n{}", table::verdicts(&findings.verdicts));
     }
     if let Some(path) = &args.json {
         std::fs::write(path, serde_json::to_vec_pretty(&findings)?)?;
@@ -251,7 +251,31 @@ fn environment(args: &Args, peers: Option<&Peers>) -> Vec<String> {
             set.join(" ")
         ));
     }
+    lines.push(
+        "left = ‖M − uᵀσv‖ over the least possible (over ‖M‖ where nothing is left out) · orth = largest element of \
+         wwᵀ − I · GEMMs = seconds over those of one M·Mᵀ · needed = the Gram route's work in f32 without the eigenvectors \
+         of its tridiagonal matrix"
+            .into(),
+    );
+    if let Some(load) = load_average() {
+        lines.push(format!("load average at the start: {load}"));
+        if load > BUSY * args.threads as f64 {
+            loudly(&format!(
+                "THE MACHINE IS BUSY (load {load}): threads that wait for each other, theirs, suffer most; \
+                 no ratio of this run is worth quoting"
+            ));
+        }
+    }
     lines
+}
+
+/// More than this share of our threads at work for somebody else makes a run worthless.
+const BUSY: f64 = 0.25;
+
+/// How many threads wanted to run, on average over the last minute; where the system says.
+fn load_average() -> Option<f64> {
+    let text = std::fs::read_to_string("/proc/loadavg").ok()?;
+    text.split_whitespace().next()?.parse().ok()
 }
 
 /// A matrix to come, and the rank fractions wanted of it.
@@ -318,7 +342,8 @@ impl Args {
 }
 
 fn case_name(of: &str, f: f64) -> String {
-    format!("{of}-f{f}")
+    // with its point: 1.0, not 1
+    format!("{of}-f{f:?}")
 }
 
 /// Seconds until `work` is done on every copy, each on a thread of its own, and what came of the first.
@@ -512,7 +537,7 @@ fn whole_models(
         )?);
     }
     if !cases.is_empty() {
-        println!("\n{}", table::models(&cases));
+        print!("\n{}", table::models(&cases));
     }
     Ok(cases)
 }

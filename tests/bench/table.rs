@@ -14,37 +14,34 @@ pub fn matrix(cases: &[Case]) -> String {
         .name
         .rsplit_once("-f")
         .map_or(&*first.name, |(matrix, _)| matrix);
-    let mut text = format!(
-        "{matrix} · {m} × {n} · values from {} · left = ‖M − uᵀσv‖ / the least possible · orth = largest element of wwᵀ − I\n",
-        first.reference
-    );
-    let mut rows = vec![
-        [
-            "f",
-            "q",
-            "κ",
-            "who",
-            "",
-            "seconds",
-            "(min–max)",
-            "ours/theirs",
-            "(min–max)",
-            "GEMMs",
-            "needed",
-            "σ error",
-            "left",
-            "orth u",
-            "orth v",
-        ]
-        .map(String::from),
+    let mut text = format!("{matrix} · {m} × {n} · true values: {}\n", first.reference);
+    let header = [
+        "f",
+        "q",
+        "κ",
+        "who",
+        "",
+        "seconds",
+        "(min–max)",
+        "ours/theirs",
+        "(min–max)",
+        "fast/theirs",
+        "(min–max)",
+        "GEMMs",
+        "needed",
+        "σ error",
+        "left",
+        "orth u",
+        "orth v",
     ];
+    let mut rows = vec![header.map(String::from)];
     for case in cases {
         let gemm = case.gemm_seconds.median;
         for (index, row) in case.rows.iter().enumerate() {
             let once = |value: String| if index == 0 { value } else { String::new() };
             let is_ours = row.who == Who::Ours;
             rows.push([
-                once(case.f.to_string()),
+                once(format!("{:?}", case.f)),
                 once(case.q.to_string()),
                 once(digits(case.kappa)),
                 row.who.to_string(),
@@ -56,6 +53,11 @@ pub fn matrix(cases: &[Case]) -> String {
                     .map(|r| digits(r.median))
                     .unwrap_or_default(),
                 row.ratio.as_ref().map(range).unwrap_or_default(),
+                row.fast_ratio
+                    .as_ref()
+                    .map(|r| digits(r.median))
+                    .unwrap_or_default(),
+                row.fast_ratio.as_ref().map(range).unwrap_or_default(),
                 format!("{:.1}", row.seconds.median / gemm),
                 if is_ours {
                     format!("{:.2}", case.gemms_needed)
@@ -73,7 +75,7 @@ pub fn matrix(cases: &[Case]) -> String {
             last[3] = "one GEMM M·Mᵀ".into();
             last[5] = digits(gemm);
             last[6] = range(&case.gemm_seconds);
-            last[9] = "1.0".into();
+            last[11] = "1.0".into();
         }
     }
     text.push_str(&aligned(&rows));
@@ -185,25 +187,29 @@ fn range(spread: &Spread) -> String {
     format!("({}–{})", digits(spread.min), digits(spread.max))
 }
 
-/// Columns as wide as their widest cell; words to the left, numbers to the right.
+/// Columns as wide as their widest cell, words to the left, numbers to the right; no column for nothing.
 fn aligned<const N: usize>(rows: &[[String; N]]) -> String {
     let width = |column: usize| {
         let cells = rows.iter().map(|row| row[column].chars().count());
         cells.max().unwrap_or(0)
     };
-    let widths: Vec<usize> = (0..N).map(width).collect();
     let is_number = |column: usize| {
         rows.iter().skip(1).all(|row| {
             let start = row[column].trim_start_matches('(').chars().next();
             start.is_none_or(|c| c.is_ascii_digit())
         })
     };
-    let to_the_right: Vec<bool> = (0..N).map(is_number).collect();
+    let is_used = |&column: &usize| rows.iter().skip(1).any(|row| !row[column].is_empty());
+    let columns: Vec<(usize, usize, bool)> = (0..N)
+        .filter(is_used)
+        .map(|column| (column, width(column), is_number(column)))
+        .collect();
     let line = |row: &[String; N]| {
-        let cells = row.iter().zip(&widths).zip(&to_the_right);
-        let cells: Vec<String> = cells
-            .map(|((cell, &width), &right)| {
-                if right {
+        let cells: Vec<String> = columns
+            .iter()
+            .map(|&(column, width, to_the_right)| {
+                let cell = &row[column];
+                if to_the_right {
                     format!("{cell:>width$}")
                 } else {
                     format!("{cell:<width$}")
