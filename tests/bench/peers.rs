@@ -164,14 +164,15 @@ impl Peers {
         self.ask(&json!({"do": "reference", "q": q}))
     }
 
-    /// Seconds that `peer` takes for the matrix at hand.
-    pub fn run(&mut self, peer: Peer, q: usize) -> Result<f64> {
+    /// Seconds that `peer` takes for the matrix at hand; none if it fails, which takes it out of the run.
+    pub fn run(&mut self, peer: Peer, q: usize) -> Option<f64> {
         #[derive(Deserialize)]
         struct Spent {
             seconds: f64,
         }
-        let spent: Spent = self.ask(&json!({"do": "run", "peer": peer.name(), "q": q}))?;
-        Ok(spent.seconds)
+        let question = json!({"do": "run", "peer": peer.name(), "q": q});
+        let spent: Spent = self.ask_or_leave_out(peer.name(), &question)?;
+        Some(spent.seconds)
     }
 
     /// The q leading triplets of what `peer` computed last.
@@ -187,8 +188,21 @@ impl Peers {
         })
     }
 
-    pub fn model(&mut self, dir: &Path, f: f64) -> Result<ModelRun> {
-        self.ask(&json!({"do": "model", "directory": dir, "f": f}))
+    /// svd-training on the model in `dir`; none if it fails, which takes it out of the run.
+    pub fn model(&mut self, dir: &Path, f: f64) -> Option<ModelRun> {
+        let question = json!({"do": "model", "directory": dir, "f": f});
+        self.ask_or_leave_out(MODEL, &question)
+    }
+
+    fn ask_or_leave_out<T: DeserializeOwned>(&mut self, peer: &str, question: &Value) -> Option<T> {
+        match self.ask(question) {
+            Ok(answer) => Some(answer),
+            Err(error) => {
+                loudly(&format!("LEFT OUT from here, {peer}: {error}"));
+                self.hello.missing.insert(peer.into(), error.to_string());
+                None
+            }
+        }
     }
 
     fn ask<T: DeserializeOwned>(&mut self, question: &Value) -> Result<T> {

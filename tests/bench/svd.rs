@@ -399,7 +399,7 @@ fn compare(
     for peer in [Peer::TorchFull, Peer::Gesdd] {
         if let Some(peers) = peers.as_deref_mut().filter(|peers| peers.has(peer)) {
             eprintln!("{}: {}", matrix.name, peer.name());
-            full.push((peer, peers.run(peer, short)?));
+            full.extend(peers.run(peer, short).map(|spent| (peer, spent)));
         }
     }
 
@@ -427,8 +427,8 @@ fn compare(
             seconds.push(per_matrix(wall));
             svd.get_or_insert(found);
             for (peer, times) in contenders.iter().zip(&mut theirs) {
-                if let Some(peers) = peers.as_deref_mut() {
-                    times.push(peers.run(*peer, q)?);
+                if let Some(peers) = peers.as_deref_mut().filter(|peers| peers.has(*peer)) {
+                    times.extend(peers.run(*peer, q));
                 }
             }
             if let Some(algorithm) = fast() {
@@ -465,7 +465,7 @@ fn compare(
         }
         let once = full.iter().map(|(peer, spent)| (*peer, vec![*spent]));
         for (peer, spent) in contenders.iter().copied().zip(theirs).chain(once) {
-            let Some(peers) = peers.as_deref_mut() else {
+            let Some(peers) = peers.as_deref_mut().filter(|peers| peers.has(peer)) else {
                 continue;
             };
             let factors = peers.factors(peer, q, folder)?;
