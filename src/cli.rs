@@ -7,6 +7,7 @@ mod demo;
 mod env;
 mod evaluate;
 mod hub;
+mod inspect;
 mod merge;
 mod output;
 mod plan;
@@ -64,6 +65,7 @@ enum Verb {
     Merge(merge::Command),
     Publish(publish::Command),
     Verify(verify::Command),
+    Inspect(inspect::Command),
     Demo(demo::Command),
     Hub(hub::Command),
 }
@@ -82,6 +84,7 @@ pub fn run() -> ExitCode {
         Verb::Merge(command) => command.run(&session),
         Verb::Publish(command) => command.run(&session),
         Verb::Verify(command) => command.run(&session),
+        Verb::Inspect(command) => command.run(&session),
         Verb::Demo(command) => command.run(&session),
         Verb::Hub(command) => command.run(&session),
     };

@@ -314,6 +314,12 @@ impl Compute<'_> {
                 .expect("a tensor has as many values as its shape says");
             let svd = linalg::decompose(module, matrix.view(), wanted, &self.options.algorithm)?;
             let q = svd.sigma.len();
+            if let Some(refused) = &svd.refused {
+                self.observer.note(format!(
+                    "{module}: {refused}; {} instead",
+                    svd.route.describe()
+                ));
+            }
             let (captured_energy, residual_norm) = energy(matrix.view(), &svd.sigma);
             let record = ModuleRecord {
                 q,

@@ -66,6 +66,8 @@ pub enum Error {
         before: String,
         now: String,
     },
+    #[error("{} is there already, and svdhub did not write it", path.display())]
+    ForeignFile { path: PathBuf },
 
     // -- weights ----------------------------------------------------------------------------
     #[error("{} is not a safetensors file: {reason}", path.display())]
@@ -136,6 +138,10 @@ pub enum Error {
     SvdSection { path: PathBuf, reason: String },
     #[error("{} is not a decomposition: its config.json has no `svd` section", path.display())]
     NotAnArtifact { path: PathBuf },
+    #[error("{}: the `spectrum` section {reason}", path.display())]
+    Report { path: PathBuf, reason: String },
+    #[error("the report in {} holds no spectrum, and the tensors that would tell it are not there", path.display())]
+    NoSpectrum { path: PathBuf },
     #[error("the adapter {} was trained on another decomposition: expected {what} {expected}, found {found}", adapter.display())]
     AdapterMismatch {
         adapter: PathBuf,

@@ -16,15 +16,16 @@ use crate::base::{Base, card_facts, copy_side_files, side_files};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{
-    ArtifactLayout, BASE_CONFIG, BASE_INDEX, ModuleRecord, Pin, SCHEMA, Sums, SvdSection,
-    base_header_tensor, untie,
+    ArtifactLayout, BASE_CONFIG, BASE_INDEX, ModuleRecord, ModuleTensors, Pin, SCHEMA, Sums,
+    SvdSection, base_header_tensor, untie,
 };
 use crate::job::Job;
 use crate::json::{self, Tool};
-use crate::linalg::{Algorithm, Route};
+use crate::linalg::Algorithm;
 use crate::part::Part;
 use crate::plan::{Plan, PlannedTensor, Trainable};
 use crate::report;
+use crate::spectrum::{self, Spectrum};
 use crate::weights::shard::{Sum, rename, sha256_file, write_atomically};
 use crate::weights::{Checkpoint, Dtype, Header, Layout, ShardWriter};
 use crate::workspace::Workspace;
@@ -344,11 +345,14 @@ impl Join<'_> {
             self.name_shard(number, &name)?;
             index.add(&name, shard);
         }
-        let facts = self.facts(&records, index.total_size, threads, seconds);
+        let spectrum = Spectrum::of(&records, |module| self.sigma(module, &index))?;
+        let facts = self.facts(&records, &spectrum, index.total_size, threads, seconds);
         self.write_config(&facts, records)?;
         copy_side_files(&self.base.dir, self.out)?;
         // what was trained and measured before belongs to the base, not to what will be trained from here
         report::add(self.out, serde_json::Map::new(), "decompose", &facts)?;
+        let nothing = serde_json::Map::new();
+        report::add(self.out, nothing, spectrum::SECTION, &spectrum)?;
         self.write_index(index)?;
         if self.job.base.repo.is_none() {
             // a sidecar is merged beside its base: remember where that was
@@ -370,28 +374,22 @@ impl Join<'_> {
         }
     }
 
+    /// The singular values of a module, read back from its finished shard.
+    fn sigma(&self, module: &str, index: &Index) -> Result<Vec<f32>> {
+        let tensor = ModuleTensors::of(module).sigma;
+        let file = index.weight_map.get(&tensor);
+        let file = file.expect("every decomposed module was placed in a shard");
+        Ok(Checkpoint::single(self.out, file)?.read(&tensor)?.to_f32())
+    }
+
     fn facts(
         &self,
         records: &BTreeMap<String, ModuleRecord>,
+        spectrum: &Spectrum,
         bytes: u64,
         threads: usize,
         seconds: f64,
     ) -> Facts {
-        let total_energy = |f: fn(&ModuleRecord) -> f64| records.values().map(f).sum::<f64>();
-        // ‖M‖² = ‖M′‖² / (1 − share); a share of 1 leaves the kept energy, which is then all of it
-        let whole = |r: &ModuleRecord| {
-            if r.captured_energy < 1.0 {
-                r.residual_norm.powi(2) / (1.0 - r.captured_energy)
-            } else {
-                0.0
-            }
-        };
-        let all = total_energy(whole);
-        let captured_energy = if all > 0.0 {
-            1.0 - total_energy(|r| r.residual_norm.powi(2)) / all
-        } else {
-            1.0
-        };
         let exceptions = records.values().map(|r| r.exceptions).sum();
         let elements: usize = records.values().map(|r| r.shape[0] * r.shape[1]).sum();
         Facts {
@@ -408,13 +406,10 @@ impl Join<'_> {
                 embeddings: self.plan.trainable.embeddings,
             },
             untied_head: self.job.options.plan.untie_head,
-            captured_energy,
+            captured_energy: spectrum.captured_energy,
             exceptions,
             exceptions_share: exceptions as f64 / elements as f64,
-            double_precision: records
-                .values()
-                .filter(|r| r.route != Route::GramF32)
-                .count(),
+            double_precision: records.values().filter(|r| !r.route.is_single()).count(),
             bytes,
             base_bytes: self.base.checkpoint.inventory.total_bytes(),
             threads,

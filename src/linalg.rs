@@ -1,7 +1,13 @@
-//! Dense linear algebra for one weight at a time: BLAS and LAPACK behind safe, shape-checked functions.
+//! Dense linear algebra for one weight at a time, behind safe, shape-checked functions.
 
-mod blas;
+mod certificate;
+mod krylov;
+mod lapack;
+mod outliers;
+mod product;
 pub mod svd;
 
-pub use blas::{gemm, single_threaded_blas};
-pub use svd::{Algorithm, Certificate, Route, Svd, Wanted, decompose, spectrum};
+pub use certificate::{Certificate, certify};
+pub use lapack::single_threaded_blas;
+pub use product::gemm;
+pub use svd::{Algorithm, Route, Svd, Wanted, decompose, spectrum};

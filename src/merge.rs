@@ -155,7 +155,7 @@ pub fn run(
     write_config(artifact, out, config, options.dtype)?;
     write_index(artifact, out, &headers, options.dtype)?;
     copy_side_files(&artifact.dir, out)?;
-    let mut inherited = report::read(&artifact.dir)?;
+    let mut inherited = report::inherited(&artifact.dir)?;
     // what was trained and measured tells of this model only if it is one adapter, whole
     if let [(adapter, 1.0)] = mixture.parts.as_slice() {
         for (section, facts) in report::read(&adapter.dir)? {

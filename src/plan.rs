@@ -142,6 +142,13 @@ pub fn role(tensor: &str) -> Role {
     }
 }
 
+/// Where a module stands: the number of its layer, if it is in one, and its part there (`q_proj`, `lm_head`).
+pub fn place(module: &str) -> (Option<u32>, &str) {
+    let layer = module.split('.').find_map(|part| part.parse().ok());
+    let part = module.rsplit('.').next().unwrap_or(module);
+    (layer, part)
+}
+
 /// What happens to a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]

@@ -1,5 +1,7 @@
 //! Random numbers that are the same everywhere, for ever.
 
+use ndarray::Array2;
+
 /// splitmix64 (Steele, Lea & Flood 2014).
 pub struct SplitMix(pub u64);
 
@@ -11,6 +13,38 @@ impl SplitMix {
         x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         x ^ (x >> 31)
     }
+
+    /// Uniform in (0, 1].
+    fn uniform(&mut self) -> f64 {
+        ((self.next_u64() >> 11) + 1) as f64 / (1u64 << 53) as f64
+    }
+}
+
+/// (rows, columns) of normal numbers, by Box and Muller.
+pub fn normal(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
+    let mut random = SplitMix(seed);
+    let mut spare = None;
+    Array2::from_shape_simple_fn((rows, columns), || {
+        if let Some(x) = spare.take() {
+            return x;
+        }
+        let radius = (-2.0 * random.uniform().ln()).sqrt();
+        let (sin, cos) = (std::f64::consts::TAU * random.uniform()).sin_cos();
+        spare = Some((radius * sin) as f32);
+        (radius * cos) as f32
+    })
+}
+
+/// (rows, columns) of ±1.
+pub fn random_signs(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
+    let mut random = SplitMix(seed);
+    Array2::from_shape_simple_fn((rows, columns), || {
+        if random.next_u64() & 1 == 0 {
+            1.0
+        } else {
+            -1.0
+        }
+    })
 }
 
 #[cfg(test)]
@@ -30,5 +64,15 @@ mod tests {
                 9_817_491_932_198_370_423
             ]
         );
+    }
+
+    #[test]
+    fn normal_numbers_have_mean_zero_and_variance_one() {
+        let x = normal(100, 1001, 7).mapv(f64::from);
+        let count = x.len() as f64;
+        let variance = x.iter().map(|x| x * x).sum::<f64>() / count;
+        // five standard errors of each
+        assert!(x.sum().abs() / count < 5.0 / count.sqrt());
+        assert!((variance - 1.0).abs() < 5.0 * (2.0 / count).sqrt());
     }
 }

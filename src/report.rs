@@ -25,6 +25,14 @@ pub fn read(dir: &Path) -> Result<Map<String, Value>> {
     }
 }
 
+/// The sections that what is made from a directory carries on: the spectrum describes the tensors of the decomposition
+/// alone, and takes more room than an adapter.
+pub fn inherited(dir: &Path) -> Result<Map<String, Value>> {
+    let mut sections = read(dir)?;
+    sections.remove(crate::spectrum::SECTION);
+    Ok(sections)
+}
+
 /// One section of a directory's report.
 pub fn section<T: DeserializeOwned>(dir: &Path, name: &str) -> Result<T> {
     let section = read(dir)?.remove(name).unwrap_or_default();

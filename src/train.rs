@@ -216,7 +216,7 @@ pub fn run(
         adapter_sha256,
         adapter_bytes: std::fs::metadata(&weights).context("read", &weights)?.len(),
     };
-    report::add(out, report::read(&artifact.dir)?, "train", &facts)?;
+    report::add(out, report::inherited(&artifact.dir)?, "train", &facts)?;
     workspace.finish()?;
     let _ = std::fs::remove_file(workspace.state(STATE_FILE));
     Ok(facts)

@@ -11,7 +11,7 @@ use crate::base::{self, Base};
 use crate::error::{Error, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{ArtifactLayout, ModuleRecord};
-use crate::linalg::{self, svd::certify};
+use crate::linalg::{self, certify};
 use crate::model::ModelConfig;
 use crate::plan::{HEAD, check_shapes, prefix};
 use crate::weights::shard::{sha256_file, sha256_hex};
@@ -370,14 +370,16 @@ fn modules(artifact: &Artifact, observer: &dyn Observer, facts: &mut Facts) -> R
                 );
             }
             let tolerance = artifact.svd.algorithm.tolerance;
-            if !certificate.holds(tolerance) {
+            if !artifact.svd.algorithm.accepts(&certificate) {
                 facts.problem(
                     &file,
                     Some(module),
                     format!("singular triplets of M to {tolerance:.0e}"),
                     format!(
-                        "residual {:.1e}, orthogonality {:.1e}",
-                        certificate.residual, certificate.orthogonality
+                        "residual {:.1e}, orthogonality {:.1e}, ‖M′‖ {:.4} × the last value",
+                        certificate.residual,
+                        certificate.orthogonality,
+                        certificate.tail.unwrap_or(f64::NAN),
                     ),
                 );
             }

@@ -33,6 +33,7 @@ pub fn advice(error: &Error) -> Option<String> {
         {
             "copy it again, or remove that file and run its `svdhub decompose --part` again: only this matrix is then repeated"
         }
+        Error::ForeignFile { .. } => "choose another file name; nothing there was touched",
         Error::OutputLocked { .. } => "wait for it, or choose another --out",
         Error::Truncated { .. } | Error::Header { .. } | Error::ShardMissing { .. } => {
             "the file was cut short or damaged on its way: fetch or copy it again"
@@ -54,6 +55,12 @@ pub fn advice(error: &Error) -> Option<String> {
             "the bytes changed on disk or on their way: fetch or copy them again"
         }
         Error::NotAnArtifact { .. } => "run `svdhub decompose` on it first",
+        Error::Report { .. } => {
+            "report and weights come from different versions: fetch or copy the decomposition again"
+        }
+        Error::NoSpectrum { .. } => {
+            "an earlier svdhub made it: fetch all of it (`svdhub verify` does), then inspect it again"
+        }
         Error::AdapterMismatch { .. } => {
             "use the decomposition the adapter was trained on: svd_adapter.json names it"
         }

@@ -89,6 +89,17 @@ impl Session {
         }
     }
 
+    /// As [`Session::locate`], but of a repository only the files of these names that it has.
+    pub fn locate_files(&self, model: &ModelRef, names: &[&str]) -> Result<Snapshot> {
+        match model {
+            ModelRef::Directory(_) => self.locate(model),
+            ModelRef::Repo { id, revision } => {
+                self.hub()?
+                    .snapshot_of(id, revision, names, self.observer())
+            }
+        }
+    }
+
     /// Opens a plain model.
     pub fn base(&self, model: &ModelRef) -> Result<Base> {
         let found = self.locate(model)?;

@@ -41,14 +41,40 @@ impl Hub {
         revision: &str,
         observer: &dyn Observer,
     ) -> Result<Snapshot> {
+        self.bring(repo, revision, observer, |commit, listed| {
+            let weights = self.weight_files(repo, commit, &listed)?;
+            Ok(needed(listed, &weights))
+        })
+    }
+
+    /// Downloads the files of these names, as far as the repository has them; [`Hub::snapshot`] can add the others later.
+    pub fn snapshot_of(
+        &self,
+        repo: &str,
+        revision: &str,
+        names: &[&str],
+        observer: &dyn Observer,
+    ) -> Result<Snapshot> {
+        self.bring(repo, revision, observer, |_, mut listed| {
+            listed.retain(|file| names.contains(&file.path.as_str()));
+            Ok(listed)
+        })
+    }
+
+    /// Brings those files of a commit into the cache that `choose` picks from its listing.
+    fn bring(
+        &self,
+        repo: &str,
+        revision: &str,
+        observer: &dyn Observer,
+        choose: impl FnOnce(&str, Vec<RemoteFile>) -> Result<Vec<RemoteFile>>,
+    ) -> Result<Snapshot> {
         let cache = Cache::of(&self.options.cache, repo);
         if self.options.offline {
             return cache.offline(repo, revision);
         }
         let commit = self.commit_of(repo, revision)?;
-        let listed = self.files(repo, &commit)?;
-        let weights = self.weight_files(repo, &commit, &listed)?;
-        let files = needed(listed, &weights);
+        let files = choose(&commit, self.files(repo, &commit)?)?;
         let missing: Vec<RemoteFile> = files
             .iter()
             .filter(|file| !cache.blob(&file.oid).exists())

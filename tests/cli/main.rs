@@ -3,6 +3,7 @@
 mod bad_input;
 mod hostile;
 mod hub;
+mod inspect;
 mod parts;
 mod ranks;
 mod resume;

@@ -1,0 +1,137 @@
+//! An independent look at computed triplets: random probes, at the price of a few passes over the matrix.
+
+use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
+use serde::{Deserialize, Serialize};
+
+use super::product::gemm;
+use crate::random::{normal, random_signs};
+
+/// What the probes found.
+///
+/// With orthonormal u and v, M = uᵀ·diag(σ)·v + M′ and both residuals zero, the singular values of M are σ and those of
+/// M′ together; σ are the leading ones if ‖M′‖₂ ≤ σ_q. A residual r moves a value by r² (Kahan 1967), not by r, where
+/// the other side's is zero; the `link` is the side that every route makes exact.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Certificate {
+    /// ‖M·v − σ·u‖ and ‖Mᵀ·u − σ·v‖, relative to σ₁, root mean square over the triplets, the larger of the two.
+    pub residual: f64,
+    /// The smaller of the two. Not in schema 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<f64>,
+    /// Distance of u·uᵀ and v·vᵀ from the identity, root mean square per row, the larger of the two.
+    pub orthogonality: f64,
+    /// ‖M′‖₂ over σ_q, from below, by power iteration: above 1, something larger was left out. Not in schema 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tail: Option<f64>,
+}
+
+/// Probes of the residuals, and of M′.
+const PROBES: usize = 4;
+
+/// What of ‖M′‖₂ is single precision's noise, relative to σ₁: f32 factors cannot resolve less.
+const NOISE: f64 = 64.0 * f32::EPSILON as f64;
+
+impl Certificate {
+    /// Whether triplets with this certificate are the leading ones to `tolerance`, relative, on each value.
+    pub fn holds(&self, tolerance: f64) -> bool {
+        // a NaN fails every comparison
+        let link = self.link.unwrap_or(self.residual);
+        self.are_consistent(tolerance)
+            && link <= tolerance
+            // twice, for the value errs by its square over a gap that is a fraction of the value
+            && self.residual <= 0.5 * tolerance.sqrt()
+            && self.tail.unwrap_or(1.0) <= 1.0 + tolerance
+    }
+
+    /// Whether the factors belong to each other and are orthonormal, be they the leading ones or not.
+    pub fn are_consistent(&self, tolerance: f64) -> bool {
+        self.orthogonality <= tolerance && self.link.unwrap_or(self.residual) <= tolerance
+    }
+}
+
+/// Looks at the triplets of `matrix` (m, n): u (q, m), sigma (q,), v (q, n).
+///
+/// For z of independent signs, E‖R·z‖² = ‖R‖²_F: a probe measures the whole residual, not a sample of it.
+pub fn certify(
+    matrix: ArrayView2<f32>,
+    u: &Array2<f32>,
+    sigma: &Array1<f32>,
+    v: &Array2<f32>,
+    seed: u64,
+) -> Certificate {
+    let q = sigma.len();
+    let z = random_signs(PROBES, q, seed);
+    let scaled = &z * sigma;
+    let per_row = |difference: Array2<f32>| -> f64 {
+        let sum: f64 = difference.iter().map(|&x| f64::from(x).powi(2)).sum();
+        (sum / (PROBES * q) as f64).sqrt()
+    };
+    let plain = |a: &Array2<f32>, b: &Array2<f32>| gemm(a.view(), false, b.view(), false);
+    let (zu, zv) = (plain(&z, u), plain(&z, v));
+    // the probes of M′ ride along: one pass over the matrix serves both
+    let start = normal(PROBES, matrix.ncols(), seed ^ 0x7a11);
+    let there = gemm(concatenate![Axis(0), zv, start].view(), false, matrix, true);
+    let right = per_row(&there.slice(s![..PROBES, ..]) - &plain(&scaled, u));
+    let tail = there.slice(s![PROBES.., ..]).to_owned() - kept(&start, v, sigma, u);
+    let back = gemm(concatenate![Axis(0), zu, tail].view(), false, matrix, false);
+    let left = per_row(&back.slice(s![..PROBES, ..]) - &plain(&scaled, v));
+    let mut x = back.slice(s![PROBES.., ..]).to_owned() - kept(&tail, u, sigma, v);
+    unit_rows(&mut x);
+    let mut y = gemm(x.view(), false, matrix, true) - kept(&x, v, sigma, u);
+    unit_rows(&mut y);
+    let x = gemm(y.view(), false, matrix, false) - kept(&y, u, sigma, v);
+    let tail_norm = x.rows().into_iter().map(norm).fold(0.0, max);
+
+    let largest = f64::from(sigma[0]).max(f64::MIN_POSITIVE);
+    let smallest = f64::from(sigma[q - 1]);
+    let orthogonality =
+        |w: &Array2<f32>, zw: &Array2<f32>| per_row(gemm(zw.view(), false, w.view(), true) - &z);
+    let tail = if tail_norm <= smallest + NOISE * largest {
+        // within what f32 factors resolve: a zero σ_q must not make noise infinite
+        (tail_norm / smallest.max(tail_norm).max(f64::MIN_POSITIVE)).min(1.0)
+    } else {
+        tail_norm / smallest.max(f64::MIN_POSITIVE)
+    };
+    Certificate {
+        residual: max(right, left) / largest,
+        link: Some(min(right, left) / largest),
+        orthogonality: max(orthogonality(u, &zu), orthogonality(v, &zv)),
+        tail: Some(tail),
+    }
+}
+
+/// x·(uᵀ·diag(σ)·v) for rows x, through the factors `from` (of x's side) and `to`.
+fn kept(x: &Array2<f32>, from: &Array2<f32>, sigma: &Array1<f32>, to: &Array2<f32>) -> Array2<f32> {
+    let inner = gemm(x.view(), false, from.view(), true) * sigma;
+    gemm(inner.view(), false, to.view(), false)
+}
+
+fn norm(row: ndarray::ArrayView1<f32>) -> f64 {
+    row.iter()
+        .map(|&x| f64::from(x).powi(2))
+        .sum::<f64>()
+        .sqrt()
+}
+
+fn unit_rows(rows: &mut Array2<f32>) {
+    for mut row in rows.rows_mut() {
+        let length = norm(row.view());
+        if length > 0.0 {
+            row.mapv_inplace(|x| (f64::from(x) / length) as f32);
+        }
+    }
+}
+
+/// The larger of two, and NaN if either is: a broken factor must not slip through a comparison.
+fn max(a: f64, b: f64) -> f64 {
+    if a.is_nan() || b.is_nan() {
+        f64::NAN
+    } else {
+        a.max(b)
+    }
+}
+
+fn min(a: f64, b: f64) -> f64 {
+    -max(-a, -b)
+}

