@@ -210,6 +210,7 @@ fn settings(
         ("include".into(), list(&options.plan.include)),
         ("exclude".into(), list(&options.plan.exclude)),
         ("tolerance".into(), options.algorithm.tolerance.to_string()),
+        ("fast".into(), options.algorithm.fast.to_string()),
         ("shard size".into(), options.shard_bytes_max.to_string()),
     ]);
     if options.plan.untie_head {
