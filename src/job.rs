@@ -71,6 +71,7 @@ impl Job {
             ("exclude", list(&plan.exclude)),
             ("head", head.into()),
             ("tolerance", algorithm.tolerance.to_string()),
+            ("fast", algorithm.fast.to_string()),
             ("shard size", shard_bytes_max.to_string()),
         ]
         .map(|(what, value)| (what.to_string(), value))

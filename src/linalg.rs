@@ -3,11 +3,13 @@
 mod certificate;
 mod krylov;
 mod lapack;
+mod operand;
 mod outliers;
 mod product;
 pub mod svd;
 
 pub use certificate::{Certificate, certify};
 pub use lapack::single_threaded_blas;
+pub use operand::Backend;
 pub use product::gemm;
-pub use svd::{Algorithm, Route, Svd, Wanted, decompose, spectrum};
+pub use svd::{Algorithm, Route, Svd, Wanted, decompose, decompose_on, spectrum};

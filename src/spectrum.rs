@@ -319,6 +319,8 @@ pub(crate) mod tests {
             sigma_min: sigma[sigma.len() - 1],
             route: Route::GramF32,
             certificate: Certificate {
+                link: None,
+                tail: None,
                 residual: 1e-6 * f64::from(sigma[0]),
                 orthogonality: 1e-7,
             },

@@ -337,7 +337,7 @@ fn modules(artifact: &Artifact, observer: &dyn Observer, facts: &mut Facts) -> R
                 matrix.to_f32(),
             )
             .expect("restored in the shape of its record");
-            let certificate = certify(values.view(), &factors.u, &factors.sigma, &factors.v, 1);
+            let certificate = certify(values.view(), &factors.u, &factors.sigma, &factors.v, 1)?;
             let descending = factors
                 .sigma
                 .windows(2)

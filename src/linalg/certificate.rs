@@ -3,7 +3,9 @@
 use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
-use super::product::gemm;
+use super::operand::{Backend, Operand};
+use super::product::{gemm, short_side_first};
+use crate::error::Result;
 use crate::random::{normal, random_signs};
 
 /// What the probes found.
@@ -51,15 +53,32 @@ impl Certificate {
 }
 
 /// Looks at the triplets of `matrix` (m, n): u (q, m), sigma (q,), v (q, n).
-///
-/// For z of independent signs, E‖R·z‖² = ‖R‖²_F: a probe measures the whole residual, not a sample of it.
 pub fn certify(
     matrix: ArrayView2<f32>,
     u: &Array2<f32>,
     sigma: &Array1<f32>,
     v: &Array2<f32>,
     seed: u64,
-) -> Certificate {
+) -> Result<Certificate> {
+    let operand = Operand::new(short_side_first(matrix), &Backend::Cpu)?;
+    let (short, long) = if matrix.nrows() <= matrix.ncols() {
+        (u, v)
+    } else {
+        (v, u)
+    };
+    certify_operand(&operand, short, sigma, long, seed)
+}
+
+/// Looks at the triplets of M (s, l): short (q, s), sigma (q,), long (q, l).
+///
+/// For z of independent signs, E‖R·z‖² = ‖R‖²_F: a probe measures the whole residual, not a sample of it.
+pub fn certify_operand(
+    matrix: &Operand,
+    u: &Array2<f32>,
+    sigma: &Array1<f32>,
+    v: &Array2<f32>,
+    seed: u64,
+) -> Result<Certificate> {
     let q = sigma.len();
     let z = random_signs(PROBES, q, seed);
     let scaled = &z * sigma;
@@ -70,17 +89,17 @@ pub fn certify(
     let plain = |a: &Array2<f32>, b: &Array2<f32>| gemm(a.view(), false, b.view(), false);
     let (zu, zv) = (plain(&z, u), plain(&z, v));
     // the probes of M′ ride along: one pass over the matrix serves both
-    let start = normal(PROBES, matrix.ncols(), seed ^ 0x7a11);
-    let there = gemm(concatenate![Axis(0), zv, start].view(), false, matrix, true);
+    let start = normal(PROBES, v.ncols(), seed ^ 0x7a11);
+    let there = matrix.backward(concatenate![Axis(0), zv, start].view())?;
     let right = per_row(&there.slice(s![..PROBES, ..]) - &plain(&scaled, u));
     let tail = there.slice(s![PROBES.., ..]).to_owned() - kept(&start, v, sigma, u);
-    let back = gemm(concatenate![Axis(0), zu, tail].view(), false, matrix, false);
+    let back = matrix.forward(concatenate![Axis(0), zu, tail].view())?;
     let left = per_row(&back.slice(s![..PROBES, ..]) - &plain(&scaled, v));
     let mut x = back.slice(s![PROBES.., ..]).to_owned() - kept(&tail, u, sigma, v);
     unit_rows(&mut x);
-    let mut y = gemm(x.view(), false, matrix, true) - kept(&x, v, sigma, u);
+    let mut y = matrix.backward(x.view())? - kept(&x, v, sigma, u);
     unit_rows(&mut y);
-    let x = gemm(y.view(), false, matrix, false) - kept(&y, u, sigma, v);
+    let x = matrix.forward(y.view())? - kept(&y, u, sigma, v);
     let tail_norm = x.rows().into_iter().map(norm).fold(0.0, max);
 
     let largest = f64::from(sigma[0]).max(f64::MIN_POSITIVE);
@@ -93,12 +112,12 @@ pub fn certify(
     } else {
         tail_norm / smallest.max(f64::MIN_POSITIVE)
     };
-    Certificate {
+    Ok(Certificate {
         residual: max(right, left) / largest,
         link: Some(min(right, left) / largest),
         orthogonality: max(orthogonality(u, &zu), orthogonality(v, &zv)),
         tail: Some(tail),
-    }
+    })
 }
 
 /// x·(uᵀ·diag(σ)·v) for rows x, through the factors `from` (of x's side) and `to`.

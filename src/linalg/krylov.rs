@@ -28,19 +28,19 @@ pub struct Growth {
 ///
 /// `None` if the space would outgrow [`Growth::last`], or is exhausted before (G has too small a rank).
 pub fn leading(
-    apply: impl Fn(ArrayView2<f32>) -> Array2<f32>,
+    apply: impl Fn(ArrayView2<f32>) -> Result<Array2<f32>>,
     side: usize,
     q: usize,
     growth: &Growth,
     seed: u64,
 ) -> Result<Option<(Vec<f32>, Array2<f32>)>> {
     let block = growth.block;
-    let Some(mut space) = Space::start(&apply, side, growth, seed) else {
+    let Some(mut space) = Space::start(&apply, side, growth, seed)? else {
         return Ok(None);
     };
     let mut look_at = growth.first.max(q + block);
     loop {
-        let Some(outside) = space.step(&apply) else {
+        let Some(outside) = space.step(&apply)? else {
             return Ok(None);
         };
         if space.size >= look_at {
@@ -94,39 +94,44 @@ struct Outside {
 
 impl Space {
     fn start(
-        apply: impl Fn(ArrayView2<f32>) -> Array2<f32>,
+        apply: impl Fn(ArrayView2<f32>) -> Result<Array2<f32>>,
         side: usize,
         growth: &Growth,
         seed: u64,
-    ) -> Option<Self> {
+    ) -> Result<Option<Self>> {
         let capacity = growth.last.min(side);
         let block = growth.block;
         if block > capacity {
-            return None;
+            return Ok(None);
         }
-        let mut first = apply(normal(block, side, seed).view());
+        let mut first = apply(normal(block, side, seed).view())?;
         scale_rows(&mut first);
-        orthonormalise(&mut first)?;
+        if orthonormalise(&mut first).is_none() {
+            return Ok(None);
+        }
         let mut basis = Array2::zeros((capacity, side));
         let mut transposed = Array2::zeros((side, capacity));
         basis.slice_mut(s![..block, ..]).assign(&first);
         transposed.slice_mut(s![.., ..block]).assign(&first.t());
-        Some(Self {
+        Ok(Some(Self {
             basis,
             transposed,
             projection: Array2::zeros((capacity, capacity)),
             block,
             size: block,
-        })
+        }))
     }
 
     /// Applies G to the last block, notes how it acts within the space, and returns what lies outside.
-    fn step(&mut self, apply: impl Fn(ArrayView2<f32>) -> Array2<f32>) -> Option<Outside> {
+    fn step(
+        &mut self,
+        apply: impl Fn(ArrayView2<f32>) -> Result<Array2<f32>>,
+    ) -> Result<Option<Outside>> {
         let (block, size) = (self.block, self.size);
         let last = size - block;
         let known = self.basis.slice(s![..size, ..]);
         let transposed = self.transposed.slice(s![.., ..size]);
-        let mut rows = apply(self.basis.slice(s![last..size, ..]));
+        let mut rows = apply(self.basis.slice(s![last..size, ..]))?;
         let large = largest_row(&rows);
         // first what is large: in exact arithmetic, all of it lies in the last two blocks …
         let near = last.saturating_sub(block)..size;
@@ -147,13 +152,12 @@ impl Space {
         let inside = gemm(rows.view(), false, transposed, false);
         multiply(&mut rows.view_mut(), 1.0, inside.view(), -1.0, known);
         if largest_row(&rows) <= EXHAUSTED * large {
-            return None;
+            return Ok(None);
         }
-        let factor = orthonormalise(&mut rows)?;
-        Some(Outside {
+        Ok(orthonormalise(&mut rows).map(|factor| Outside {
             factor,
             directions: rows,
-        })
+        }))
     }
 
     /// Grows the space by what lay outside.
@@ -253,14 +257,4 @@ pub fn scale_rows(rows: &mut Array2<f32>) {
             row /= norm;
         }
     }
-}
-
-/// The product with a Gram matrix M·Mᵀ that is never formed: x → (x·M)·Mᵀ, M (s, l).
-pub fn implicit(short: ArrayView2<f32>) -> impl Fn(ArrayView2<f32>) -> Array2<f32> {
-    move |x| gemm(gemm(x, false, short, false).view(), false, short, true)
-}
-
-/// The product with a Gram matrix at hand.
-pub fn formed(gram: &Array2<f32>) -> impl Fn(ArrayView2<f32>) -> Array2<f32> + '_ {
-    move |x| gemm(x, false, gram.view(), false)
 }

@@ -203,7 +203,7 @@ real!(
     f32,
     ["ssytrd", "sstedc", "ssterf"],
     usize::MAX,
-    |panel| CowArray::from(panel),
+    CowArray::from,
     slatrd_,
     ssytrd_,
     sstedc_,

@@ -1,10 +1,11 @@
 //! Singular values that dwarf the rest, taken out before single precision has to square them.
 
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array2, s};
 
 use super::krylov::scale_rows;
 use super::lapack::{Tridiagonal, orthonormalise_rows};
-use super::product::{gemm, multiply};
+use super::operand::Operand;
+use super::product::gemm;
 use crate::error::Result;
 use crate::random::normal;
 
@@ -32,26 +33,26 @@ impl Outliers {
 /// Those returned have ‖Mᵀ·(M·u) − σ²·u‖ ≤ 3·10⁻⁶·σ₁·σ, so that taking them out leaves nothing of them above single
 /// precision. A matrix without any costs three thin products.
 pub fn outliers(
-    short: ArrayView2<f32>,
+    matrix: &Operand,
     norm_squared: f64,
     stands_out: impl Fn(f64, f64) -> bool,
     seed: u64,
 ) -> Result<Outliers> {
     const LOOKED_FOR: usize = 16;
     const ROUNDS: usize = 12;
-    let side = short.nrows();
+    let (side, _) = matrix.dim();
     let width = LOOKED_FOR.min(side / 4).max(1);
     let mut found = Outliers {
         vectors: Array2::zeros((0, side)),
         sigma: Vec::new(),
     };
     let mut x = normal(width, side, seed);
-    let mut y = gemm(x.view(), false, short, false);
+    let mut y = matrix.forward(x.view())?;
     for _ in 0..ROUNDS {
-        x = gemm(y.view(), false, short, true);
+        x = matrix.backward(y.view())?;
         scale_rows(&mut x);
         orthonormalise_rows(&mut x)?;
-        y = gemm(x.view(), false, short, false);
+        y = matrix.forward(x.view())?;
         // Rayleigh–Ritz on the rows of x
         let wide = y.mapv(f64::from);
         let projected = gemm(wide.view(), false, wide.view(), true);
@@ -68,7 +69,7 @@ pub fn outliers(
         let inner = inner.mapv(|a| a as f32);
         x = gemm(inner.view(), false, x.view(), false);
         y = gemm(inner.view(), false, y.view(), false);
-        let back = gemm(y.slice(s![..count, ..]), false, short, true);
+        let back = matrix.backward(y.slice(s![..count, ..]))?;
         let converged = (0..count)
             .take_while(|&i| {
                 let off = &back.row(i) - &(&x.row(i) * (squares[i] as f32));
@@ -84,12 +85,4 @@ pub fn outliers(
         }
     }
     Ok(found)
-}
-
-/// M without the given left directions: M − xᵀ·(x·M), M (s, l).
-pub fn deflated(short: ArrayView2<f32>, directions: &Array2<f32>) -> Array2<f32> {
-    let mut rest = short.to_owned();
-    let part = gemm(directions.view(), false, short, false);
-    multiply(&mut rest.view_mut(), 1.0, directions.t(), -1.0, part.view());
-    rest
 }

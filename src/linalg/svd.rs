@@ -9,11 +9,12 @@ use std::fmt;
 use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
-use super::certificate::{Certificate, certify};
+use super::certificate::{Certificate, certify_operand};
 use super::krylov::{self, Growth};
 use super::lapack::{Tridiagonal, orthonormalise_rows};
-use super::outliers::{Outliers, deflated, outliers};
-use super::product::{gemm, gram, short_side_first};
+use super::operand::{Backend, Operand};
+use super::outliers::{Outliers, outliers};
+use super::product::{gram, short_side_first};
 use crate::error::{Error, Result};
 
 /// How a matrix is decomposed, and what the result promises.
@@ -196,10 +197,29 @@ pub fn decompose(
     wanted: Wanted,
     algorithm: &Algorithm,
 ) -> Result<Svd> {
-    decompose_with(module, matrix, wanted, algorithm, &Thresholds::default())
+    decompose_on(&Backend::Cpu, module, matrix, wanted, algorithm)
+}
+
+/// As [`decompose`], with the products with `matrix` computed on a backend.
+pub fn decompose_on(
+    backend: &Backend,
+    module: &str,
+    matrix: ArrayView2<f32>,
+    wanted: Wanted,
+    algorithm: &Algorithm,
+) -> Result<Svd> {
+    decompose_with(
+        backend,
+        module,
+        matrix,
+        wanted,
+        algorithm,
+        &Thresholds::default(),
+    )
 }
 
 fn decompose_with(
+    backend: &Backend,
     module: &str,
     matrix: ArrayView2<f32>,
     wanted: Wanted,
@@ -226,7 +246,7 @@ fn decompose_with(
     }
     let problem = Problem {
         matrix,
-        short: short_side_first(matrix),
+        short: Operand::new(short_side_first(matrix), backend)?,
         norm_squared: total,
         algorithm,
         thresholds,
@@ -257,13 +277,14 @@ fn decompose_with(
 /// One matrix and what is asked of it.
 struct Problem<'a> {
     matrix: ArrayView2<'a, f32>,
-    /// The matrix with its short side s as rows, (s, l).
-    short: ArrayView2<'a, f32>,
+    /// The matrix with its short side s as rows, (s, l), where its products are computed.
+    short: Operand<'a>,
     norm_squared: f64,
     algorithm: &'a Algorithm,
     thresholds: &'a Thresholds,
 }
 
+#[allow(clippy::large_enum_variant)] // there is one of them at a time
 enum Attempt {
     Accepted(Svd),
     Refused(Refused),
@@ -273,7 +294,7 @@ enum Attempt {
 impl Problem<'_> {
     /// Single precision, by the cheapest route that κ allows.
     fn in_single(&self, wanted: Wanted) -> Result<Attempt> {
-        let side = self.short.nrows();
+        let (side, _) = self.short.dim();
         let limit = (self.algorithm.tolerance / F32_ERROR_PER_KAPPA2).sqrt();
         let unsuitable = match wanted {
             Wanted::Triplets(q) => q as f64 >= self.thresholds.f64_share * side as f64,
@@ -291,7 +312,7 @@ impl Problem<'_> {
         };
         let stands_out = |square: f64, mean: f64| square > (guess * limit).powi(2) * mean;
         let large = outliers(
-            self.short,
+            &self.short,
             self.norm_squared,
             stands_out,
             self.algorithm.seed,
@@ -302,10 +323,10 @@ impl Problem<'_> {
         });
         let rest;
         let short = if large.sigma.is_empty() {
-            self.short
+            &self.short
         } else {
-            rest = deflated(self.short, &large.vectors);
-            rest.view()
+            rest = self.short.without(&large.vectors)?;
+            &rest
         };
         let Some((route, values, vectors)) = self.pairs(short, &large, wanted)? else {
             return Ok(Attempt::Unsuitable);
@@ -360,11 +381,11 @@ impl Problem<'_> {
     #[allow(clippy::type_complexity)]
     fn pairs(
         &self,
-        short: ArrayView2<f32>,
+        short: &Operand,
         large: &Outliers,
         wanted: Wanted,
     ) -> Result<Option<(Route, Vec<f32>, Array2<f32>)>> {
-        let (side, algorithm) = (short.nrows(), self.algorithm);
+        let ((side, _), algorithm) = (short.dim(), self.algorithm);
         let mut at_hand = None;
         if let Wanted::Triplets(q) = wanted {
             let q = q - large.sigma.len();
@@ -376,10 +397,16 @@ impl Problem<'_> {
                 };
                 // forming the Gram matrix costs s²·l, every vector of the space 4·s·l without it and 2·s² with it
                 let pairs = if 4 * growth.first < side {
-                    krylov::leading(krylov::implicit(short), side, q, &growth, algorithm.seed)?
+                    krylov::leading(
+                        |x| short.backward(short.forward(x)?.view()),
+                        side,
+                        q,
+                        &growth,
+                        algorithm.seed,
+                    )?
                 } else {
-                    let gram = at_hand.insert(gram::<f32>(short));
-                    krylov::leading(krylov::formed(gram), side, q, &growth, algorithm.seed)?
+                    let gram = at_hand.insert(short.gram()?);
+                    krylov::leading(|x| gram.apply(x), side, q, &growth, algorithm.seed)?
                 };
                 if let Some((values, vectors)) = pairs {
                     return Ok(Some((route, values, vectors)));
@@ -387,8 +414,8 @@ impl Problem<'_> {
             }
         }
         let reduced = Tridiagonal::reduce(match at_hand {
-            Some(gram) => gram,
-            None => gram::<f32>(short),
+            Some(gram) => gram.into_host()?,
+            None => short.gram()?.into_host()?,
         })?;
         let q = match wanted {
             Wanted::Triplets(q) => q - large.sigma.len(),
@@ -413,7 +440,8 @@ impl Problem<'_> {
 
     /// How a Krylov space for q pairs should grow, where one is worth it.
     fn growth(&self, q: usize) -> Option<Growth> {
-        let (side, share) = (self.short.nrows(), q as f64 / self.short.nrows() as f64);
+        let (side, _) = self.short.dim();
+        let share = q as f64 / side as f64;
         let worth_it = side >= self.thresholds.krylov_side && share <= self.thresholds.krylov_share;
         if !(worth_it || self.algorithm.fast && share < 0.5) || q == 0 {
             return None;
@@ -445,7 +473,7 @@ impl Problem<'_> {
     }
 
     fn in_double(&self, wanted: Wanted) -> Result<Svd> {
-        let reduced = Tridiagonal::reduce(gram::<f64>(self.short))?;
+        let reduced = Tridiagonal::reduce(self.short.gram_f64()?)?;
         let q = match wanted {
             Wanted::Triplets(q) => q,
             Wanted::Energy(share) => {
@@ -460,7 +488,7 @@ impl Problem<'_> {
     /// σ and the long vectors from the short ones (q, s), and a look at the whole.
     fn complete(&self, short: Array2<f32>, route: Route) -> Result<Svd> {
         // one exact pass over the matrix: σᵢ = ‖sᵢ·M‖ is a Rayleigh quotient, quadratically better than sᵢ
-        let mut long = gemm(short.view(), false, self.short, false);
+        let mut long = self.short.forward(short.view())?;
         let sigma: Vec<f32> = long
             .rows_mut()
             .into_iter()
@@ -482,21 +510,34 @@ impl Problem<'_> {
         };
         let sigma: Array1<f32> = order.iter().map(|&i| sigma[i]).collect();
         orthonormalise_rows(&mut long)?;
-        let wide = self.matrix.nrows() <= self.matrix.ncols();
-        let (u, v) = if wide { (short, long) } else { (long, short) };
-        Ok(self.certified(u, sigma, v, route))
+        self.certified(short, sigma, long, route)
     }
 
-    fn certified(&self, u: Array2<f32>, sigma: Array1<f32>, v: Array2<f32>, route: Route) -> Svd {
-        let certificate = certify(self.matrix, &u, &sigma, &v, self.algorithm.seed);
-        Svd {
+    fn certified(
+        &self,
+        short: Array2<f32>,
+        sigma: Array1<f32>,
+        long: Array2<f32>,
+        route: Route,
+    ) -> Result<Svd> {
+        let certificate = certify_operand(&self.short, &short, &sigma, &long, self.algorithm.seed)?;
+        let (u, v) = if self.is_wide() {
+            (short, long)
+        } else {
+            (long, short)
+        };
+        Ok(Svd {
             u,
             sigma,
             v,
             route,
             certificate,
             refused: None,
-        }
+        })
+    }
+
+    fn is_wide(&self) -> bool {
+        self.matrix.nrows() <= self.matrix.ncols()
     }
 
     /// Every triplet by LAPACK's gesdd in f64, of which the first q are kept: some ten times the work.
@@ -535,7 +576,8 @@ impl Problem<'_> {
             narrow(v.slice(s![..q, ..])),
         );
         let sigma: Array1<f32> = sigma.iter().take(q).map(|&x| x as f32).collect();
-        Ok(self.certified(u, sigma, v, Route::Full))
+        let (short, long) = if self.is_wide() { (u, v) } else { (v, u) };
+        self.certified(short, sigma, long, Route::Full)
     }
 }
 
@@ -595,6 +637,7 @@ pub fn energy(matrix: ArrayView2<f32>, sigma: &Array1<f32>) -> (f64, f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::linalg::{certify, gemm};
     use crate::random::normal;
     use crate::weights::{Dtype, Elements};
     use proptest::prelude::*;
@@ -628,8 +671,15 @@ mod tests {
     fn assert_triplets(matrix: &Array2<f32>, q: usize, thresholds: &Thresholds) -> Svd {
         let algorithm = Algorithm::default();
         let wanted = Wanted::Triplets(q);
-        let svd = decompose_with("test", matrix.view(), wanted, &algorithm, thresholds)
-            .expect("certified");
+        let svd = decompose_with(
+            &Backend::Cpu,
+            "test",
+            matrix.view(),
+            wanted,
+            &algorithm,
+            thresholds,
+        )
+        .expect("certified");
         let truth = truth(matrix);
         // the tolerance is relative to each value, down to what f32 factors can resolve beside σ₁
         let floor = truth[0] * f64::from(f32::EPSILON) * 8.0;
@@ -755,8 +805,15 @@ mod tests {
             for share in [0.2, 0.5, 0.9, 0.999999, 1.0] {
                 let wanted = Wanted::Energy(share);
                 let algorithm = Algorithm::default();
-                let svd = decompose_with("x", matrix.view(), wanted, &algorithm, &thresholds)
-                    .expect("certified");
+                let svd = decompose_with(
+                    &Backend::Cpu,
+                    "x",
+                    matrix.view(),
+                    wanted,
+                    &algorithm,
+                    &thresholds,
+                )
+                .expect("certified");
                 let q = svd.sigma.len();
                 let squares: Vec<f64> = truth(&matrix).iter().map(|x| x * x).collect();
                 let first = |q: usize| squares[..q].iter().sum::<f64>();
@@ -816,13 +873,45 @@ mod tests {
     }
 
     #[test]
+    fn a_device_gives_the_same_triplets() {
+        // candle's CPU stands for its GPU: the same calls, whatever device executes them
+        let backend = Backend::Device(candle_core::Device::Cpu);
+        for (matrix, q) in [
+            (normal(260, 300, 1), 26),
+            (with_outliers(300, 260, 3, 40.0), 26),
+            (with_outliers(260, 300, 3, 40.0), 130),
+            (normal(200, 300, 1), 200),
+            (normal(20, 30, 1), 7),
+        ] {
+            let wanted = Wanted::Triplets(q);
+            let run = |backend: &Backend| {
+                let algorithm = Algorithm::default();
+                decompose_with(backend, "x", matrix.view(), wanted, &algorithm, &lowered())
+                    .expect("certified")
+            };
+            let (here, there) = (run(&Backend::Cpu), run(&backend));
+            assert_eq!(here.route, there.route);
+            for (a, b) in here.sigma.iter().zip(&there.sigma) {
+                assert!((a - b).abs() <= 1e-5 * a, "{a} {b} by {:?}", here.route);
+            }
+            let product = |svd: &Svd| (&svd.u.t() * &svd.sigma).dot(&svd.v);
+            let off = product(&here) - product(&there);
+            let size = |a: &Array2<f32>| norm_squared(a.view()).sqrt();
+            // both are the best of rank q to the tolerance's root (1 + 10⁻⁶ in the norm of what is left)
+            assert!(size(&off) <= 2e-3 * size(&matrix), "{:?}", here.route);
+        }
+    }
+
+    #[test]
     fn a_broken_factor_fails_its_certificate() {
         let matrix = normal(48, 80, 9);
         let algorithm = Algorithm::default();
         let svd =
             decompose("test", matrix.view(), Wanted::Triplets(8), &algorithm).expect("certified");
         let look = |u: &Array2<f32>, sigma: &Array1<f32>, v: &Array2<f32>| {
-            certify(matrix.view(), u, sigma, v, 0).holds(algorithm.tolerance)
+            certify(matrix.view(), u, sigma, v, 0)
+                .expect("multiplies")
+                .holds(algorithm.tolerance)
         };
         assert!(look(&svd.u, &svd.sigma, &svd.v));
         let mut v = svd.v.clone();
@@ -850,14 +939,28 @@ mod tests {
             let matrix = normal(m, n, 77);
             let algorithm = Algorithm::default();
             let wanted = Wanted::Triplets(q);
-            let gram = decompose_with("test", matrix.view(), wanted, &algorithm, &lowered())
-                .expect("certified");
+            let gram = decompose_with(
+                &Backend::Cpu,
+                "test",
+                matrix.view(),
+                wanted,
+                &algorithm,
+                &lowered(),
+            )
+            .expect("certified");
             let thresholds = Thresholds {
                 full_side: 64,
                 ..lowered()
             };
-            let full = decompose_with("test", matrix.view(), wanted, &algorithm, &thresholds)
-                .expect("converges");
+            let full = decompose_with(
+                &Backend::Cpu,
+                "test",
+                matrix.view(),
+                wanted,
+                &algorithm,
+                &thresholds,
+            )
+            .expect("converges");
             assert_eq!((gram.route, full.route), (Route::GramF64, Route::Full));
             assert!(full.certificate.holds(1e-6), "{:?}", full.certificate);
             for (i, (a, b)) in full.sigma.iter().zip(&gram.sigma).enumerate() {

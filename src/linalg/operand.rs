@@ -1,0 +1,133 @@
+//! A weight where its products are computed: in this process's memory, or on a device through candle.
+//!
+//! Only products with the whole matrix run on a device. The small eigenproblems stay on the CPU, where they overlap with
+//! the next matrix: a worker that waits for the device leaves its core to the others.
+
+use candle_core::{DType, Device, Tensor};
+use ndarray::{Array2, ArrayView2, CowArray, Ix2};
+
+use super::product::{gemm, gram, multiply};
+use crate::error::Result;
+
+/// Where products with a whole matrix are computed.
+#[derive(Debug, Clone, Default)]
+pub enum Backend {
+    /// On the calling thread.
+    #[default]
+    Cpu,
+    /// On a device of candle's, a GPU in practice.
+    Device(Device),
+}
+
+/// M (s, l), s ≤ l.
+pub enum Operand<'a> {
+    Host(CowArray<'a, f32, Ix2>),
+    Device(Tensor),
+}
+
+/// M·Mᵀ (s, s) in f32, both halves filled.
+pub enum Gram {
+    Host(Array2<f32>),
+    Device(Tensor),
+}
+
+impl<'a> Operand<'a> {
+    /// Takes a matrix to where its products are computed.
+    pub fn new(short: ArrayView2<'a, f32>, backend: &Backend) -> Result<Self> {
+        assert!(short.nrows() <= short.ncols());
+        Ok(match backend {
+            Backend::Cpu => Self::Host(short.into()),
+            Backend::Device(device) => Self::Device(upload(short, device)?),
+        })
+    }
+
+    /// (s, l)
+    pub fn dim(&self) -> (usize, usize) {
+        match self {
+            Self::Host(m) => m.dim(),
+            Self::Device(m) => m.dims2().expect("a matrix has two sides"),
+        }
+    }
+
+    /// x (k, s) → x·M (k, l)
+    pub fn forward(&self, x: ArrayView2<f32>) -> Result<Array2<f32>> {
+        match self {
+            Self::Host(m) => Ok(gemm(x, false, m.view(), false)),
+            Self::Device(m) => download(&upload(x, m.device())?.matmul(m)?),
+        }
+    }
+
+    /// x (k, l) → x·Mᵀ (k, s)
+    pub fn backward(&self, x: ArrayView2<f32>) -> Result<Array2<f32>> {
+        match self {
+            Self::Host(m) => Ok(gemm(x, false, m.view(), true)),
+            Self::Device(m) => download(&upload(x, m.device())?.matmul(&m.t()?)?),
+        }
+    }
+
+    /// M·Mᵀ in f32.
+    pub fn gram(&self) -> Result<Gram> {
+        Ok(match self {
+            Self::Host(m) => Gram::Host(gram(m.view())),
+            Self::Device(m) => Gram::Device(m.matmul(&m.t()?)?),
+        })
+    }
+
+    /// M·Mᵀ in f64.
+    pub fn gram_f64(&self) -> Result<Array2<f64>> {
+        match self {
+            Self::Host(m) => Ok(gram(m.view())),
+            Self::Device(m) => {
+                let m = m.to_dtype(DType::F64)?;
+                let rows = m.matmul(&m.t()?)?.to_vec2::<f64>()?;
+                let side = rows.len();
+                Ok(Array2::from_shape_vec((side, side), rows.concat()).expect("s rows of s"))
+            }
+        }
+    }
+
+    /// M − xᵀ·(x·M): without the given left directions, x (k, s).
+    pub fn without(&self, x: &Array2<f32>) -> Result<Operand<'a>> {
+        Ok(match self {
+            Self::Host(m) => {
+                let part = gemm(x.view(), false, m.view(), false);
+                let mut rest = m.to_owned();
+                multiply(&mut rest.view_mut(), 1.0, x.t(), -1.0, part.view());
+                Operand::Host(rest.into())
+            }
+            Self::Device(m) => {
+                let x = upload(x.view(), m.device())?;
+                Operand::Device(m.sub(&x.t()?.matmul(&x.matmul(m)?)?)?)
+            }
+        })
+    }
+}
+
+impl Gram {
+    /// x (k, s) → x·M·Mᵀ (k, s)
+    pub fn apply(&self, x: ArrayView2<f32>) -> Result<Array2<f32>> {
+        match self {
+            Self::Host(g) => Ok(gemm(x, false, g.view(), false)),
+            Self::Device(g) => download(&upload(x, g.device())?.matmul(g)?),
+        }
+    }
+
+    pub fn into_host(self) -> Result<Array2<f32>> {
+        match self {
+            Self::Host(g) => Ok(g),
+            Self::Device(g) => download(&g),
+        }
+    }
+}
+
+fn upload(a: ArrayView2<f32>, device: &Device) -> Result<Tensor> {
+    let dense = a.as_standard_layout();
+    let values = dense.as_slice().expect("it was made dense");
+    Ok(Tensor::from_slice(values, a.dim(), device)?)
+}
+
+fn download(tensor: &Tensor) -> Result<Array2<f32>> {
+    let sides = tensor.dims2()?;
+    let values = tensor.flatten_all()?.to_vec1::<f32>()?;
+    Ok(Array2::from_shape_vec(sides, values).expect("a tensor has the elements of its shape"))
+}
