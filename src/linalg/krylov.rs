@@ -6,7 +6,7 @@
 use ndarray::{Array2, ArrayView2, s};
 
 use super::lapack::{Tridiagonal, cholesky_rows};
-use super::product::{gemm, multiply};
+use super::product::{gemm, multiply, zeros};
 use crate::error::Result;
 use crate::random::normal;
 
@@ -109,14 +109,14 @@ impl Space {
         if orthonormalise(&mut first).is_none() {
             return Ok(None);
         }
-        let mut basis = Array2::zeros((capacity, side));
-        let mut transposed = Array2::zeros((side, capacity));
+        let mut basis = zeros(capacity, side);
+        let mut transposed = zeros(side, capacity);
         basis.slice_mut(s![..block, ..]).assign(&first);
         transposed.slice_mut(s![.., ..block]).assign(&first.t());
         Ok(Some(Self {
             basis,
             transposed,
-            projection: Array2::zeros((capacity, capacity)),
+            projection: zeros(capacity, capacity),
             block,
             size: block,
         }))

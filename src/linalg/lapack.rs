@@ -7,7 +7,7 @@ use ndarray::{Array1, Array2, ArrayView2, CowArray, Ix2, LinalgScalar, ScalarOpe
 // links the BLAS and LAPACK that the declarations below refer to
 use openblas_src as _;
 
-use super::product::{gemm, multiply, multiply_upper};
+use super::product::{gemm, multiply, multiply_upper, row_major, zeros};
 use crate::error::{Error, Result};
 
 unsafe extern "C" {
@@ -59,10 +59,11 @@ pub trait Real:
 {
     const ONE: Self;
     const ROUTINES: [&'static str; 3];
-    /// Columns of an f32 matrix to widen at a time: all of them where nothing is copied.
+    fn from_f32(x: f32) -> Self;
+    /// Columns of an f32 matrix to lay out at a time.
     const PANEL: usize;
-    /// A panel in this precision, copied only if it must be.
-    fn widen(panel: ArrayView2<'_, f32>) -> CowArray<'_, Self, Ix2>;
+    /// A panel in this precision and row-major order, copied only if it must be.
+    fn laid_out(panel: ArrayView2<'_, f32>) -> CowArray<'_, Self, Ix2>;
     /// Reduces the first `width` columns of a symmetric matrix (lower half) of side n, leading side lda.
     #[allow(clippy::too_many_arguments)]
     unsafe fn raw_latrd(
@@ -101,8 +102,16 @@ pub trait Real:
     unsafe fn raw_larft(n: c_int, k: c_int, v: *const Self, tau: *const Self, t: *mut Self);
 }
 
+fn borrowed_or_row_major(panel: ArrayView2<'_, f32>) -> CowArray<'_, f32, Ix2> {
+    if panel.is_standard_layout() {
+        panel.into()
+    } else {
+        row_major(panel).into()
+    }
+}
+
 macro_rules! real {
-    ($t:ty, $names:expr, $panel:expr, $widen:expr, $latrd:ident, $sytrd:ident, $stedc:ident, $sterf:ident, $larft:ident) => {
+    ($t:ty, $names:expr, $panel:expr, $laid_out:expr, $latrd:ident, $sytrd:ident, $stedc:ident, $sterf:ident, $larft:ident) => {
         unsafe extern "C" {
             fn $latrd(
                 uplo: *const c_char,
@@ -120,8 +129,11 @@ macro_rules! real {
             const ONE: Self = 1.0;
             const ROUTINES: [&'static str; 3] = $names;
             const PANEL: usize = $panel;
-            fn widen(panel: ArrayView2<'_, f32>) -> CowArray<'_, Self, Ix2> {
-                $widen(panel)
+            fn from_f32(x: f32) -> Self {
+                x.into()
+            }
+            fn laid_out(panel: ArrayView2<'_, f32>) -> CowArray<'_, Self, Ix2> {
+                $laid_out(panel)
             }
             unsafe fn raw_latrd(
                 n: c_int,
@@ -202,8 +214,8 @@ macro_rules! real {
 real!(
     f32,
     ["ssytrd", "sstedc", "ssterf"],
-    usize::MAX,
-    CowArray::from,
+    1024,
+    borrowed_or_row_major,
     slatrd_,
     ssytrd_,
     sstedc_,
@@ -214,7 +226,7 @@ real!(
     f64,
     ["dsytrd", "dstedc", "dsterf"],
     512,
-    |panel: ArrayView2<f32>| CowArray::from(panel.mapv(f64::from)),
+    |panel| CowArray::from(row_major(panel)),
     dlatrd_,
     dsytrd_,
     dstedc_,
@@ -328,8 +340,9 @@ impl<T: Real> Tridiagonal<T> {
         let side = self.side();
         assert!(q <= side, "q eigenpairs of an s × s matrix");
         let (mut d, mut e) = (self.diagonal.clone(), self.off_diagonal.clone());
-        let mut z = vec![T::default(); side * side];
-        let mut work = vec![T::default(); 1 + 4 * side + side * side];
+        let mut z = zeros::<T>(side, side);
+        // (s + 5)·s is never less than the 1 + 4s + s² asked for
+        let mut work = zeros::<T>(side + 5, side.max(1));
         let mut iwork = vec![0; 3 + 5 * side];
         // SAFETY: z s², work 1 + 4s + s² and iwork 3 + 5s for compz = 'I'.
         let info = unsafe {
@@ -347,8 +360,7 @@ impl<T: Real> Tridiagonal<T> {
         check(T::ROUTINES[1], side, info)?;
         drop(work);
         // eigenvalues ascend: the leading vectors are the last q columns (LAPACK) = rows (ours)
-        let z = Array2::from_shape_vec((side, side), z).expect("s vectors of length s");
-        let mut vectors = Array2::from_elem((q, side), T::default());
+        let mut vectors = zeros(q, side);
         for (mut to, from) in vectors
             .rows_mut()
             .into_iter()

@@ -167,7 +167,7 @@ impl Default for Thresholds {
             f64_side: 96,
             f64_share: 0.9,
             krylov_side: 384,
-            krylov_share: 0.22,
+            krylov_share: 0.14,
         }
     }
 }
@@ -461,13 +461,13 @@ impl Problem<'_> {
                 residual: None,
             }
         } else {
-            let first = whole(side as f64 * (0.11 + 2.8 * share).min(0.58));
+            let first = whole(side as f64 * (0.19 + 2.8 * share).min(0.58));
             Growth {
                 block,
                 first,
                 last: whole(0.74 * side as f64).min(side),
-                // the values err by about the square (0.8 to 2 times, 2026-11): 1/16 of the tolerance
-                residual: Some(0.25 * self.algorithm.tolerance.sqrt()),
+                // the values err by 0.8 to 2 times the square (2026-11): half of the tolerance at most
+                residual: Some(0.5 * self.algorithm.tolerance.sqrt()),
             }
         })
     }
