@@ -214,7 +214,7 @@ macro_rules! real {
 real!(
     f32,
     ["ssytrd", "sstedc", "ssterf"],
-    1024,
+    2048,
     borrowed_or_row_major,
     slatrd_,
     ssytrd_,

@@ -8,7 +8,7 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2, s};
 use super::lapack::Real;
 
 /// Blocks of a triangle that are computed whole: small enough to waste little, large enough for the kernels.
-const TRIANGLE_BLOCK: usize = 192;
+const TRIANGLE_BLOCK: usize = 320;
 
 /// `c ← kept·c + factor·a·b`, each in any layout.
 pub fn multiply<T: Real>(
