@@ -304,6 +304,7 @@ impl Compute<'_> {
     fn compute_part(&self, tensor: &PlannedTensor) -> Result<Part> {
         let (module, checkpoint) = (tensor.module(), &self.base.checkpoint);
         let stored = checkpoint.read_finite(&tensor.stored_as())?;
+        let (dtype, sha256) = (stored.dtype, sha256_hex(&stored.bytes));
         let wanted = match self.options.plan.rank {
             Rank::Energy(share) => Wanted::Energy(share),
             _ => Wanted::Triplets(tensor.q.expect("every other rank was resolved before")),
@@ -312,6 +313,8 @@ impl Compute<'_> {
         let (factors, mut record) = {
             let matrix = Array2::from_shape_vec((m, n), stored.to_f32())
                 .expect("a tensor has as many values as its shape says");
+            // M once, not twice, while it is decomposed; M′ reads it again
+            drop(stored);
             let svd = linalg::decompose(module, matrix.view(), wanted, &self.options.algorithm)?;
             let q = svd.sigma.len();
             if let Some(refused) = &svd.refused {
@@ -324,7 +327,7 @@ impl Compute<'_> {
             let record = ModuleRecord {
                 q,
                 shape: [m, n],
-                dtype: dtype_name(stored.dtype),
+                dtype: dtype_name(dtype),
                 bias: checkpoint.inventory.contains(&format!("{module}.bias")),
                 tied_to: tensor.tied_to.clone(),
                 captured_energy,
@@ -334,7 +337,7 @@ impl Compute<'_> {
                 route: svd.route,
                 certificate: svd.certificate,
                 exceptions: 0,
-                sha256: sha256_hex(&stored.bytes),
+                sha256,
             };
             let factors = Factors {
                 u: svd.u,
@@ -344,11 +347,14 @@ impl Compute<'_> {
             (factors, record)
         };
         let names = ModuleTensors::of(module);
-        let residual = (self.options.plan.layout == ArtifactLayout::Residual)
-            .then(|| factors.residual(&stored));
-        let (dtype, exact_at) = (stored.dtype, OnceCell::new());
-        // what comes next needs M no more
-        drop(stored);
+        let residual = match self.options.plan.layout {
+            ArtifactLayout::Residual => {
+                let stored = checkpoint.read(&tensor.stored_as())?;
+                Some(factors.residual(&stored))
+            }
+            ArtifactLayout::Sidecar => None,
+        };
+        let exact_at = OnceCell::new();
         let mut tensors: Vec<(String, View<'_>)> = Vec::new();
         if let Some(residual) = residual.as_ref() {
             tensors.push((names.residual, View::f32(&[m, n], &residual.values)));

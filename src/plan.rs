@@ -199,46 +199,75 @@ impl PlannedTensor {
         (self.shape[0], self.shape[1])
     }
 
-    /// Multiplications and additions of the Gram route (facts of 2026-11: 1.3–2.1 × these are measured).
+    /// What decomposing costs, as floating-point operations of f32 products that take as long.
+    ///
+    /// With s and l the short and the long side: s²·l for the Gram matrix; 4/3·s³ for its tridiagonal form, half of it
+    /// bound by memory and three times as slow as products; 2·q·s² to bring q vectors back from there. Or, for few
+    /// triplets, 2·r·s² + 2·r²·s for a Krylov space of r vectors. Then 2·q·s·l for the long vectors, q²·l to polish
+    /// them, and 4·q·s·l for M′, whose product is in f64, where every operation counts for two.
     pub fn flops(&self) -> u64 {
         if !self.is_decomposed() {
             return 0;
         }
-        let q = self.q.unwrap_or(self.q_max);
+        let route = Foreseeable::of(self);
         let (m, n) = self.sides();
-        let (s, l, q) = (m.min(n) as f64, m.max(n) as f64, q as f64);
-        let svd = s * s * l + 8.0 / 3.0 * s.powi(3) + 2.0 * q * s * s + 2.0 * q * s * l + q * q * l;
-        // the residual is a product in f64, worth two in f32
-        (svd + 4.0 * q * s * l) as u64
+        let q = self.q.unwrap_or(self.q_max) as f64;
+        let (s, l) = (m.min(n) as f64, m.max(n) as f64);
+        let reduced = s * s * l + 3.0 * 4.0 / 3.0 * s.powi(3) + 2.0 * q * s * s;
+        let short = match route {
+            Foreseeable::Krylov => {
+                let r = 4.5 * q + 0.05 * s;
+                s * s * l + 2.0 * r * s * s + 2.0 * r * r * s
+            }
+            Foreseeable::GramF32 => reduced,
+            Foreseeable::GramF64 => 2.0 * reduced,
+        };
+        (short + 2.0 * q * s * l + q * q * l + 4.0 * q * s * l) as u64
     }
 
-    /// Multiplications and additions of all singular values without their vectors.
+    /// What all singular values without their vectors cost, in the same unit: the Gram matrix and its form in f64.
     pub fn spectrum_flops(&self) -> u64 {
         if !self.is_decomposed() {
             return 0;
         }
         let (m, n) = self.sides();
         let (s, l) = (m.min(n) as f64, m.max(n) as f64);
-        (s * s * l + 8.0 / 3.0 * s.powi(3)) as u64
+        (2.0 * (s * s * l + 3.0 * 4.0 / 3.0 * s.powi(3))) as u64
     }
 
-    /// Bytes one worker holds while it decomposes this tensor.
+    /// Bytes one worker holds at most while it decomposes this tensor, on the route that its shape and q foresee.
+    ///
+    /// With s and l the short and the long side, one of these moments is the peak:
+    ///
+    /// - solving: M in f32, and what [`Foreseeable::solver_bytes`] says of the short side;
+    /// - completing: M in f32, the short vectors, the long ones twice as they are put in order;
+    /// - splitting, for M′ only: M as stored and in f32, M′, both factors, and a tile with its share of them in f64; of
+    ///   an f32 weight also the elements that are stored exactly.
+    ///
+    /// Where outliers are taken out, one more M is there while solving.
     pub(crate) fn worker_bytes(&self, layout: ArtifactLayout) -> u64 {
         if !self.is_decomposed() {
             return self.bytes;
         }
-        let q = self.q.unwrap_or(self.q_max);
+        let q = self.q.unwrap_or(self.q_max) as u64;
         let (m, n) = self.sides();
-        let (elements, short) = ((m * n) as u64, m.min(n) as u64);
-        let factors = 4 * (q * (m + n)) as u64;
-        // values in f32 and bytes as stored, the Gram matrix, its eigenvectors and workspace in f64
-        let decomposing = 4 * elements + self.bytes + 3 * 8 * short * short + 2 * factors;
+        let (m, n) = (m as u64, n as u64);
+        let (s, l) = (m.min(n), m.max(n));
+        let matrix = 4 * m * n;
+        let factors = 4 * q * (m + n);
+        let solving = matrix + Foreseeable::of(self).solver_bytes(s);
+        let completing = matrix + factors + 4 * q * l;
         let splitting = match layout {
-            // stored, widened, residual values, and their bytes on the way to disk
-            ArtifactLayout::Residual => self.bytes + 3 * 4 * elements + 2 * factors,
-            ArtifactLayout::Sidecar => self.bytes + 4 * elements + 2 * factors,
+            ArtifactLayout::Residual => {
+                let (rows, columns) = (m.min(TILE), n.min(TILE));
+                let tile = 8 * (rows * columns + q * (rows + columns));
+                // a sixth of the elements: positions in 8 bytes, values in 4
+                let exact = if self.dtype == "F32" { 2 * m * n } else { 0 };
+                self.bytes + 2 * matrix + factors + tile + exact
+            }
+            ArtifactLayout::Sidecar => 0,
         };
-        decomposing.max(splitting)
+        KERNEL_BYTES + solving.max(completing).max(splitting)
     }
 
     /// The most bytes that the tensor takes in the artifact.
@@ -261,6 +290,46 @@ impl PlannedTensor {
                     ArtifactLayout::Sidecar => factors,
                 }
             }
+        }
+    }
+}
+
+/// The tiles that M′ is computed by (split).
+const TILE: u64 = 1024;
+
+/// The routes that shape and q foresee (linalg's thresholds); the numbers may force another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Foreseeable {
+    Krylov,
+    GramF32,
+    GramF64,
+}
+
+impl Foreseeable {
+    fn of(tensor: &PlannedTensor) -> Self {
+        let (m, n) = tensor.sides();
+        let side = m.min(n);
+        match tensor.q {
+            // the spectrum that decides on q is computed in f64
+            None => Self::GramF64,
+            Some(q) if side <= 96 || q as f64 >= 0.9 * side as f64 => Self::GramF64,
+            Some(q) if side >= 384 && q as f64 <= 0.14 * side as f64 => Self::Krylov,
+            Some(_) => Self::GramF32,
+        }
+    }
+
+    /// Bytes of what solves the eigenproblem of a short side s, at its peak, without M.
+    ///
+    /// - Gram: half of s² for the reflectors, s² for the eigenvectors, s² for the solver's workspace: 10·s² bytes in
+    ///   f32, 20·s² in f64.
+    /// - Krylov: s² for the Gram matrix, and for a space of 0.6·s vectors in room for 0.74·s (a flat spectrum, the worst
+    ///   case): 0.6·s² for the basis, 0.74·s² for its transpose, 0.45·s² for the projection, and 2.5 times 0.36·s² to
+    ///   solve that: some 15·s² bytes.
+    fn solver_bytes(self, s: u64) -> u64 {
+        match self {
+            Self::Krylov => 15 * s * s,
+            Self::GramF32 => 10 * s * s,
+            Self::GramF64 => 20 * s * s,
         }
     }
 }
@@ -310,11 +379,14 @@ pub struct Plan {
     pub tensors: Vec<PlannedTensor>,
 }
 
-/// Program, libraries and their thread-local buffers (measured 2026-11: 45–60 MB).
-const PROCESS_BYTES: u64 = 60 << 20;
+/// Program and libraries (Linux, 2026-11: 10 MB).
+const PROCESS_BYTES: u64 = 10 << 20;
 
-/// Sustained rate of the whole Gram route on one core, flop/s (Zen 4, OpenBLAS 0.3.21, 2026-11: 45–70 of 95 for GEMM).
-const FLOPS_PER_CORE: f64 = 50e9;
+/// What the kernels of a worker lay out for themselves, and what the allocator keeps (glibc 2.36, 2026-11: 8–20 MB).
+const KERNEL_BYTES: u64 = 10 << 20;
+
+/// Sustained rate of one core in f32 products, flop/s (Zen 5, AVX-512, 2026-11: 240 at best).
+const FLOPS_PER_CORE: f64 = 150e9;
 
 impl Plan {
     /// Plans the decomposition of the model in `root` (named in errors only).

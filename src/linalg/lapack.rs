@@ -241,8 +241,8 @@ real!(
 pub struct Tridiagonal<T> {
     diagonal: Vec<T>,
     off_diagonal: Vec<T>,
-    /// Row j holds reflector j beyond its diagonal.
-    reflectors: Array2<T>,
+    /// Beyond its diagonal, row j of the reduced matrix is reflector j: these halves of the rows, one after another.
+    reflectors: Vec<T>,
     tau: Vec<T>,
 }
 
@@ -310,12 +310,26 @@ impl<T: Real> Tridiagonal<T> {
             )
         };
         check(T::ROUTINES[0], side, info)?;
+        // the half that was not read is no longer needed: the solver wants that room
+        let mut reflectors = Vec::with_capacity(side * side.saturating_sub(1) / 2);
+        for (j, row) in a.rows().into_iter().enumerate() {
+            let row = row.to_slice().expect("it was checked to be dense");
+            reflectors.extend_from_slice(&row[j + 1..]);
+        }
         Ok(Self {
             diagonal: d,
             off_diagonal: e,
-            reflectors: a,
+            reflectors,
             tau,
         })
+    }
+
+    /// Reflector j from its first element on, which stands for 1: s − 1 − j elements.
+    fn reflector(&self, j: usize) -> &[T] {
+        let side = self.side();
+        // before it there are s − 1, s − 2, … s − j elements
+        let start = j * (2 * side - 1 - j) / 2;
+        &self.reflectors[start..][..side - 1 - j]
     }
 
     /// The side s of the matrix.
@@ -380,15 +394,13 @@ impl<T: Real> Tridiagonal<T> {
         for &start in starts.iter().rev() {
             let block = start..(start + BLOCK).min(count);
             // H = I − vᵀ·t·v, the compact WY form (Schreiber & Van Loan 1989)
-            let mut v = self
-                .reflectors
-                .slice(s![block.clone(), start + 1..])
-                .to_owned();
-            for (at, mut row) in v.rows_mut().into_iter().enumerate() {
-                row.slice_mut(s![..at]).fill(T::default());
-                row[at] = T::ONE;
-            }
             let width = block.len();
+            let mut v = Array2::from_elem((width, count - start), T::default());
+            for (at, (mut row, j)) in v.rows_mut().into_iter().zip(block).enumerate() {
+                let row = row.as_slice_mut().expect("a fresh array is dense");
+                row[at] = T::ONE;
+                row[at + 1..].copy_from_slice(&self.reflector(j)[1..]);
+            }
             let mut t = Array2::from_elem((width, width), T::default());
             // SAFETY: row-major (width, length) is column-major length × width; t is width × width.
             unsafe {

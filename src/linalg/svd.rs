@@ -482,11 +482,15 @@ impl Problem<'_> {
             }
         };
         let (_, vectors) = reduced.leading(q)?;
-        self.complete(vectors.mapv(|x| x as f32), Route::GramF64)
+        // in double precision these are four matrices of the short side: completing needs that room
+        drop(reduced);
+        let short = vectors.mapv(|x| x as f32);
+        drop(vectors);
+        self.complete(short, Route::GramF64)
     }
 
     /// σ and the long vectors from the short ones (q, s), and a look at the whole.
-    fn complete(&self, short: Array2<f32>, route: Route) -> Result<Svd> {
+    fn complete(&self, mut short: Array2<f32>, route: Route) -> Result<Svd> {
         // one exact pass over the matrix: σᵢ = ‖sᵢ·M‖ is a Rayleigh quotient, quadratically better than sᵢ
         let mut long = self.short.forward(short.view())?;
         let sigma: Vec<f32> = long
@@ -503,11 +507,11 @@ impl Problem<'_> {
         // equal values may come out of order by a rounding error; the file promises that they descend
         let mut order: Vec<usize> = (0..sigma.len()).collect();
         order.sort_by(|&a, &b| sigma[b].total_cmp(&sigma[a]));
-        let (short, mut long) = if order.is_sorted() {
-            (short, long)
-        } else {
-            (short.select(Axis(0), &order), long.select(Axis(0), &order))
-        };
+        if !order.is_sorted() {
+            // one after the other, so that only one of them is there twice
+            short = short.select(Axis(0), &order);
+            long = long.select(Axis(0), &order);
+        }
         let sigma: Array1<f32> = order.iter().map(|&i| sigma[i]).collect();
         orthonormalise_rows(&mut long)?;
         self.certified(short, sigma, long, route)

@@ -153,7 +153,7 @@ fn settings(args: &Args) -> Vec<Setting> {
 }
 
 const HEADER: &str = "| matrices | dtype | f | layout | threads | largest, f32 | planned | measured | planned/measured | \
-                      measured/promised | routes | seconds |\n|---|---|---|---|---|---|---|---|---|---|---|---|";
+                      measured/promised | routes | planned s | s |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|";
 
 /// What a run took. Memory in MB of 10⁶ bytes.
 struct Row {
@@ -164,6 +164,8 @@ struct Row {
     planned: f64,
     measured: f64,
     routes: Vec<String>,
+    planned_seconds: f64,
+    /// With everything around the matrices: hashes of the base, copies, the final join.
     seconds: f64,
 }
 
@@ -189,7 +191,7 @@ impl fmt::Display for Row {
         } = &self.setting;
         write!(
             out,
-            "| {include} | {} | {fraction} | {layout} | {threads} | {:.0} | {:.0} | {:.0} | {:.2} | {:.2}{} | {} | {:.0} |",
+            "| {include} | {} | {fraction} | {layout} | {threads} | {:.0} | {:.0} | {:.0} | {:.2} | {:.2}{} | {} | {:.1} | {:.1} |",
             self.dtype,
             self.largest,
             self.planned,
@@ -198,6 +200,7 @@ impl fmt::Display for Row {
             self.measured / self.promised(),
             if self.holds() { "" } else { " *" },
             self.routes.join(", "),
+            self.planned_seconds,
             self.seconds
         )
     }
@@ -252,6 +255,7 @@ fn measure(model: &Path, out: &Path, setting: &Setting) -> Result<Row> {
         planned: plan["peak_bytes"].as_f64().ok_or("no peak")? / 1e6,
         measured: measured as f64 / 1e6,
         routes,
+        planned_seconds: plan["seconds"].as_f64().ok_or("no seconds")?,
         seconds,
         setting: Setting {
             include: setting.include.clone(),
