@@ -204,7 +204,8 @@ impl PlannedTensor {
     /// With s and l the short and the long side: s²·l for the Gram matrix; 4/3·s³ for its tridiagonal form, half of it
     /// bound by memory and three times as slow as products; 2·q·s² to bring q vectors back from there. Or, for few
     /// triplets, 2·r·s² + 2·r²·s for a Krylov space of r vectors. Then 2·q·s·l for the long vectors, q²·l to polish
-    /// them, and 4·q·s·l for M′, whose product is in f64, where every operation counts for two.
+    /// them, and 4·q·s·l for M′, whose product is in f64, where every operation counts for two. And what every element
+    /// costs, however many triplets are kept.
     pub fn flops(&self) -> u64 {
         if !self.is_decomposed() {
             return 0;
@@ -222,7 +223,8 @@ impl PlannedTensor {
             Foreseeable::GramF32 => reduced,
             Foreseeable::GramF64 => 2.0 * reduced,
         };
-        (short + 2.0 * q * s * l + q * q * l + 4.0 * q * s * l) as u64
+        let split = 4.0 * q * s * l + FLOPS_PER_ELEMENT * s * l;
+        (short + 2.0 * q * s * l + q * q * l + split) as u64
     }
 
     /// What all singular values without their vectors cost, in the same unit: the Gram matrix and its form in f64.
@@ -379,14 +381,18 @@ pub struct Plan {
     pub tensors: Vec<PlannedTensor>,
 }
 
-/// Program and libraries (Linux, 2026-11: 10 MB).
-const PROCESS_BYTES: u64 = 10 << 20;
+/// Program and libraries (Linux, 2026-11: 10–15 MB).
+const PROCESS_BYTES: u64 = 12 << 20;
 
 /// What the kernels of a worker lay out for themselves, and what the allocator keeps (glibc 2.36, 2026-11: 8–20 MB).
 const KERNEL_BYTES: u64 = 10 << 20;
 
-/// Sustained rate of one core in f32 products, flop/s (Zen 5, AVX-512, 2026-11: 240 at best).
-const FLOPS_PER_CORE: f64 = 150e9;
+/// Sustained rate of one core in f32 products, flop/s (Zen 5, AVX-512, 2026-11, on a busy machine: 240 at best).
+const FLOPS_PER_CORE: f64 = 120e9;
+
+/// Operations for which an element's way costs as much: read, hashed, widened, rounded to M′, hashed and written
+/// (Zen 5, 2026-11: 15 ns without M′, 40 ns with it).
+const FLOPS_PER_ELEMENT: f64 = 3000.0;
 
 impl Plan {
     /// Plans the decomposition of the model in `root` (named in errors only).
@@ -952,6 +958,33 @@ mod tests {
         assert!(head.flops() as f64 > s * s * l && head.flops() < u64::MAX / 1000);
         assert!(plan.parameters > 2 * m * n && plan.disk_bytes > 4 * m * n);
         assert_eq!(plan.trainable.embeddings, m * n);
+    }
+
+    #[test]
+    fn the_memory_of_a_worker_is_that_of_its_largest_moment() {
+        let llama = json!({"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 1,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 100, "tie_word_embeddings": true});
+        let bytes = |part: &str, f: f64, layout| {
+            let plan = plan(llama.clone(), Rank::Fraction(f));
+            let found = plan.decomposed().find(|t| t.module().ends_with(part));
+            found.expect("it is there").worker_bytes(layout) - KERNEL_BYTES
+        };
+        let (square, wide) = (1 << 22, 1 << 24);
+        // solving: M in f32, and of the short side 15 bytes for a Krylov space, 10 in f32, 20 in f64
+        let sidecar = |f| bytes("q_proj", f, ArtifactLayout::Sidecar);
+        assert_eq!(sidecar(0.1), (4 + 15) * square);
+        assert_eq!(sidecar(0.5), (4 + 10) * square);
+        assert_eq!(sidecar(1.0), (4 + 20) * square);
+        // completing: M, both factors, the long one again
+        assert_eq!(
+            bytes("up_proj", 0.5, ArtifactLayout::Sidecar),
+            4 * (wide + 1024 * (2048 + 8192) + 1024 * 8192)
+        );
+        // splitting: M in bf16 and f32, M′, both factors, and a tile in f64 with its share of both
+        assert_eq!(
+            bytes("up_proj", 0.5, ArtifactLayout::Residual),
+            (2 + 4 + 4) * wide + 4 * 1024 * (2048 + 8192) + 8 * (1024 * 1024 + 1024 * 2048)
+        );
     }
 
     #[test]
