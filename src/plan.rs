@@ -241,6 +241,7 @@ impl PlannedTensor {
     ///
     /// With s and l the short and the long side, one of these moments is the peak:
     ///
+    /// - reading: M as stored and in f32;
     /// - solving: M in f32, and what [`Foreseeable::solver_bytes`] says of the short side;
     /// - completing: M in f32, the short vectors, the long ones twice as they are put in order;
     /// - splitting, for M′ only: M as stored and in f32, M′, both factors, and a tile with its share of them in f64; of
@@ -257,6 +258,7 @@ impl PlannedTensor {
         let (s, l) = (m.min(n), m.max(n));
         let matrix = 4 * m * n;
         let factors = 4 * q * (m + n);
+        let reading = self.bytes + matrix;
         let solving = matrix + Foreseeable::of(self).solver_bytes(s);
         let completing = matrix + factors + 4 * q * l;
         let splitting = match layout {
@@ -269,7 +271,7 @@ impl PlannedTensor {
             }
             ArtifactLayout::Sidecar => 0,
         };
-        KERNEL_BYTES + solving.max(completing).max(splitting)
+        KERNEL_BYTES + reading.max(solving).max(completing).max(splitting)
     }
 
     /// The most bytes that the tensor takes in the artifact.
