@@ -312,7 +312,13 @@ impl Compute<'_> {
         let (factors, mut record) = {
             let matrix = Array2::from_shape_vec((m, n), stored.to_f32())
                 .expect("a tensor has as many values as its shape says");
-            let svd = linalg::decompose(module, matrix.view(), wanted, &self.options.algorithm)?;
+            let svd = linalg::decompose_on(
+                &self.options.backend,
+                module,
+                matrix.view(),
+                wanted,
+                &self.options.algorithm,
+            )?;
             let q = svd.sigma.len();
             if let Some(refused) = &svd.refused {
                 self.observer.note(format!(
