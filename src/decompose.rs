@@ -315,7 +315,13 @@ impl Compute<'_> {
                 .expect("a tensor has as many values as its shape says");
             // M once, not twice, while it is decomposed; M′ reads it again
             drop(stored);
-            let svd = linalg::decompose(module, matrix.view(), wanted, &self.options.algorithm)?;
+            let svd = linalg::decompose_on(
+                &self.options.backend,
+                module,
+                matrix.view(),
+                wanted,
+                &self.options.algorithm,
+            )?;
             let q = svd.sigma.len();
             if let Some(refused) = &svd.refused {
                 self.observer.note(format!(

@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::error::{Error, Result};
 use crate::format::Pin;
 use crate::json::{self, Tool};
-use crate::linalg::Algorithm;
+use crate::linalg::{Algorithm, Backend};
 use crate::plan::{Plan, PlanOptions, PlannedTensor};
 use crate::weights::shard::sha256_hex;
 use crate::workspace::{PART_FILE, refuse_interrupted};
@@ -20,6 +20,9 @@ use crate::workspace::{PART_FILE, refuse_interrupted};
 pub struct Options {
     pub plan: PlanOptions,
     pub algorithm: Algorithm,
+    /// Where products with whole matrices are computed; [`Algorithm::backend`] names it.
+    #[serde(skip)]
+    pub backend: Backend,
     pub shard_bytes_max: u64,
 }
 
@@ -28,6 +31,7 @@ impl Default for Options {
         Self {
             plan: PlanOptions::default(),
             algorithm: Algorithm::default(),
+            backend: Backend::default(),
             shard_bytes_max: 5_000_000_000,
         }
     }
@@ -47,6 +51,8 @@ impl Job {
             plan,
             algorithm,
             shard_bytes_max,
+            // named by the algorithm
+            backend: _,
         } = &self.options;
         let files = self.base.sha256.iter();
         let files: String = files.map(|(file, sum)| format!("{sum} {file}\n")).collect();
@@ -72,6 +78,7 @@ impl Job {
             ("head", head.into()),
             ("tolerance", algorithm.tolerance.to_string()),
             ("fast", algorithm.fast.to_string()),
+            ("backend", algorithm.backend.clone()),
             ("shard size", shard_bytes_max.to_string()),
         ]
         .map(|(what, value)| (what.to_string(), value))

@@ -1,6 +1,7 @@
 //! Dense linear algebra for one weight at a time, behind safe, shape-checked functions.
 
 mod certificate;
+mod halves;
 mod krylov;
 mod lapack;
 mod operand;

@@ -79,12 +79,12 @@ impl Part {
         )?;
         let path = path_of(folder, module);
         let header_sha256 = sha256_hex(&header.prefix);
-        let mut writer = ShardWriter::create(&path, header)?;
+        let mut writer = ShardWriter::create_unsummed(&path, header)?;
         for (name, view) in tensors {
             writer.begin(name);
             view.for_each_block(|block| writer.write(block))?;
         }
-        writer.finish()?;
+        writer.close()?;
         part.file = Some(PartFile {
             path,
             header_sha256,

@@ -259,7 +259,7 @@ impl PlannedTensor {
         let matrix = 4 * m * n;
         let factors = 4 * q * (m + n);
         let reading = self.bytes + matrix;
-        let solving = matrix + Foreseeable::of(self).solver_bytes(s);
+        let solving = matrix + Foreseeable::of(self).solver_bytes(s, q);
         let completing = matrix + factors + 4 * q * l;
         let splitting = match layout {
             ArtifactLayout::Residual => {
@@ -324,16 +324,16 @@ impl Foreseeable {
 
     /// Bytes of what solves the eigenproblem of a short side s, at its peak, without M.
     ///
-    /// - Gram: half of s² for the reflectors, s² for the eigenvectors, s² for the solver's workspace: 10·s² bytes in
-    ///   f32, 20·s² in f64.
+    /// - Gram: half of s² for the reflectors, half for the eigenvectors of the two halves, s² for the gaps of their union,
+    ///   and q·s for the wanted vectors in it: 4·(2·s + q)·s bytes in f32, twice that in f64.
     /// - Krylov: s² for the Gram matrix, and for a space of 0.6·s vectors in room for 0.74·s (a flat spectrum, the worst
-    ///   case): 0.6·s² for the basis, 0.74·s² for its transpose, 0.45·s² for the projection, and 2.5 times 0.36·s² to
+    ///   case): 0.6·s² for the basis, 0.74·s² for its transpose, 0.45·s² for the projection, and 2.2 times 0.36·s² to
     ///   solve that: some 15·s² bytes.
-    fn solver_bytes(self, s: u64) -> u64 {
+    fn solver_bytes(self, s: u64, q: u64) -> u64 {
         match self {
             Self::Krylov => 15 * s * s,
-            Self::GramF32 => 10 * s * s,
-            Self::GramF64 => 20 * s * s,
+            Self::GramF32 => 4 * (2 * s + q) * s,
+            Self::GramF64 => 8 * (2 * s + q) * s,
         }
     }
 }
@@ -972,11 +972,11 @@ mod tests {
             found.expect("it is there").worker_bytes(layout) - KERNEL_BYTES
         };
         let (square, wide) = (1 << 22, 1 << 24);
-        // solving: M in f32, and of the short side 15 bytes for a Krylov space, 10 in f32, 20 in f64
+        // solving: M in f32, and of the short side 15 bytes for a Krylov space, 4·2.5 in f32, 8·3 in f64
         let sidecar = |f| bytes("q_proj", f, ArtifactLayout::Sidecar);
         assert_eq!(sidecar(0.1), (4 + 15) * square);
         assert_eq!(sidecar(0.5), (4 + 10) * square);
-        assert_eq!(sidecar(1.0), (4 + 20) * square);
+        assert_eq!(sidecar(1.0), (4 + 24) * square);
         // completing: M, both factors, the long one again
         assert_eq!(
             bytes("up_proj", 0.5, ArtifactLayout::Sidecar),

@@ -90,15 +90,15 @@ impl Factors {
         gemm(left.view(), true, right.view(), false)
     }
 
-    /// Calls `visit(flat index, uᵀ·diag(weights)·v there)` for every element.
-    fn for_each_product(&self, weights: &[f64], mut visit: impl FnMut(usize, f64)) {
+    /// Calls `visit((i, j), (uᵀ·diag(weights)·v)ᵢⱼ)` for every element.
+    fn for_each_product(&self, weights: &[f64], mut visit: impl FnMut((usize, usize), f64)) {
         let (m, n) = self.shape();
         for rows in tiles(m) {
             for columns in tiles(n) {
                 let tile = self.product(weights, rows.clone(), columns.clone());
                 for (row, i) in tile.rows().into_iter().zip(rows.clone()) {
                     for (&p, j) in row.iter().zip(columns.clone()) {
-                        visit(i * n + j, p);
+                        visit((i, j), p);
                     }
                 }
             }
@@ -132,23 +132,23 @@ impl Factors {
         let gamma = 2.0 * (self.q() as f64 + 4.0) * f64::EPSILON;
         let mut values = vec![0f32; m * n];
         let mut unsafe_at = Vec::new();
-        self.for_each_product(&self.sigma_f64(), |at, p| {
+        self.for_each_product(&self.sigma_f64(), |(i, j), p| {
+            let at = i * n + j;
             let x = original[at];
             let rest = (f64::from(x) - p) as f32;
             values[at] = rest;
             let off = (f64::from(rest) + p - f64::from(x)).abs();
-            let doubt = gamma * (rows[at / n] * columns[at % n] + f64::from(x).abs());
+            let doubt = gamma * (rows[i] * columns[j] + f64::from(x).abs());
             // a zero has a sign that arithmetic does not keep
             if x == 0.0 || off + doubt >= rounding_margin(matrix.dtype, x) {
                 unsafe_at.push(at as u64);
             }
         });
         unsafe_at.sort_unstable();
-        let exact = unsafe_at
-            .iter()
-            .flat_map(|&at| &matrix.bytes[at as usize * width..(at as usize + 1) * width])
-            .copied()
-            .collect();
+        let mut exact = Vec::with_capacity(unsafe_at.len() * width);
+        for &at in &unsafe_at {
+            exact.extend_from_slice(&matrix.bytes[at as usize * width..][..width]);
+        }
         Residual {
             values,
             exact_at: unsafe_at,
@@ -162,7 +162,8 @@ impl Factors {
         let width = dtype.bitsize() / 8;
         let mut bytes = vec![0u8; m * n * width];
         let mut rounded = Vec::with_capacity(width);
-        self.for_each_product(&self.sigma_f64(), |at, p| {
+        self.for_each_product(&self.sigma_f64(), |(i, j), p| {
+            let at = i * n + j;
             rounded.clear();
             push_rounded(dtype, f64::from(residual.values[at]) + p, &mut rounded);
             bytes[at * width..(at + 1) * width].copy_from_slice(&rounded);
@@ -199,7 +200,9 @@ impl Factors {
         let weights: Vec<f64> = delta.iter().map(|&d| f64::from(d)).collect();
         let mut rounded = Vec::with_capacity(width);
         let mut value = [0f32];
-        self.for_each_product(&weights, |at, p| {
+        let (_, n) = self.shape();
+        self.for_each_product(&weights, |(i, j), p| {
+            let at = i * n + j;
             let x = f64::from(original[at]);
             rounded.clear();
             push_rounded(dtype, x + p, &mut rounded);

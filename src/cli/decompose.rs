@@ -8,12 +8,12 @@ use svdhub::card::{bytes, thousands};
 use svdhub::decompose::{self, Facts, Options};
 use svdhub::hub::ModelRef;
 use svdhub::job::{Share, ShareRecord};
-use svdhub::linalg::Algorithm;
+use svdhub::linalg::{Algorithm, Backend};
 use svdhub::{Error, Result};
 
 use super::plan::PlanArgs;
 use super::progress::clock;
-use super::session::{Session, shown};
+use super::session::{DeviceChoice, Session, shown};
 
 /// Split every linear weight into singular values and vectors.
 ///
@@ -34,6 +34,9 @@ pub struct Command {
     /// Rather fast than exact: singular values err by up to 15 %, as torch.svd_lowrank's do
     #[arg(long, conflicts_with = "tolerance")]
     fast: bool,
+    /// Multiply whole matrices there: auto, cpu or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: DeviceChoice,
     /// Start a new file when one would grow beyond this (500MB, 5GB)
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size)]
     shard_size: u64,
@@ -84,13 +87,16 @@ pub fn size(text: &str) -> Result<u64> {
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
         let base = session.base(&self.model)?;
+        let backend = Backend::from(session.device(self.device)?);
         let options = Options {
             plan: self.plan.options(),
             algorithm: Algorithm {
                 tolerance: self.tolerance,
                 fast: self.fast,
+                backend: backend.name().into(),
                 ..Algorithm::default()
             },
+            backend,
             shard_bytes_max: self.shard_size,
         };
         if let Some(share) = self.part {

@@ -7,6 +7,7 @@ use ndarray::{Array1, Array2, ArrayView2, CowArray, Ix2, LinalgScalar, ScalarOpe
 // links the BLAS and LAPACK that the declarations below refer to
 use openblas_src as _;
 
+use super::halves;
 use super::product::{gemm, multiply, multiply_upper, row_major, zeros};
 use crate::error::{Error, Result};
 
@@ -58,8 +59,11 @@ pub trait Real:
     LinalgScalar + ScalarOperand + Default + PartialOrd + Into<f64> + std::ops::Neg<Output = Self>
 {
     const ONE: Self;
-    const ROUTINES: [&'static str; 3];
+    const ROUTINES: [&'static str; 4];
+    /// Half the distance from 1 to the next number: the unit roundoff.
+    const UNIT: f64;
     fn from_f32(x: f32) -> Self;
+    fn from_f64(x: f64) -> Self;
     /// Columns of an f32 matrix to lay out at a time.
     const PANEL: usize;
     /// A panel in this precision and row-major order, copied only if it must be.
@@ -100,6 +104,69 @@ pub trait Real:
     ) -> c_int;
     unsafe fn raw_sterf(n: c_int, d: *mut Self, e: *mut Self) -> c_int;
     unsafe fn raw_larft(n: c_int, k: c_int, v: *const Self, tau: *const Self, t: *mut Self);
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn raw_laed4(
+        n: c_int,
+        at: c_int,
+        d: *const Self,
+        z: *const Self,
+        gaps: *mut Self,
+        rho: Self,
+        root: *mut Self,
+    ) -> c_int;
+
+    /// All eigenvalues, ascending, and eigenvectors, one per row, of the tridiagonal matrix (d, e), by LAPACK's stedc.
+    fn all_eigenpairs(d: &[Self], e: &[Self]) -> Result<(Vec<Self>, Array2<Self>)> {
+        let side = d.len();
+        let (mut d, mut e) = (d.to_vec(), e.to_vec());
+        let mut z = zeros::<Self>(side, side);
+        // (s + 5)·s is never less than the 1 + 4s + s² asked for
+        let mut work = zeros::<Self>(side + 5, side.max(1));
+        let mut iwork = vec![0; 3 + 5 * side];
+        // SAFETY: d has s values, e at least s − 1; z s², work 1 + 4s + s² and iwork 3 + 5s for compz = 'I'.
+        let info = unsafe {
+            Self::raw_stedc(
+                int(side),
+                d.as_mut_ptr(),
+                e.as_mut_ptr(),
+                z.as_mut_ptr(),
+                work.as_mut_ptr(),
+                work_len(work.len(), Self::ROUTINES[1], side)?,
+                iwork.as_mut_ptr(),
+                int(iwork.len()),
+            )
+        };
+        check(Self::ROUTINES[1], side, info)?;
+        Ok((d, z))
+    }
+
+    /// Eigenvalue `at` (ascending) of diag(d) + ρ·z·zᵀ, d ascending, ρ > 0; `gaps` receives dᵢ − λ for all i, or the
+    /// eigenvector itself if there are two d at most.
+    fn secular_root(
+        at: usize,
+        d: &[Self],
+        z: &[Self],
+        rho: Self,
+        gaps: &mut [Self],
+    ) -> Result<Self> {
+        let side = d.len();
+        assert!(at < side && z.len() == side && gaps.len() == side);
+        let mut root = Self::default();
+        // SAFETY: d, z and gaps have `side` values, `at` + 1 is from 1 to `side`.
+        let info = unsafe {
+            Self::raw_laed4(
+                int(side),
+                int(at + 1),
+                d.as_ptr(),
+                z.as_ptr(),
+                gaps.as_mut_ptr(),
+                rho,
+                &mut root,
+            )
+        };
+        check(Self::ROUTINES[3], side, info)?;
+        Ok(root)
+    }
 }
 
 fn borrowed_or_row_major(panel: ArrayView2<'_, f32>) -> CowArray<'_, f32, Ix2> {
@@ -111,7 +178,7 @@ fn borrowed_or_row_major(panel: ArrayView2<'_, f32>) -> CowArray<'_, f32, Ix2> {
 }
 
 macro_rules! real {
-    ($t:ty, $names:expr, $panel:expr, $laid_out:expr, $latrd:ident, $sytrd:ident, $stedc:ident, $sterf:ident, $larft:ident) => {
+    ($t:ty, $names:expr, $unit:expr, $panel:expr, $laid_out:expr, $latrd:ident, $sytrd:ident, $stedc:ident, $sterf:ident, $larft:ident, $laed4:ident) => {
         unsafe extern "C" {
             fn $latrd(
                 uplo: *const c_char,
@@ -124,10 +191,24 @@ macro_rules! real {
                 w: *mut $t,
                 ldw: *const c_int,
             );
+            fn $laed4(
+                n: *const c_int,
+                i: *const c_int,
+                d: *const $t,
+                z: *const $t,
+                delta: *mut $t,
+                rho: *const $t,
+                dlam: *mut $t,
+                info: *mut c_int,
+            );
         }
         impl Real for $t {
             const ONE: Self = 1.0;
-            const ROUTINES: [&'static str; 3] = $names;
+            const ROUTINES: [&'static str; 4] = $names;
+            const UNIT: f64 = $unit;
+            fn from_f64(x: f64) -> Self {
+                x as Self
+            }
             const PANEL: usize = $panel;
             fn from_f32(x: f32) -> Self {
                 x.into()
@@ -196,6 +277,19 @@ macro_rules! real {
                 unsafe { lapack_sys::$sterf(&n, d, e, &mut info) };
                 info
             }
+            unsafe fn raw_laed4(
+                n: c_int,
+                at: c_int,
+                d: *const Self,
+                z: *const Self,
+                gaps: *mut Self,
+                rho: Self,
+                root: *mut Self,
+            ) -> c_int {
+                let mut info = 0;
+                unsafe { $laed4(&n, &at, d, z, gaps, &rho, root, &mut info) };
+                info
+            }
             unsafe fn raw_larft(
                 n: c_int,
                 k: c_int,
@@ -213,25 +307,29 @@ macro_rules! real {
 }
 real!(
     f32,
-    ["ssytrd", "sstedc", "ssterf"],
+    ["ssytrd", "sstedc", "ssterf", "slaed4"],
+    f32::EPSILON as f64 / 2.0,
     2048,
     borrowed_or_row_major,
     slatrd_,
     ssytrd_,
     sstedc_,
     ssterf_,
-    slarft_
+    slarft_,
+    slaed4_
 );
 real!(
     f64,
-    ["dsytrd", "dstedc", "dsterf"],
+    ["dsytrd", "dstedc", "dsterf", "dlaed4"],
+    f64::EPSILON / 2.0,
     512,
     |panel| CowArray::from(row_major(panel)),
     dlatrd_,
     dsytrd_,
     dstedc_,
     dsterf_,
-    dlarft_
+    dlarft_,
+    dlaed4_
 );
 
 /// A symmetric matrix as T = Qᵀ·A·Q with T tridiagonal and Q a product of Householder reflectors.
@@ -349,42 +447,27 @@ impl<T: Real> Tridiagonal<T> {
 
     /// The q largest eigenvalues, descending, and their eigenvectors, one per row.
     ///
-    /// Divide and conquer (LAPACK stedc; Cuppen 1981, Gu & Eisenstat 1995), then the q vectors alone back through Q.
+    /// Divide and conquer, then the q vectors alone back through Q.
     pub fn leading(&self, q: usize) -> Result<(Vec<T>, Array2<T>)> {
         let side = self.side();
         assert!(q <= side, "q eigenpairs of an s × s matrix");
-        let (mut d, mut e) = (self.diagonal.clone(), self.off_diagonal.clone());
-        let mut z = zeros::<T>(side, side);
-        // (s + 5)·s is never less than the 1 + 4s + s² asked for
-        let mut work = zeros::<T>(side + 5, side.max(1));
-        let mut iwork = vec![0; 3 + 5 * side];
-        // SAFETY: z s², work 1 + 4s + s² and iwork 3 + 5s for compz = 'I'.
-        let info = unsafe {
-            T::raw_stedc(
-                int(side),
-                d.as_mut_ptr(),
-                e.as_mut_ptr(),
-                z.as_mut_ptr(),
-                work.as_mut_ptr(),
-                work_len(work.len(), T::ROUTINES[1], side)?,
-                iwork.as_mut_ptr(),
-                int(iwork.len()),
-            )
+        let (d, e) = (&self.diagonal, &self.off_diagonal);
+        let (values, mut vectors) = if side >= halves::WORTH_IT {
+            halves::leading(d, e, q)?
+        } else {
+            let (values, all) = T::all_eigenpairs(d, e)?;
+            let mut vectors = zeros(q, side);
+            for (mut to, from) in vectors
+                .rows_mut()
+                .into_iter()
+                .zip(all.rows().into_iter().rev())
+            {
+                to.assign(&from);
+            }
+            (values.into_iter().rev().take(q).collect(), vectors)
         };
-        check(T::ROUTINES[1], side, info)?;
-        drop(work);
-        // eigenvalues ascend: the leading vectors are the last q columns (LAPACK) = rows (ours)
-        let mut vectors = zeros(q, side);
-        for (mut to, from) in vectors
-            .rows_mut()
-            .into_iter()
-            .zip(z.rows().into_iter().rev())
-        {
-            to.assign(&from);
-        }
-        drop(z);
         self.rotate_back(&mut vectors);
-        Ok((d.into_iter().rev().take(q).collect(), vectors))
+        Ok((values, vectors))
     }
 
     /// Turns vectors of T, one per row, into vectors of the matrix: x ← x·Qᵀ.

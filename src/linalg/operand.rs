@@ -19,6 +19,28 @@ pub enum Backend {
     Device(Device),
 }
 
+impl Backend {
+    /// `cpu` or `cuda`, as the `svd` section records it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Device(device) if device.is_cuda() => "cuda",
+            Self::Device(device) if device.is_metal() => "metal",
+            Self::Device(_) | Self::Cpu => "cpu",
+        }
+    }
+}
+
+impl From<Device> for Backend {
+    /// candle's own CPU products take every core for one matrix: there, ours run, one matrix for each core.
+    fn from(device: Device) -> Self {
+        if device.is_cpu() {
+            Self::Cpu
+        } else {
+            Self::Device(device)
+        }
+    }
+}
+
 /// M (s, l), s ≤ l.
 pub enum Operand<'a> {
     Host(CowArray<'a, f32, Ix2>),

@@ -395,8 +395,9 @@ impl Problem<'_> {
                 } else {
                     Route::Krylov
                 };
-                // forming the Gram matrix costs s²·l, every vector of the space 4·s·l without it and 2·s² with it
-                let pairs = if 4 * growth.first < side {
+                // forming the Gram matrix costs s²·l; without it every vector of the space costs 4·s·l, by products too thin
+                // to run at half the speed
+                let pairs = if 8 * growth.first < side {
                     krylov::leading(
                         |x| short.backward(short.forward(x)?.view()),
                         side,

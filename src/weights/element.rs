@@ -239,6 +239,17 @@ fn bf16_from_f64(x: f64) -> bf16 {
 ///
 /// Half a unit in the last place on the narrower side; at the ends of the range, on the inner side.
 pub fn rounding_margin(dtype: Dtype, x: f32) -> f64 {
+    // between two powers of two, all neighbours are as far apart: half of 2^(exponent − digits)
+    let (digits, normal_from) = match dtype {
+        Dtype::F16 => (10, -14),
+        Dtype::BF16 => (7, -126),
+        _ => (23, -126),
+    };
+    let bits = x.to_bits();
+    let exponent = (bits >> 23 & 0xff) as i32 - 127;
+    if bits << 9 != 0 && (normal_from..128).contains(&exponent) {
+        return f64::from_bits(((exponent - digits - 1 + 1023) as u64) << 52);
+    }
     let next = |step: i32| -> f64 {
         let shift = |bits: u32, width: u32| -> Option<u32> {
             // order the bit patterns of one sign by magnitude; `step` moves away from or towards zero

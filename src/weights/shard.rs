@@ -16,7 +16,8 @@ pub struct FileSink {
     file: File,
     temporary: PathBuf,
     path: PathBuf,
-    hash: Sha256,
+    /// `None` where nobody asks for the sum.
+    hash: Option<Sha256>,
     finished: bool,
 }
 
@@ -32,13 +33,15 @@ impl FileSink {
             file,
             temporary,
             path: path.into(),
-            hash: Sha256::new(),
+            hash: Some(Sha256::new()),
             finished: false,
         })
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.hash.update(bytes);
+        if let Some(hash) = &mut self.hash {
+            hash.update(bytes);
+        }
         self.file
             .write_all(bytes)
             .map_err(|source| Error::io("write", &self.path, source))
@@ -46,11 +49,16 @@ impl FileSink {
 
     /// Flushes to disk, gives the file its name, and returns the sha256 of its contents in hex.
     pub fn finish(mut self) -> Result<String> {
+        let hash = self.hash.take().expect("invariant: its sum is kept");
+        self.close()?;
+        Ok(hex(&hash.finalize()))
+    }
+
+    fn close(&mut self) -> Result<()> {
         self.file.sync_all().context("flush", &self.path)?;
         std::fs::rename(&self.temporary, &self.path).context("rename", &self.path)?;
         self.finished = true;
-        sync_directory(&self.path)?;
-        Ok(hex(&std::mem::take(&mut self.hash).finalize()))
+        sync_directory(&self.path)
     }
 }
 
@@ -151,6 +159,13 @@ impl ShardWriter {
         })
     }
 
+    /// For a file whose tensors are summed one by one: its own sum is not worth a pass over all bytes.
+    pub fn create_unsummed(path: &Path, header: Header) -> Result<Self> {
+        let mut writer = Self::create(path, header)?;
+        writer.sink.hash = None;
+        Ok(writer)
+    }
+
     /// Writes the next tensor.
     ///
     /// # Panics
@@ -186,14 +201,24 @@ impl ShardWriter {
         assert_eq!(self.missing, 0, "a tensor is as long as announced");
     }
 
+    /// Completes a file created by [`ShardWriter::create_unsummed`].
+    pub fn close(mut self) -> Result<()> {
+        self.check_complete();
+        self.sink.close()
+    }
+
     /// Completes the file and returns its sha256 in hex.
     pub fn finish(self) -> Result<String> {
+        self.check_complete();
+        self.sink.finish()
+    }
+
+    fn check_complete(&self) {
         self.check_whole();
         assert_eq!(
             self.next,
             self.header.entries.len(),
             "every announced tensor was written"
         );
-        self.sink.finish()
     }
 }

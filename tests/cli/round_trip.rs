@@ -58,6 +58,7 @@ fn every_rank_and_selection_returns_every_byte() {
         vec!["--rank-fraction", "1"],
         vec!["--rank-fraction", "0.001"],
         vec!["--rank", "7", "--threads", "1"],
+        vec!["--fast"],
         vec!["--include", "q_proj", "--include", "layers.2"],
         vec!["--exclude", "mlp", "--shard-size", "300kB"],
     ] {
@@ -179,4 +180,60 @@ fn a_changed_base_is_refused_by_name() {
         .run(&["merge", arg(&split), "--out", arg(&merged)])
         .refuses(&["model.safetensors", "not what was decomposed", "sha256"]);
     assert!(!merged.join("config.json").exists());
+}
+
+#[test]
+fn a_device_that_is_not_there_is_refused_before_any_work() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let out = world.path("svd");
+    let missing = [
+        "decompose",
+        arg(&base),
+        "--out",
+        arg(&out),
+        "--device",
+        "cuda:7",
+    ];
+    world.run(&missing).refuses(&["cuda:7", "--device cpu"]);
+    assert!(!out.exists());
+    // `auto` goes on without one
+    let auto = [
+        "decompose",
+        arg(&base),
+        "--out",
+        arg(&out),
+        "--device",
+        "auto",
+    ];
+    world.run(&auto).succeeds();
+}
+
+#[test]
+fn how_a_weight_was_decomposed_is_on_record() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let (exact, fast) = (world.path("exact"), world.path("fast"));
+    for (out, options) in [(&exact, &[][..]), (&fast, &["--fast"])] {
+        let decompose = ["decompose", arg(&base), "--out", arg(out)];
+        world.run(&[&decompose, options].concat()).succeeds();
+        let config = std::fs::read(out.join("config.json")).expect("reads");
+        let config: Value = serde_json::from_slice(&config).expect("JSON");
+        let svd = &config["svd"];
+        assert_eq!(svd["algorithm"]["fast"] == true, out == &fast);
+        for (module, record) in svd["modules"].as_object().expect("an object") {
+            let certificate = &record["certificate"];
+            let at_most = |key: &str, limit: f64| {
+                let found = certificate[key].as_f64().expect("a number");
+                assert!(found <= limit, "{module}: {key} {found}");
+            };
+            at_most("orthogonality", 1e-4);
+            at_most("link", 1e-4);
+            if out == &exact {
+                at_most("residual", 5e-3);
+                at_most("tail", 1.0001);
+                assert_ne!(record["route"], "fast", "{module}");
+            }
+        }
+    }
 }
