@@ -387,7 +387,7 @@ pub struct Plan {
 const PROCESS_BYTES: u64 = 12 << 20;
 
 /// What the kernels of a worker lay out for themselves, and what the allocator keeps (glibc 2.36, 2026-11: 8–20 MB).
-const KERNEL_BYTES: u64 = 10 << 20;
+const KERNEL_BYTES: u64 = 8 << 20;
 
 /// Sustained rate of one core in f32 products, flop/s (Zen 5, AVX-512, 2026-11, on a busy machine: 240 at best).
 const FLOPS_PER_CORE: f64 = 120e9;
