@@ -243,7 +243,7 @@ impl PlannedTensor {
     ///
     /// - reading: M as stored and in f32;
     /// - solving: M in f32, and what [`Foreseeable::solver_bytes`] says of the short side;
-    /// - completing: M in f32, the short vectors, the long ones twice as they are put in order;
+    /// - completing: M in f32, the short vectors, the long ones, and half of these again: they are put in order where they are not;
     /// - splitting, for M′ only: M as stored and in f32, M′, both factors, and a tile with its share of them in f64; of
     ///   an f32 weight also the elements that are stored exactly.
     ///
@@ -260,7 +260,7 @@ impl PlannedTensor {
         let factors = 4 * q * (m + n);
         let reading = self.bytes + matrix;
         let solving = matrix + Foreseeable::of(self).solver_bytes(s, q);
-        let completing = matrix + factors + 4 * q * l;
+        let completing = matrix + factors + 2 * q * l;
         let splitting = match layout {
             ArtifactLayout::Residual => {
                 let (rows, columns) = (m.min(TILE), n.min(TILE));
@@ -977,10 +977,10 @@ mod tests {
         assert_eq!(sidecar(0.1), (4 + 15) * square);
         assert_eq!(sidecar(0.5), (4 + 10) * square);
         assert_eq!(sidecar(1.0), (4 + 24) * square);
-        // completing: M, both factors, the long one again
+        // completing: M, both factors, half of the long one again
         assert_eq!(
             bytes("up_proj", 0.5, ArtifactLayout::Sidecar),
-            4 * (wide + 1024 * (2048 + 8192) + 1024 * 8192)
+            4 * (wide + 1024 * (2048 + 8192)) + 2 * 1024 * 8192
         );
         // splitting: M in bf16 and f32, M′, both factors, and a tile in f64 with its share of both
         assert_eq!(
