@@ -13,4 +13,4 @@ pub use certificate::{Certificate, certify};
 pub use lapack::single_threaded_blas;
 pub use operand::Backend;
 pub use product::gemm;
-pub use svd::{Algorithm, Route, Svd, Wanted, decompose, decompose_on, spectrum};
+pub use svd::{Algorithm, Route, Svd, Wanted, decompose, decompose_on, spectrum, usual_route};

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::format::{ArtifactLayout, ModuleTensors, Rank, base_header_tensor};
+use crate::linalg::{Route, usual_route};
 use crate::model::ModelConfig;
 use crate::weights::checkpoint::WeightFile;
 use crate::weights::element::is_float;
@@ -313,12 +314,10 @@ impl Foreseeable {
     fn of(tensor: &PlannedTensor) -> Self {
         let (m, n) = tensor.sides();
         let side = m.min(n);
-        match tensor.q {
-            // the spectrum that decides on q is computed in f64
-            None => Self::GramF64,
-            Some(q) if side <= 96 || q as f64 >= 0.9 * side as f64 => Self::GramF64,
-            Some(q) if side >= 384 && q as f64 <= 0.14 * side as f64 => Self::Krylov,
-            Some(_) => Self::GramF32,
+        match usual_route(side, tensor.q) {
+            Route::Krylov => Self::Krylov,
+            Route::GramF32 => Self::GramF32,
+            _ => Self::GramF64,
         }
     }
 

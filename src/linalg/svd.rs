@@ -172,6 +172,30 @@ impl Default for Thresholds {
     }
 }
 
+impl Thresholds {
+    fn needs_double(&self, side: usize, q: usize) -> bool {
+        side <= self.f64_side || q as f64 >= self.f64_share * side as f64
+    }
+
+    fn suits_krylov(&self, side: usize, q: usize) -> bool {
+        side >= self.krylov_side && q as f64 <= self.krylov_share * side as f64
+    }
+}
+
+/// The route of a matrix with the short side `side` in which nothing dwarfs the rest, for plans.
+///
+/// Without q, all values are computed before q is known.
+pub fn usual_route(side: usize, q: Option<usize>) -> Route {
+    let thresholds = Thresholds::default();
+    match q {
+        _ if side <= thresholds.full_side => Route::Full,
+        None => Route::GramF64,
+        Some(q) if thresholds.needs_double(side, q) => Route::GramF64,
+        Some(q) if thresholds.suits_krylov(side, q) => Route::Krylov,
+        Some(_) => Route::GramF32,
+    }
+}
+
 /// Single precision is accepted while 4·κ²·2⁻²⁴ stays under the tolerance (measured error: 0.8 to 2.1 κ²·2⁻²⁴).
 const F32_ERROR_PER_KAPPA2: f64 = 4.0 * 5.96e-8;
 
@@ -297,10 +321,10 @@ impl Problem<'_> {
         let (side, _) = self.short.dim();
         let limit = (self.algorithm.tolerance / F32_ERROR_PER_KAPPA2).sqrt();
         let unsuitable = match wanted {
-            Wanted::Triplets(q) => q as f64 >= self.thresholds.f64_share * side as f64,
-            Wanted::Energy(share) => share > F64_ENERGY,
+            Wanted::Triplets(q) => self.thresholds.needs_double(side, q),
+            Wanted::Energy(share) => share > F64_ENERGY || side <= self.thresholds.f64_side,
         };
-        if (unsuitable && !self.algorithm.fast) || side <= self.thresholds.f64_side {
+        if unsuitable {
             return Ok(Attempt::Unsuitable);
         }
         // σ_q is not known yet. Spectra without a gap have it above the root mean square up to a quarter of the rank, and
@@ -428,7 +452,7 @@ impl Problem<'_> {
                     .map(|s| s * s)
                     .chain(rest.iter().map(|&x| f64::from(x)));
                 let q = rank_of_energy(squares, share * self.norm_squared);
-                if q as f64 >= self.thresholds.f64_share * side as f64 {
+                if self.thresholds.needs_double(side, q) {
                     return Ok(None);
                 }
                 // at least one more than those taken out: κ is measured on it
@@ -443,7 +467,7 @@ impl Problem<'_> {
     fn growth(&self, q: usize) -> Option<Growth> {
         let (side, _) = self.short.dim();
         let share = q as f64 / side as f64;
-        let worth_it = side >= self.thresholds.krylov_side && share <= self.thresholds.krylov_share;
+        let worth_it = self.thresholds.suits_krylov(side, q);
         if !(worth_it || self.algorithm.fast && share < 0.5) || q == 0 {
             return None;
         }
