@@ -10,6 +10,9 @@ use super::product::{gemm, multiply, zeros};
 use crate::error::Result;
 use crate::random::normal;
 
+/// Eigenvalues, descending, and their eigenvectors, one per row.
+pub type Pairs = (Vec<f32>, Array2<f32>);
+
 /// How the space grows, and when it is large enough.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Growth {
@@ -33,7 +36,7 @@ pub fn leading(
     q: usize,
     growth: &Growth,
     seed: u64,
-) -> Result<Option<(Vec<f32>, Array2<f32>)>> {
+) -> Result<Option<Pairs>> {
     let block = growth.block;
     let Some(mut space) = Space::start(&apply, side, growth, seed)? else {
         return Ok(None);
@@ -182,12 +185,7 @@ impl Space {
     }
 
     /// The leading pairs of G, and their eigenvectors within the space.
-    #[allow(clippy::type_complexity)]
-    fn lift(
-        &self,
-        projected: &Tridiagonal<f32>,
-        q: usize,
-    ) -> Result<((Vec<f32>, Array2<f32>), Array2<f32>)> {
+    fn lift(&self, projected: &Tridiagonal<f32>, q: usize) -> Result<(Pairs, Array2<f32>)> {
         let (values, inner) = projected.leading(q)?;
         let vectors = gemm(
             inner.view(),

@@ -6,7 +6,7 @@
 use candle_core::{DType, Device, Tensor};
 use ndarray::{Array2, ArrayView2, CowArray, Ix2};
 
-use super::product::{gemm, gram, multiply};
+use super::product::{gemm, gram, multiply, zeros};
 use crate::error::Result;
 
 /// Where products with a whole matrix are computed.
@@ -113,7 +113,8 @@ impl<'a> Operand<'a> {
         Ok(match self {
             Self::Host(m) => {
                 let part = gemm(x.view(), false, m.view(), false);
-                let mut rest = m.to_owned();
+                let mut rest = zeros(m.nrows(), m.ncols());
+                rest.assign(m);
                 multiply(&mut rest.view_mut(), 1.0, x.t(), -1.0, part.view());
                 Operand::Host(rest.into())
             }

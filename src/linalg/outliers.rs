@@ -46,13 +46,12 @@ pub fn outliers(
         vectors: Array2::zeros((0, side)),
         sigma: Vec::new(),
     };
-    let mut x = normal(width, side, seed);
-    let mut y = matrix.forward(x.view())?;
+    let start = matrix.forward(normal(width, side, seed).view())?;
+    let mut x = matrix.backward(start.view())?;
     for _ in 0..ROUNDS {
-        x = matrix.backward(y.view())?;
         scale_rows(&mut x);
         orthonormalise_rows(&mut x)?;
-        y = matrix.forward(x.view())?;
+        let mut y = matrix.forward(x.view())?;
         // Rayleigh–Ritz on the rows of x
         let wide = y.mapv(f64::from);
         let projected = gemm(wide.view(), false, wide.view(), true);
@@ -69,7 +68,8 @@ pub fn outliers(
         let inner = inner.mapv(|a| a as f32);
         x = gemm(inner.view(), false, x.view(), false);
         y = gemm(inner.view(), false, y.view(), false);
-        let back = matrix.backward(y.slice(s![..count, ..]))?;
+        // looked at now, and where the next round starts
+        let back = matrix.backward(y.view())?;
         let converged = (0..count)
             .take_while(|&i| {
                 let off = &back.row(i) - &(&x.row(i) * (squares[i] as f32));
@@ -83,6 +83,7 @@ pub fn outliers(
         if converged == count {
             break;
         }
+        x = back;
     }
     Ok(found)
 }

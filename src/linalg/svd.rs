@@ -10,7 +10,7 @@ use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
 use super::certificate::{Certificate, certify_operand};
-use super::krylov::{self, Growth};
+use super::krylov::{self, Growth, Pairs};
 use super::lapack::{Tridiagonal, orthonormalise_rows};
 use super::operand::{Backend, Operand};
 use super::outliers::{Outliers, outliers};
@@ -199,6 +199,9 @@ pub fn usual_route(side: usize, q: Option<usize>) -> Route {
 /// Single precision is accepted while 4·κ²·2⁻²⁴ stays under the tolerance (measured error: 0.8 to 2.1 κ²·2⁻²⁴).
 const F32_ERROR_PER_KAPPA2: f64 = 4.0 * 5.96e-8;
 
+/// What single precision may add to the errors of [`Algorithm::fast`], which are ten times as large.
+const FAST_TOLERANCE: f64 = 1e-2;
+
 /// Above this share of the energy the tail that decides q is below single precision's noise.
 const F64_ENERGY: f64 = 0.9999;
 
@@ -319,7 +322,12 @@ impl Problem<'_> {
     /// Single precision, by the cheapest route that κ allows.
     fn in_single(&self, wanted: Wanted) -> Result<Attempt> {
         let (side, _) = self.short.dim();
-        let limit = (self.algorithm.tolerance / F32_ERROR_PER_KAPPA2).sqrt();
+        let tolerance = if self.algorithm.fast {
+            self.algorithm.tolerance.max(FAST_TOLERANCE)
+        } else {
+            self.algorithm.tolerance
+        };
+        let limit = (tolerance / F32_ERROR_PER_KAPPA2).sqrt();
         let unsuitable = match wanted {
             Wanted::Triplets(q) => self.thresholds.needs_double(side, q),
             Wanted::Energy(share) => share > F64_ENERGY || side <= self.thresholds.f64_side,
@@ -352,7 +360,7 @@ impl Problem<'_> {
             rest = self.short.without(&large.vectors)?;
             &rest
         };
-        let Some((route, values, vectors)) = self.pairs(short, &large, wanted)? else {
+        let Some((route, (values, vectors))) = self.pairs(short, &large, wanted)? else {
             return Ok(Attempt::Unsuitable);
         };
         let deflate = |route| match route {
@@ -372,7 +380,7 @@ impl Problem<'_> {
             })
         };
         // a NaN, from a negative or zero last value, is refused too
-        let exact = kappa.powi(2) * F32_ERROR_PER_KAPPA2 <= self.algorithm.tolerance;
+        let exact = kappa.powi(2) * F32_ERROR_PER_KAPPA2 <= tolerance;
         if !exact && route != Route::Fast {
             return Ok(refused(None));
         }
@@ -402,13 +410,12 @@ impl Problem<'_> {
     }
 
     /// Eigenpairs of the Gram matrix of `short`, beside those in `large`.
-    #[allow(clippy::type_complexity)]
     fn pairs(
         &self,
         short: &Operand,
         large: &Outliers,
         wanted: Wanted,
-    ) -> Result<Option<(Route, Vec<f32>, Array2<f32>)>> {
+    ) -> Result<Option<(Route, Pairs)>> {
         let ((side, _), algorithm) = (short.dim(), self.algorithm);
         let mut at_hand = None;
         if let Wanted::Triplets(q) = wanted {
@@ -433,8 +440,8 @@ impl Problem<'_> {
                     let gram = at_hand.insert(short.gram()?);
                     krylov::leading(|x| gram.apply(x), side, q, &growth, algorithm.seed)?
                 };
-                if let Some((values, vectors)) = pairs {
-                    return Ok(Some((route, values, vectors)));
+                if let Some(pairs) = pairs {
+                    return Ok(Some((route, pairs)));
                 }
             }
         }
@@ -459,8 +466,7 @@ impl Problem<'_> {
                 q.saturating_sub(large.sigma.len()).max(1)
             }
         };
-        let (values, vectors) = reduced.leading(q)?;
-        Ok(Some((Route::GramF32, values, vectors)))
+        Ok(Some((Route::GramF32, reduced.leading(q)?)))
     }
 
     /// How a Krylov space for q pairs should grow, where one is worth it.
