@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::artifact::Artifact;
 use crate::error::{Error, Result};
-use crate::format::Pin;
+use crate::format::{Origin, Pin};
 use crate::json::{self, Tool};
 use crate::weights::element::is_float;
 use crate::weights::shard::{sha256_file, write_atomically};
@@ -29,19 +29,9 @@ pub struct AdapterConfig {
     pub method: String,
     /// Groups of numbers that moved: `sigma`, `norms`, `embeddings`.
     pub trained: Vec<String>,
-    pub decomposition: DecompositionPin,
+    pub decomposition: Origin,
     pub base: Pin,
     pub tool: Tool,
-}
-
-/// Exactly which decomposition the Δσ belong to.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DecompositionPin {
-    pub repo: Option<String>,
-    pub revision: Option<String>,
-    /// Of the decomposition's index file, which names the sha256 of everything else.
-    pub content_sha256: String,
 }
 
 /// The numbers of an adapter.

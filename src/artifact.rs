@@ -34,6 +34,12 @@ pub struct Artifact {
     base: Option<Base>,
 }
 
+fn dense(elements: &Elements) -> Array2<f32> {
+    let (rows, columns) = (elements.shape[0], elements.shape[1]);
+    Array2::from_shape_vec((rows, columns), elements.to_f32())
+        .expect("shapes were checked on opening")
+}
+
 /// Whether a directory holds a decomposition (rather than a plain model).
 pub fn is_artifact(dir: &Path) -> bool {
     dir.join(Layout::Decomposition.index_file()).exists()
@@ -44,6 +50,19 @@ impl Artifact {
     ///
     /// A sidecar needs `base`; it is checked by its pinned hashes only when tensors are verified.
     pub fn open(dir: &Path, base: Option<Base>) -> Result<Self> {
+        Self::open_with(dir, base, || Checkpoint::open(dir, Layout::Decomposition))
+    }
+
+    /// As [`Artifact::open`], with weights that lie elsewhere; `dir` holds the small files.
+    pub fn open_stored(dir: &Path, checkpoint: Checkpoint, base: Option<Base>) -> Result<Self> {
+        Self::open_with(dir, base, || Ok(checkpoint))
+    }
+
+    fn open_with(
+        dir: &Path,
+        base: Option<Base>,
+        checkpoint: impl FnOnce() -> Result<Checkpoint>,
+    ) -> Result<Self> {
         let index_path = dir.join(Layout::Decomposition.index_file());
         let config_path = dir.join("config.json");
         if !config_path.exists() {
@@ -63,7 +82,7 @@ impl Artifact {
                 missing: Layout::Decomposition.index_file(),
             });
         }
-        let checkpoint = Checkpoint::open(dir, Layout::Decomposition)?;
+        let checkpoint = checkpoint()?;
         let index = std::fs::read(&index_path).context("read", &index_path)?;
         let metadata = Index::parse(&index_path, &index)?.metadata;
         let sums: Sums = json::interpret(&index_path, metadata["sha256"].clone())?;
@@ -91,31 +110,32 @@ impl Artifact {
         for (module, record) in &self.svd.modules {
             let names = ModuleTensors::of(module);
             let [m, n] = record.shape;
+            let factors = self.svd.factors.dtype();
             let mut expected = vec![
-                (names.u, vec![record.q, m]),
-                (names.sigma, vec![record.q]),
-                (names.v, vec![record.q, n]),
+                (names.u, vec![record.q, m], factors),
+                (names.sigma, vec![record.q], Dtype::F32),
+                (names.v, vec![record.q, n], factors),
             ];
             if self.svd.layout == ArtifactLayout::Residual {
-                expected.push((names.residual, vec![m, n]));
+                expected.push((names.residual, vec![m, n], Dtype::F32));
             }
-            for (tensor, expected) in expected {
+            for (tensor, shape, dtype) in expected {
                 let path = self.checkpoint.path_of(&tensor);
                 match self.checkpoint.inventory.get(&tensor) {
                     None => return Err(Error::TensorMissing { tensor, path }),
-                    Some((_, entry)) if entry.shape != expected => {
+                    Some((_, entry)) if entry.shape != shape => {
                         return Err(Error::Shape {
                             tensor,
                             path,
-                            expected,
+                            expected: shape,
                             found: entry.shape.clone(),
                         });
                     }
-                    Some((_, entry)) if entry.dtype != Dtype::F32 => {
+                    Some((_, entry)) if entry.dtype != dtype => {
                         return Err(Error::Dtype {
                             tensor,
                             path,
-                            expected: "F32".into(),
+                            expected: dtype_name(dtype),
                             found: dtype_name(entry.dtype),
                         });
                     }
@@ -134,11 +154,40 @@ impl Artifact {
         Ok(Factors { u, sigma, v })
     }
 
+    /// As [`Artifact::factors`]; bytes that are not what the index says are refused.
+    pub fn checked_factors(&self, module: &str) -> Result<Factors> {
+        let names = ModuleTensors::of(module);
+        let (u, v) = (self.stored(&names.u)?, self.stored(&names.v)?);
+        Ok(Factors {
+            u: dense(&u),
+            sigma: Array1::from_vec(self.stored(&names.sigma)?.to_f32()),
+            v: dense(&v),
+        })
+    }
+
+    /// A tensor of the artifact itself; bytes that are not what the index says are refused.
+    pub fn stored(&self, tensor: &str) -> Result<Elements> {
+        let elements = self.checkpoint.read_finite(tensor)?;
+        let expected = self.sums.tensors.get(tensor);
+        self.check_sum(tensor, &elements, expected.map(String::as_str))?;
+        Ok(elements)
+    }
+
+    /// The first rows of u or v, read without the others.
+    pub fn rows(&self, tensor: &str, rows: usize) -> Result<Array2<f32>> {
+        Ok(dense(&self.checkpoint.read_rows(tensor, rows)?))
+    }
+
     fn matrix(&self, tensor: &str) -> Result<Array2<f32>> {
-        let elements = self.checkpoint.read(tensor)?;
-        let (rows, columns) = (elements.shape[0], elements.shape[1]);
-        Ok(Array2::from_shape_vec((rows, columns), elements.to_f32())
-            .expect("shapes were checked on opening"))
+        Ok(dense(&self.checkpoint.read(tensor)?))
+    }
+
+    /// Where the tensors are that are carried along, and in a sidecar M too: `base` if it has one.
+    pub fn carried(&self) -> &Checkpoint {
+        match &self.base {
+            Some(base) => &base.checkpoint,
+            None => &self.checkpoint,
+        }
     }
 
     /// The base's tensor of that name, byte for byte: M of a module, or a tensor that was carried along.
@@ -154,12 +203,7 @@ impl Artifact {
         }
         match self.module_of(tensor) {
             Some((module, record)) => self.restore(module, record, &self.factors(module)?),
-            None => {
-                let elements = self.checkpoint.read_finite(tensor)?;
-                let expected = self.sums.tensors.get(tensor);
-                self.check_sum(tensor, &elements, expected.map(String::as_str))?;
-                Ok(elements)
-            }
+            None => self.stored(tensor),
         }
     }
 

@@ -11,7 +11,7 @@ use crate::base::Base;
 use crate::error::{Error, Result};
 use crate::event::Observer;
 use crate::job::{Job, MATRICES, ShareRecord};
-use crate::join::{self, Facts, Join};
+use crate::join::{self, Facts, Frame, Join};
 use crate::model::ModelConfig;
 use crate::part::Part;
 use crate::plan::Plan;
@@ -168,10 +168,9 @@ pub fn run(shares: &Shares, base: &Base, out: &Path, observer: &dyn Observer) ->
     let needed = matrices + plan.disk_bytes_copied();
     check_free_space(out, needed.saturating_sub(bytes_in(out)))?;
     let join = Join {
-        base,
+        frame: &Frame::of(base, job, &plan),
+        carried: &base.checkpoint,
         out,
-        job,
-        plan: &plan,
         workspace: &workspace,
         observer,
         consumes: false,

@@ -81,17 +81,17 @@ impl Base {
         }
         Ok(())
     }
-
-    /// Notes in a decomposition, or a part of one, where its local base lies.
-    pub fn remember_in(&self, workspace: &Workspace) -> Result<()> {
-        let dir = std::fs::canonicalize(&self.dir).context("find", &self.dir)?;
-        let path = workspace.state(REMEMBERED);
-        write_atomically(&path, dir.as_os_str().as_encoded_bytes()).map(drop)
-    }
 }
 
 /// Where a decomposition remembers its local base: in the folder that is never published.
 const REMEMBERED: &str = "base";
+
+/// Notes in a decomposition, or a part of one, where its local base lies.
+pub fn remember(base: &Path, workspace: &Workspace) -> Result<()> {
+    let dir = std::fs::canonicalize(base).context("find", base)?;
+    let path = workspace.state(REMEMBERED);
+    write_atomically(&path, dir.as_os_str().as_encoded_bytes()).map(drop)
+}
 
 /// The local directory a decomposition was made from, if it was one.
 pub fn remembered(artifact: &Path) -> Option<PathBuf> {

@@ -2,6 +2,7 @@
 
 mod advice;
 mod assemble;
+mod convert;
 mod decompose;
 mod demo;
 mod env;
@@ -60,6 +61,7 @@ enum Verb {
     Plan(plan::Command),
     Decompose(decompose::Command),
     Assemble(assemble::Command),
+    Convert(convert::Command),
     Train(train::Command),
     Evaluate(evaluate::Command),
     Merge(merge::Command),
@@ -79,6 +81,7 @@ pub fn run() -> ExitCode {
         Verb::Plan(command) => command.run(&session),
         Verb::Decompose(command) => command.run(&session),
         Verb::Assemble(command) => command.run(&session),
+        Verb::Convert(command) => command.run(&session),
         Verb::Train(command) => command.run(&session),
         Verb::Evaluate(command) => command.run(&session),
         Verb::Merge(command) => command.run(&session),

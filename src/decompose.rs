@@ -3,7 +3,6 @@
 //! Each finished matrix becomes a small file of its own; shards are joined from them while others are still computed.
 //! Killed anywhere, the rerun keeps every finished matrix and every finished shard.
 
-use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,19 +11,18 @@ use std::time::Instant;
 
 use ndarray::Array2;
 
-use crate::base::Base;
+use crate::base::{Base, remember};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
-use crate::format::{ArtifactLayout, ModuleRecord, ModuleTensors, Pin, Rank, stored_positions};
+use crate::format::{ArtifactLayout, FactorsDtype, ModuleRecord, Pin, Rank};
 use crate::job::{Job, MATRICES, Share, ShareRecord};
-use crate::join::{self, Join, PARTS};
+use crate::join::{self, Frame, Join, PARTS};
 use crate::json::Tool;
-use crate::linalg::{self, Wanted, svd::energy};
+use crate::linalg::{self, Wanted, certify, svd::energy};
 use crate::model::ModelConfig;
 use crate::part::Part;
 use crate::plan::{Plan, PlannedTensor};
 use crate::split::Factors;
-use crate::weights::element::View;
 use crate::weights::shard::{sha256_hex, write_atomically};
 use crate::weights::{Checkpoint, dtype_name};
 use crate::workspace::{Claim, PART_FILE, Workspace, bytes_in, check_free_space};
@@ -57,10 +55,9 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
     let needed = plan.disk_bytes_peak(options.shard_bytes_max);
     check_room(out, &plan, needed, observer)?;
     let join = Join {
-        base,
+        frame: &Frame::of(base, &job, &plan),
+        carried: &base.checkpoint,
         out,
-        job: &job,
-        plan: &plan,
         workspace: &workspace,
         observer,
         consumes: true,
@@ -155,7 +152,7 @@ pub fn run_share(
     };
     if base.repo.is_none() {
         // what is copied comes from the base when the parts are joined: remember where that was
-        base.remember_in(&workspace)?;
+        remember(&base.dir, &workspace)?;
     }
     let json = serde_json::to_vec_pretty(&record).expect("a record serialises");
     write_atomically(&out.join(PART_FILE), &json)?;
@@ -275,7 +272,7 @@ impl Compute<'_> {
         let flops = |tensors: &[&PlannedTensor]| tensors.iter().map(|t| t.flops()).sum::<u64>();
         let (all, to_do) = (flops(wanted), flops(missing));
         let (observer, plan) = (self.observer, &self.options.plan);
-        let bytes = |tensor: &PlannedTensor| tensor.worker_bytes(plan.layout);
+        let bytes = |tensor: &PlannedTensor| tensor.worker_bytes(plan.storing);
         let limits = plan.limits();
         let largest = missing.iter().max_by_key(|tensor| bytes(tensor));
         if let Some(largest) = largest.filter(|tensor| bytes(tensor) > limits.memory) {
@@ -310,7 +307,7 @@ impl Compute<'_> {
             _ => Wanted::Triplets(tensor.q.expect("every other rank was resolved before")),
         };
         let [m, n] = [stored.shape[0], stored.shape[1]];
-        let (factors, mut record) = {
+        let (factors, record) = {
             let matrix = Array2::from_shape_vec((m, n), stored.to_f32())
                 .expect("a tensor has as many values as its shape says");
             // M once, not twice, while it is decomposed; M′ reads it again
@@ -330,6 +327,14 @@ impl Compute<'_> {
                 ));
             }
             let (captured_energy, residual_norm) = energy(matrix.view(), &svd.sigma);
+            let dtype_of_factors = self.options.plan.storing.factors;
+            let (route, sigma) = (svd.route, svd.sigma);
+            let (u, v) = (dtype_of_factors.round(svd.u), dtype_of_factors.round(svd.v));
+            let certificate = match dtype_of_factors {
+                FactorsDtype::F32 => svd.certificate,
+                // of what is stored
+                FactorsDtype::Bf16 => certify(matrix.view(), &u, &sigma, &v, 1)?,
+            };
             let record = ModuleRecord {
                 q,
                 shape: [m, n],
@@ -338,50 +343,26 @@ impl Compute<'_> {
                 tied_to: tensor.tied_to.clone(),
                 captured_energy,
                 residual_norm,
-                sigma_max: svd.sigma[0],
-                sigma_min: svd.sigma[q - 1],
-                route: svd.route,
-                certificate: svd.certificate,
+                sigma_max: sigma[0],
+                sigma_min: sigma[q - 1],
+                route,
+                certificate,
                 exceptions: 0,
                 sha256,
             };
-            let factors = Factors {
-                u: svd.u,
-                sigma: svd.sigma,
-                v: svd.v,
-            };
-            (factors, record)
+            (Factors { u, sigma, v }, record)
         };
-        let names = ModuleTensors::of(module);
-        let residual = match self.options.plan.layout {
-            ArtifactLayout::Residual => {
-                let stored = checkpoint.read(&tensor.stored_as())?;
-                Some(factors.residual(&stored))
-            }
+        let matrix = match self.options.plan.storing.layout {
+            ArtifactLayout::Residual => Some(checkpoint.read(&tensor.stored_as())?),
             ArtifactLayout::Sidecar => None,
         };
-        let exact_at = OnceCell::new();
-        let mut tensors: Vec<(String, View<'_>)> = Vec::new();
-        if let Some(residual) = residual.as_ref() {
-            tensors.push((names.residual, View::f32(&[m, n], &residual.values)));
-            record.exceptions = residual.exact_at.len() as u64;
-            if record.exceptions > 0 {
-                let at = exact_at.get_or_init(|| stored_positions(&residual.exact_at, m * n));
-                tensors.push((names.exact_at, at.view()));
-                tensors.push((names.exact, View::stored(dtype, &at.shape, &residual.exact)));
-            }
-        }
-        let dense = |a| {
-            let a: &Array2<f32> = a;
-            View::f32(
-                a.shape(),
-                a.as_slice().expect("factors are dense and row-major"),
-            )
-        };
-        let sigma = factors.sigma.to_vec();
-        tensors.push((names.u, dense(&factors.u)));
-        tensors.push((names.sigma, View::f32(&[record.q], &sigma)));
-        tensors.push((names.v, dense(&factors.v)));
-        Part::write(self.folder, module, record, &tensors)
+        Part::of(
+            self.folder,
+            module,
+            record,
+            &factors,
+            self.options.plan.storing.factors,
+            matrix.as_ref(),
+        )
     }
 }

@@ -66,6 +66,15 @@ pub enum Error {
         before: String,
         now: String,
     },
+    #[error("module `{module}` of {} needs {wanted}, and {stored} singular triplets of it are stored", path.display())]
+    RankBeyond {
+        path: PathBuf,
+        module: String,
+        wanted: String,
+        stored: usize,
+    },
+    #[error("the vectors of {} are stored in bf16: they cannot become f32 again", path.display())]
+    FactorsRounded { path: PathBuf },
     #[error("{} is there already, and svdhub did not write it", path.display())]
     ForeignFile { path: PathBuf },
 
@@ -112,6 +121,12 @@ pub enum Error {
         path: PathBuf,
         value: f32,
         index: Vec<usize>,
+    },
+    #[error("the rows of `{tensor}` or of its partner in {} are not orthonormal: they are off by {found:.1e}", path.display())]
+    NotOrthonormal {
+        tensor: String,
+        path: PathBuf,
+        found: f64,
     },
     #[error("{what} in {}: expected sha256 {expected}, found {found}", path.display())]
     Checksum {

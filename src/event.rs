@@ -7,6 +7,7 @@ pub enum Stage {
     Hash,
     Spectra,
     Decompose,
+    Convert,
     Write,
     Load,
     Train,

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::Path;
+use std::str::FromStr;
 
+use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -17,7 +19,8 @@ use crate::weights::{Dtype, Elements};
 /// The version of the `svd` section this build writes. Older ones are read, newer ones refused.
 ///
 /// 1: ranks by `fraction` and `fixed`. 2: also by `energy` and `budget`; a module may be `tied_to` the weight it copies.
-pub const SCHEMA: u32 = 2;
+/// 3: `factors` names the dtype of u and v; `nested_in` the decomposition of which this one is the beginning.
+pub const SCHEMA: u32 = 3;
 
 /// The base's `config.json` and index, byte for byte: merging gives them back.
 pub const BASE_CONFIG: &str = "base_config.json";
@@ -37,17 +40,134 @@ pub enum ArtifactLayout {
     Sidecar,
 }
 
+/// The dtype of u and v; σ is f32 always.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FactorsDtype {
+    #[default]
+    F32,
+    /// Half the size; the vectors are orthonormal to some 2⁻⁹ then. M comes back exactly all the same.
+    Bf16,
+}
+
+impl FactorsDtype {
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Self::F32 => Dtype::F32,
+            Self::Bf16 => Dtype::BF16,
+        }
+    }
+
+    /// Vectors as they come back once they were stored.
+    pub fn round(self, vectors: Array2<f32>) -> Array2<f32> {
+        match self {
+            Self::F32 => vectors,
+            Self::Bf16 => vectors.mapv_into(|x| half::bf16::from_f32(x).to_f32()),
+        }
+    }
+
+    /// Of one element.
+    pub fn bytes(self) -> u64 {
+        (self.dtype().bitsize() / 8) as u64
+    }
+}
+
+impl fmt::Display for FactorsDtype {
+    fn fmt(&self, out: &mut fmt::Formatter) -> fmt::Result {
+        out.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+impl FromStr for FactorsDtype {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
+            _ => Err(Error::Parse {
+                what: "a dtype of factors",
+                value: text.into(),
+                reason: "expected f32 or bf16".into(),
+            }),
+        }
+    }
+}
+
+impl FromStr for ArtifactLayout {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "residual" => Ok(Self::Residual),
+            "sidecar" => Ok(Self::Sidecar),
+            _ => Err(Error::Parse {
+                what: "a layout",
+                value: text.into(),
+                reason: "expected residual or sidecar".into(),
+            }),
+        }
+    }
+}
+
+/// What an artifact stores of each weight, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Storing {
+    pub layout: ArtifactLayout,
+    #[serde(default)]
+    pub factors: FactorsDtype,
+}
+
 /// The `svd` section of `config.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SvdSection {
     pub schema: u32,
     pub layout: ArtifactLayout,
+    #[serde(default)]
+    pub factors: FactorsDtype,
     pub base: Pin,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nested_in: Option<Origin>,
     pub rank: Rank,
     pub algorithm: Algorithm,
     pub modules: BTreeMap<String, ModuleRecord>,
     pub tool: Tool,
+}
+
+/// Exactly which decomposition.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Origin {
+    pub repo: Option<String>,
+    pub revision: Option<String>,
+    /// Of its index file, which names the sha256 of everything else.
+    pub content_sha256: String,
+}
+
+/// What rounding the vectors to bf16 does to their lengths and angles, at most.
+const BF16_TOLERANCE: f64 = 1.0 / 256.0;
+
+impl SvdSection {
+    /// Whether the stored triplets, looked at anew, are what this section promises.
+    pub fn accepts(&self, certificate: &Certificate) -> bool {
+        match self.factors {
+            FactorsDtype::F32 => self.algorithm.accepts(certificate),
+            FactorsDtype::Bf16 => {
+                certificate.are_consistent(self.algorithm.tolerance + BF16_TOLERANCE)
+            }
+        }
+    }
+
+    /// Whether vectors that are so far from orthonormal are still what this section promises.
+    pub fn are_orthonormal(&self, orthogonality: f64) -> bool {
+        orthogonality
+            <= match self.factors {
+                FactorsDtype::F32 => self.algorithm.tolerance,
+                FactorsDtype::Bf16 => self.algorithm.tolerance + BF16_TOLERANCE,
+            }
+    }
 }
 
 /// Exactly which model was decomposed.
@@ -126,6 +246,11 @@ impl ModuleTensors {
 /// The name under which the header of a base file is kept.
 pub fn base_header_tensor(file: &str) -> String {
     format!("{BASE_HEADER}{file}")
+}
+
+/// Whether a tensor of an artifact is the header of a base file.
+pub fn is_base_header(tensor: &str) -> bool {
+    tensor.starts_with(BASE_HEADER)
 }
 
 /// Says in a model's config that its head is a weight of its own.

@@ -60,7 +60,7 @@ impl Job {
             let names: Vec<String> = patterns.iter().map(ToString::to_string).collect();
             names.join(",")
         };
-        let layout = format!("{:?}", plan.layout).to_lowercase();
+        let layout = format!("{:?}", plan.storing.layout).to_lowercase();
         let content = sha256_hex(files.as_bytes());
         let head = if plan.untie_head {
             "untied"
@@ -73,6 +73,7 @@ impl Job {
             ("content of the base model", content),
             ("rank", plan.rank.to_string()),
             ("layout", layout),
+            ("dtype of the factors", plan.storing.factors.to_string()),
             ("include", list(&plan.include)),
             ("exclude", list(&plan.exclude)),
             ("head", head.into()),

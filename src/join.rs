@@ -12,12 +12,12 @@ use std::sync::mpsc::Receiver;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::base::{Base, card_facts, copy_side_files, side_files};
+use crate::base::{Base, card_facts, copy_side_files, remember, side_files};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{
-    ArtifactLayout, BASE_CONFIG, BASE_INDEX, ModuleRecord, ModuleTensors, Pin, SCHEMA, Sums,
-    SvdSection, base_header_tensor, untie,
+    ArtifactLayout, BASE_CONFIG, BASE_INDEX, ModuleRecord, ModuleTensors, Origin, Pin, Rank,
+    SCHEMA, Storing, Sums, SvdSection, base_header_tensor, untie,
 };
 use crate::job::Job;
 use crate::json::{self, Tool};
@@ -26,8 +26,8 @@ use crate::part::Part;
 use crate::plan::{Plan, PlannedTensor, Trainable};
 use crate::report;
 use crate::spectrum::{self, Spectrum};
-use crate::weights::shard::{Sum, rename, sha256_file, write_atomically};
-use crate::weights::{Checkpoint, Dtype, Header, Layout, ShardWriter};
+use crate::weights::shard::{Sum, rename, sha256_file, sha256_hex, write_atomically};
+use crate::weights::{Checkpoint, Dtype, Entry, Header, Layout, ShardWriter};
 use crate::workspace::Workspace;
 
 /// The facts of a decomposition, as `report.json` keeps them.
@@ -35,8 +35,12 @@ use crate::workspace::Workspace;
 pub struct Facts {
     pub base: Pin,
     pub model_type: String,
-    pub rank: crate::format::Rank,
-    pub layout: ArtifactLayout,
+    pub rank: Rank,
+    #[serde(flatten)]
+    pub storing: Storing,
+    /// The decomposition of which this one holds the leading triplets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nested_in: Option<Origin>,
     pub algorithm: Algorithm,
     pub linear_layers: usize,
     pub parameters: u64,
@@ -49,6 +53,9 @@ pub struct Facts {
     /// Elements of M stored exactly beside M′, and their share.
     pub exceptions: u64,
     pub exceptions_share: f64,
+    /// Distance of the stored vectors from orthonormal ones, root mean square per row, of the worst matrix.
+    #[serde(default)]
+    pub orthogonality: f64,
     /// Matrices for which single precision was not enough.
     pub double_precision: usize,
     pub bytes: u64,
@@ -60,12 +67,117 @@ pub struct Facts {
     pub base_card: Value,
 }
 
+/// Everything of a decomposition but its matrices: known before they are.
+pub struct Frame {
+    pub pin: Pin,
+    pub model_type: String,
+    pub rank: Rank,
+    pub storing: Storing,
+    /// The decomposition of which this one holds the leading triplets.
+    pub nested_in: Option<Origin>,
+    pub algorithm: Algorithm,
+    pub shard_bytes_max: u64,
+    /// What the shards hold, in their order.
+    pub items: Vec<Item>,
+    /// What is known of the bytes that are carried along; others are believed.
+    pub carried_sha256: BTreeMap<String, String>,
+    /// The header of each base file, in the residual layout.
+    pub headers: Vec<(String, Vec<u8>)>,
+    pub linear_layers: usize,
+    pub parameters: u64,
+    pub norms: u64,
+    pub embeddings: u64,
+    pub untied_head: bool,
+    pub base_bytes: u64,
+    pub base_card: Value,
+    /// The base's own `config.json` and, if it has one, its index.
+    pub base_config: PathBuf,
+    pub base_index: Option<PathBuf>,
+    /// Where tokenizer, templates and licences come from.
+    pub side_files: PathBuf,
+    /// A base that no Hub has: where it lies.
+    pub local_base: Option<PathBuf>,
+}
+
+/// One thing that the shards hold.
+pub enum Item {
+    /// A decomposed module.
+    Matrix(String),
+    /// A tensor that is carried along.
+    Carried(Entry),
+}
+
+impl Frame {
+    /// The frame of a base that is decomposed as planned.
+    pub fn of(base: &Base, job: &Job, plan: &Plan) -> Self {
+        let residual = plan.storing.layout == ArtifactLayout::Residual;
+        let inventory = &base.checkpoint.inventory;
+        let carried = |tensor: &PlannedTensor| {
+            let (_, entry) = inventory
+                .get(&tensor.name)
+                .expect("a plan names tensors of its own inventory");
+            Item::Carried(entry.clone())
+        };
+        let items = plan.tensors.iter().filter_map(|tensor| {
+            if tensor.is_decomposed() {
+                Some(Item::Matrix(tensor.module().into()))
+            } else {
+                residual.then(|| carried(tensor))
+            }
+        });
+        let headers = inventory.files.iter().filter(|_| residual);
+        let index = base.dir.join(Layout::Model.index_file());
+        Self {
+            pin: job.base.clone(),
+            model_type: plan.model_type.clone(),
+            rank: plan.rank,
+            storing: plan.storing,
+            nested_in: None,
+            algorithm: job.options.algorithm.clone(),
+            shard_bytes_max: job.options.shard_bytes_max,
+            items: items.collect(),
+            carried_sha256: BTreeMap::new(),
+            headers: headers
+                .map(|file| (file.name.clone(), file.header.prefix.clone()))
+                .collect(),
+            linear_layers: plan.linear_layers,
+            parameters: plan.parameters,
+            norms: plan.trainable.norms,
+            embeddings: plan.trainable.embeddings,
+            untied_head: job.options.plan.untie_head,
+            base_bytes: inventory.total_bytes(),
+            base_card: card_facts(&base.dir),
+            base_config: base.dir.join("config.json"),
+            base_index: base.checkpoint.indexed.then_some(index),
+            side_files: base.dir.clone(),
+            local_base: job.base.repo.is_none().then(|| base.dir.clone()),
+        }
+    }
+
+    /// The modules, in the order of the shards.
+    pub fn matrices(&self) -> impl Iterator<Item = &str> {
+        self.items.iter().filter_map(|item| match item {
+            Item::Matrix(module) => Some(module.as_str()),
+            Item::Carried(_) => None,
+        })
+    }
+
+    /// Bytes of what is carried along.
+    pub fn carried_bytes(&self) -> u64 {
+        let carried = self.items.iter().map(|item| match item {
+            Item::Matrix(_) => 0,
+            Item::Carried(entry) => entry.bytes,
+        });
+        carried.sum()
+    }
+}
+
 /// A decomposition being put together in its directory.
 pub struct Join<'a> {
-    pub base: &'a Base,
+    pub frame: &'a Frame,
+    /// Holds what is carried along, under the same names.
+    pub carried: &'a Checkpoint,
     pub out: &'a Path,
-    pub job: &'a Job,
-    pub plan: &'a Plan,
     pub workspace: &'a Workspace,
     pub observer: &'a dyn Observer,
     /// Whether a part is removed once it is in a shard: our own are, those of other directories are not.
@@ -105,7 +217,7 @@ struct Placed {
 enum Source {
     /// The part of this module.
     Part(String),
-    Base,
+    Carried,
     BaseHeader(String),
 }
 
@@ -174,13 +286,12 @@ impl Join<'_> {
         let written = joined.shards.iter().flat_map(|shard| &shard.tensors);
         let written: Vec<String> = written.map(|(placed, _)| placed.name.clone()).collect();
         let mut written = written.into_iter();
-        let mut filling = Filling::new(self.job.options.shard_bytes_max);
+        let mut filling = Filling::new(self.frame.shard_bytes_max);
         let headers = self.base_headers();
-        let items = self.plan.tensors.iter().map(Some).chain([None]);
+        let items = self.frame.items.iter().map(Some).chain([None]);
         for item in items {
             let placed = match item {
-                Some(tensor) if tensor.is_decomposed() => {
-                    let module = tensor.module();
+                Some(Item::Matrix(module)) => {
                     while !joined.parts.contains_key(module) {
                         let Ok((arrived, part)) = arrivals.recv() else {
                             return Ok(None);
@@ -189,7 +300,7 @@ impl Join<'_> {
                     }
                     place_part(module, &joined.parts[module])
                 }
-                Some(tensor) => self.place_copy(tensor),
+                Some(Item::Carried(entry)) => vec![place_carried(entry)],
                 None => headers.clone(),
             };
             for tensor in placed {
@@ -217,49 +328,31 @@ impl Join<'_> {
         Ok(Some(joined))
     }
 
-    /// Of a tensor that is copied: its place in the artifact, if the layout has one for it.
-    fn place_copy(&self, tensor: &PlannedTensor) -> Vec<Placed> {
-        if self.job.options.plan.layout == ArtifactLayout::Sidecar {
-            return Vec::new();
-        }
-        let entry = self.base.checkpoint.inventory.get(&tensor.name);
-        let (_, entry) = entry.expect("a plan names tensors of its own inventory");
-        vec![Placed {
-            name: entry.name.clone(),
-            dtype: entry.dtype,
-            shape: entry.shape.clone(),
-            source: Source::Base,
-        }]
-    }
-
     fn base_headers(&self) -> Vec<Placed> {
-        if self.job.options.plan.layout == ArtifactLayout::Sidecar {
-            return Vec::new();
-        }
-        let files = self.base.checkpoint.inventory.files.iter();
-        files
-            .map(|file| Placed {
-                name: base_header_tensor(&file.name),
+        let headers = self.frame.headers.iter();
+        headers
+            .map(|(file, prefix)| Placed {
+                name: base_header_tensor(file),
                 dtype: Dtype::U8,
-                shape: vec![file.header.prefix.len()],
-                source: Source::BaseHeader(file.name.clone()),
+                shape: vec![prefix.len()],
+                source: Source::BaseHeader(file.clone()),
             })
             .collect()
     }
 
     /// Shows the writing once nothing else is under way.
     fn show(&self, joined: &mut Joined) {
-        if joined.shown || joined.parts.len() < self.plan.decomposed().count() {
+        if joined.shown || joined.parts.len() < self.frame.matrices().count() {
             return;
         }
         joined.shown = true;
         let all: u64 = self
-            .plan
-            .tensors
+            .frame
+            .items
             .iter()
-            .flat_map(|tensor| match joined.parts.get(tensor.module()) {
-                Some(part) if tensor.is_decomposed() => place_part(tensor.module(), part),
-                _ => self.place_copy(tensor),
+            .flat_map(|item| match item {
+                Item::Matrix(module) => place_part(module, &joined.parts[module]),
+                Item::Carried(entry) => vec![place_carried(entry)],
             })
             .chain(self.base_headers())
             .map(|placed| placed.bytes())
@@ -294,13 +387,13 @@ impl Join<'_> {
                     }
                     sum
                 }
-                Source::Base => self.copy_base(&mut writer, &tensor)?,
+                Source::Carried => self.copy_carried(&mut writer, &tensor)?,
                 Source::BaseHeader(file) => {
-                    let mut files = self.base.checkpoint.inventory.files.iter();
-                    let file = files.find(|f| &f.name == file);
-                    let file = file.expect("headers are placed for files of the base");
-                    writer.put(&tensor.name, &file.header.prefix)?;
-                    crate::weights::shard::sha256_hex(&file.header.prefix)
+                    let mut headers = self.frame.headers.iter();
+                    let header = headers.find(|(name, _)| name == file);
+                    let (_, prefix) = header.expect("headers are placed from this very list");
+                    writer.put(&tensor.name, prefix)?;
+                    sha256_hex(prefix)
                 }
             };
             self.observer
@@ -315,8 +408,8 @@ impl Join<'_> {
         Ok(())
     }
 
-    fn copy_base(&self, writer: &mut ShardWriter, tensor: &Placed) -> Result<String> {
-        let checkpoint = &self.base.checkpoint;
+    fn copy_carried(&self, writer: &mut ShardWriter, tensor: &Placed) -> Result<String> {
+        let checkpoint = self.carried;
         let mut sum = Sum::default();
         writer.begin(&tensor.name);
         checkpoint.read_blocks(&tensor.name, |block| {
@@ -327,7 +420,16 @@ impl Join<'_> {
             sum.update(&block.bytes);
             writer.write(&block.bytes)
         })?;
-        Ok(sum.finish())
+        let found = sum.finish();
+        match self.frame.carried_sha256.get(&tensor.name) {
+            Some(expected) if *expected != found => Err(Error::Checksum {
+                what: format!("tensor `{}`", tensor.name),
+                path: checkpoint.path_of(&tensor.name),
+                expected: expected.clone(),
+                found,
+            }),
+            _ => Ok(found),
+        }
     }
 
     /// Gives the shards their names and writes everything else; the index last.
@@ -348,15 +450,15 @@ impl Join<'_> {
         let spectrum = Spectrum::of(&records, |module| self.sigma(module, &index))?;
         let facts = self.facts(&records, &spectrum, index.total_size, threads, seconds);
         self.write_config(&facts, records)?;
-        copy_side_files(&self.base.dir, self.out)?;
+        copy_side_files(&self.frame.side_files, self.out)?;
         // what was trained and measured before belongs to the base, not to what will be trained from here
         report::add(self.out, serde_json::Map::new(), "decompose", &facts)?;
         let nothing = serde_json::Map::new();
         report::add(self.out, nothing, spectrum::SECTION, &spectrum)?;
         self.write_index(index)?;
-        if self.job.base.repo.is_none() {
+        if let Some(dir) = &self.frame.local_base {
             // a sidecar is merged beside its base: remember where that was
-            self.base.remember_in(self.workspace)?;
+            remember(dir, self.workspace)?;
         }
         Ok(facts)
     }
@@ -392,43 +494,51 @@ impl Join<'_> {
     ) -> Facts {
         let exceptions = records.values().map(|r| r.exceptions).sum();
         let elements: usize = records.values().map(|r| r.shape[0] * r.shape[1]).sum();
+        let frame = self.frame;
         Facts {
-            base: self.job.base.clone(),
-            model_type: self.plan.model_type.clone(),
-            rank: self.plan.rank,
-            layout: self.plan.layout,
-            algorithm: self.job.options.algorithm.clone(),
-            linear_layers: self.plan.linear_layers,
-            parameters: self.plan.parameters,
+            base: frame.pin.clone(),
+            model_type: frame.model_type.clone(),
+            rank: frame.rank,
+            storing: frame.storing,
+            nested_in: frame.nested_in.clone(),
+            algorithm: frame.algorithm.clone(),
+            linear_layers: frame.linear_layers,
+            parameters: frame.parameters,
             trainable: Trainable {
                 sigma: records.values().map(|r| r.q as u64).sum(),
-                norms: self.plan.trainable.norms,
-                embeddings: self.plan.trainable.embeddings,
+                norms: frame.norms,
+                embeddings: frame.embeddings,
             },
-            untied_head: self.job.options.plan.untie_head,
+            untied_head: frame.untied_head,
             captured_energy: spectrum.captured_energy,
             exceptions,
             exceptions_share: exceptions as f64 / elements as f64,
+            orthogonality: records
+                .values()
+                .map(|r| r.certificate.orthogonality)
+                .fold(0.0, f64::max),
             double_precision: records.values().filter(|r| !r.route.is_single()).count(),
             bytes,
-            base_bytes: self.base.checkpoint.inventory.total_bytes(),
+            base_bytes: frame.base_bytes,
             threads,
             seconds,
-            base_card: card_facts(&self.base.dir),
+            base_card: frame.base_card.clone(),
         }
     }
 
     fn write_config(&self, facts: &Facts, modules: BTreeMap<String, ModuleRecord>) -> Result<()> {
-        let path = self.base.dir.join("config.json");
-        let verbatim = std::fs::read(&path).context("read", &path)?;
-        let mut config: Value = json::read(&path)?;
+        let path = &self.frame.base_config;
+        let verbatim = std::fs::read(path).context("read", path)?;
+        let mut config: Value = json::read(path)?;
         if facts.untied_head {
             untie(&mut config);
         }
         let section = SvdSection {
             schema: SCHEMA,
-            layout: facts.layout,
+            layout: facts.storing.layout,
+            factors: facts.storing.factors,
             base: facts.base.clone(),
+            nested_in: facts.nested_in.clone(),
             rank: facts.rank,
             algorithm: facts.algorithm.clone(),
             modules,
@@ -436,9 +546,8 @@ impl Join<'_> {
         };
         config["svd"] = serde_json::to_value(section).expect("a section serialises");
         write_atomically(&self.out.join(BASE_CONFIG), &verbatim)?;
-        if self.base.checkpoint.indexed {
-            let index = self.base.dir.join(Layout::Model.index_file());
-            let verbatim = std::fs::read(&index).context("read", &index)?;
+        if let Some(index) = &self.frame.base_index {
+            let verbatim = std::fs::read(index).context("read", index)?;
             write_atomically(&self.out.join(BASE_INDEX), &verbatim)?;
         }
         let json = serde_json::to_vec_pretty(&config).expect("a JSON value serialises");
@@ -450,7 +559,7 @@ impl Join<'_> {
         let mut small = side_files(self.out)?;
         small.push("config.json".into());
         small.push(BASE_CONFIG.into());
-        if self.base.checkpoint.indexed {
+        if self.frame.base_index.is_some() {
             small.push(BASE_INDEX.into());
         }
         for name in small {
@@ -481,6 +590,15 @@ pub fn clean_up(workspace: &Workspace) {
     // both are empty, or hold what is not ours
     let _ = std::fs::remove_dir(workspace.state(SHARDS));
     let _ = std::fs::remove_dir(workspace.state(PARTS));
+}
+
+fn place_carried(entry: &Entry) -> Placed {
+    Placed {
+        name: entry.name.clone(),
+        dtype: entry.dtype,
+        shape: entry.shape.clone(),
+        source: Source::Carried,
+    }
 }
 
 fn place_part(module: &str, part: &Part) -> Vec<Placed> {
@@ -603,7 +721,7 @@ mod tests {
                 name: name.into(),
                 dtype: Dtype::U8,
                 shape: vec![n],
-                source: Source::Base,
+                source: Source::Carried,
             }));
         }
         shards.extend(filling.end());

@@ -15,6 +15,7 @@ pub mod artifact;
 pub mod assemble;
 pub mod base;
 pub mod card;
+pub mod convert;
 pub mod decompose;
 pub mod error;
 pub mod evaluate;

@@ -9,7 +9,7 @@ mod outliers;
 mod product;
 pub mod svd;
 
-pub use certificate::{Certificate, certify};
+pub use certificate::{Certificate, certify, orthogonality};
 pub use lapack::single_threaded_blas;
 pub use operand::Backend;
 pub use product::gemm;

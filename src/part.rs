@@ -1,14 +1,17 @@
 //! One decomposed matrix in a file of its own, on its way into a decomposition.
 
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 
+use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::format::ModuleRecord;
+use crate::format::{FactorsDtype, ModuleRecord, ModuleTensors, stored_positions};
+use crate::split::Factors;
 use crate::weights::element::View;
 use crate::weights::shard::{Sum, sha256_hex};
-use crate::weights::{Dtype, Header, ShardWriter};
+use crate::weights::{Dtype, Elements, Header, ShardWriter};
 
 /// A finished matrix: what is known of it, and what its file holds.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -45,8 +48,42 @@ pub fn path_of(folder: &Path, module: &str) -> PathBuf {
 }
 
 impl Part {
+    /// Writes what an artifact holds of one matrix into `folder`: its factors, and M′ if M is given.
+    pub fn of(
+        folder: &Path,
+        module: &str,
+        mut record: ModuleRecord,
+        factors: &Factors,
+        dtype: FactorsDtype,
+        matrix: Option<&Elements>,
+    ) -> Result<Self> {
+        let names = ModuleTensors::of(module);
+        let residual = matrix.map(|matrix| (factors.residual(matrix), matrix));
+        let exact_at = OnceCell::new();
+        let mut tensors: Vec<(String, View<'_>)> = Vec::new();
+        record.exceptions = 0;
+        if let Some((residual, matrix)) = &residual {
+            let values = View::f32(&matrix.shape, &residual.values);
+            tensors.push((names.residual, values));
+            record.exceptions = residual.exact_at.len() as u64;
+            if record.exceptions > 0 {
+                let at = || stored_positions(&residual.exact_at, matrix.len());
+                let at = exact_at.get_or_init(at);
+                let exact = View::stored(matrix.dtype, &at.shape, &residual.exact);
+                tensors.push((names.exact_at, at.view()));
+                tensors.push((names.exact, exact));
+            }
+        }
+        let rounded = (OnceCell::new(), OnceCell::new());
+        tensors.push((names.u, stored(&factors.u, dtype, &rounded.0)));
+        let sigma = factors.sigma.to_vec();
+        tensors.push((names.sigma, View::f32(&[record.q], &sigma)));
+        tensors.push((names.v, stored(&factors.v, dtype, &rounded.1)));
+        Self::write(folder, module, record, &tensors)
+    }
+
     /// Writes a finished matrix into `folder`.
-    pub fn write(
+    fn write(
         folder: &Path,
         module: &str,
         record: ModuleRecord,
@@ -118,5 +155,20 @@ impl Part {
             header_sha256: sha256_hex(&header.prefix),
         });
         Ok(part)
+    }
+}
+
+/// Vectors in the form they are stored in; `rounded` keeps them if it is another than they have.
+fn stored<'a>(
+    vectors: &'a Array2<f32>,
+    dtype: FactorsDtype,
+    rounded: &'a OnceCell<Elements>,
+) -> View<'a> {
+    let values = vectors.as_slice().expect("factors are dense and row-major");
+    match dtype {
+        FactorsDtype::F32 => View::f32(vectors.shape(), values),
+        FactorsDtype::Bf16 => rounded
+            .get_or_init(|| Elements::from_f32(vectors.shape(), values).cast(dtype.dtype()))
+            .view(),
     }
 }

@@ -8,7 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::format::{ArtifactLayout, ModuleTensors, Rank, base_header_tensor};
+use crate::format::{ArtifactLayout, ModuleTensors, Rank, Storing, base_header_tensor};
 use crate::linalg::{Route, usual_route};
 use crate::model::ModelConfig;
 use crate::weights::checkpoint::WeightFile;
@@ -79,7 +79,8 @@ pub struct PlanOptions {
     pub exclude: Vec<Pattern>,
     /// Decompose a head that is tied to the embedding as a weight of its own.
     pub untie_head: bool,
-    pub layout: ArtifactLayout,
+    #[serde(flatten)]
+    pub storing: Storing,
     /// Matrices at a time; no part of what makes the result, and so of no record.
     #[serde(skip, default = "cores")]
     pub threads: usize,
@@ -111,7 +112,7 @@ impl Default for PlanOptions {
             include: Vec::new(),
             exclude: Vec::new(),
             untie_head: false,
-            layout: ArtifactLayout::Residual,
+            storing: Storing::default(),
             threads: cores(),
             memory: None,
         }
@@ -249,7 +250,7 @@ impl PlannedTensor {
     ///   an f32 weight also the elements that are stored exactly.
     ///
     /// Where outliers are taken out, one more M is there while solving.
-    pub(crate) fn worker_bytes(&self, layout: ArtifactLayout) -> u64 {
+    pub(crate) fn worker_bytes(&self, storing: Storing) -> u64 {
         if !self.is_decomposed() {
             return self.bytes;
         }
@@ -262,7 +263,7 @@ impl PlannedTensor {
         let reading = self.bytes + matrix;
         let solving = matrix + Foreseeable::of(self).solver_bytes(s, q);
         let completing = matrix + factors + 2 * q * l;
-        let splitting = match layout {
+        let splitting = match storing.layout {
             ArtifactLayout::Residual => {
                 let (rows, columns) = (m.min(TILE), n.min(TILE));
                 let tile = 8 * (rows * columns + q * (rows + columns));
@@ -276,21 +277,21 @@ impl PlannedTensor {
     }
 
     /// The most bytes that the tensor takes in the artifact.
-    fn artifact_bytes_max(&self, layout: ArtifactLayout) -> u64 {
-        self.artifact_bytes(layout, self.q.unwrap_or(self.q_max))
+    fn artifact_bytes_max(&self, storing: Storing) -> u64 {
+        self.artifact_bytes(storing, self.q.unwrap_or(self.q_max))
     }
 
     /// Bytes the tensor takes in the artifact, with `q` triplets if it is decomposed.
-    fn artifact_bytes(&self, layout: ArtifactLayout, q: usize) -> u64 {
-        match (self.action, layout) {
+    fn artifact_bytes(&self, storing: Storing, q: usize) -> u64 {
+        match (self.action, storing.layout) {
             (Action::Copy, ArtifactLayout::Residual) => self.bytes,
             (Action::Copy, ArtifactLayout::Sidecar) => 0,
             (Action::Decompose, _) => {
                 let (m, n) = self.sides();
-                let factors = 4 * (q * (m + n + 1)) as u64;
+                let factors = storing.factors.bytes() * (q * (m + n)) as u64 + 4 * q as u64;
                 // of an f32 weight, 14–19 % of the elements are stored exactly, in 8 bytes each; of 16 bits, almost none
                 let exact = if self.dtype == "F32" { 5 } else { 4 };
-                match layout {
+                match storing.layout {
                     ArtifactLayout::Residual => factors + exact * (m * n) as u64,
                     ArtifactLayout::Sidecar => factors,
                 }
@@ -361,7 +362,8 @@ pub struct Foreseen {
 pub struct Plan {
     pub model_type: String,
     pub rank: Rank,
-    pub layout: ArtifactLayout,
+    #[serde(flatten)]
+    pub storing: Storing,
     /// Of the model that merging will give.
     pub parameters: u64,
     pub trainable: Foreseen,
@@ -438,7 +440,7 @@ impl Plan {
         Ok(Self::add_up(
             config.model_type.clone(),
             options.rank,
-            options.layout,
+            options.storing,
             options.limits(),
             tensors,
         ))
@@ -448,7 +450,7 @@ impl Plan {
     fn add_up(
         model_type: String,
         rank: Rank,
-        layout: ArtifactLayout,
+        storing: Storing,
         limits: Limits,
         tensors: Vec<PlannedTensor>,
     ) -> Self {
@@ -477,7 +479,7 @@ impl Plan {
         Self {
             model_type,
             rank,
-            layout,
+            storing,
             parameters: tensors.iter().map(elements).sum(),
             trainable: Foreseen {
                 sigma,
@@ -490,8 +492,11 @@ impl Plan {
             flops,
             seconds: flops as f64 / FLOPS_PER_CORE / limits.threads as f64,
             // what is copied, and joined, passes through a small buffer
-            peak_bytes: PROCESS_BYTES + limits.peak(decomposed().map(|t| t.worker_bytes(layout))),
-            disk_bytes: costliest.iter().map(|t| t.artifact_bytes_max(layout)).sum(),
+            peak_bytes: PROCESS_BYTES + limits.peak(decomposed().map(|t| t.worker_bytes(storing))),
+            disk_bytes: costliest
+                .iter()
+                .map(|t| t.artifact_bytes_max(storing))
+                .sum(),
             threads: limits.threads,
             limits,
             tensors,
@@ -514,7 +519,7 @@ impl Plan {
         Self::add_up(
             self.model_type,
             self.rank,
-            self.layout,
+            self.storing,
             self.limits,
             self.tensors,
         )
@@ -524,7 +529,7 @@ impl Plan {
     pub fn disk_bytes_min(&self) -> u64 {
         self.tensors
             .iter()
-            .map(|t| t.artifact_bytes(self.layout, t.q.unwrap_or(1)))
+            .map(|t| t.artifact_bytes(self.storing, t.q.unwrap_or(1)))
             .sum()
     }
 
@@ -533,7 +538,7 @@ impl Plan {
     /// A matrix waits in its file until the shard with its last tensor is whole: beside everything there may be that
     /// shard, which is larger than its limit where one tensor is, and what earlier shards hold of the same matrix.
     pub fn disk_bytes_peak(&self, shard_bytes_max: u64) -> u64 {
-        let bytes = |t: &PlannedTensor| t.artifact_bytes_max(self.layout);
+        let bytes = |t: &PlannedTensor| t.artifact_bytes_max(self.storing);
         let largest = self.tensors.iter().map(bytes).max().unwrap_or(0);
         let twice = shard_bytes_max.max(largest).saturating_add(largest);
         self.disk_bytes + self.disk_bytes / 50 + self.disk_bytes.min(twice)
@@ -541,7 +546,7 @@ impl Plan {
 
     /// The most disk that some finished matrices take.
     pub fn disk_bytes_of(&self, tensors: &[&PlannedTensor]) -> u64 {
-        let bytes = tensors.iter().map(|t| t.artifact_bytes_max(self.layout));
+        let bytes = tensors.iter().map(|t| t.artifact_bytes_max(self.storing));
         let bytes: u64 = bytes.sum();
         bytes + bytes / 50
     }
@@ -549,7 +554,7 @@ impl Plan {
     /// The disk that what is copied takes.
     pub fn disk_bytes_copied(&self) -> u64 {
         let copied = self.tensors.iter().filter(|t| !t.is_decomposed());
-        copied.map(|t| t.artifact_bytes_max(self.layout)).sum()
+        copied.map(|t| t.artifact_bytes_max(self.storing)).sum()
     }
 
     /// What to decompose, shard by shard as far as sizes are known before, so that shards can be written early; and of
@@ -561,7 +566,7 @@ impl Plan {
             if tensor.is_decomposed() {
                 placed.push((bytes / shard_bytes_max.max(1), tensor));
             }
-            bytes += tensor.artifact_bytes_max(self.layout);
+            bytes += tensor.artifact_bytes_max(self.storing);
         }
         placed.sort_by_key(|&(shard, tensor)| (shard, std::cmp::Reverse(tensor.flops())));
         placed.into_iter().map(|(_, tensor)| tensor).collect()
@@ -951,10 +956,14 @@ mod tests {
         let (m, n, q) = (262_144u64, 8_192u64, 4_096u64);
         assert_eq!((head.q, head.bytes), (Some(4_096), 2 * m * n));
         assert_eq!(
-            head.artifact_bytes(ArtifactLayout::Residual, 4_096),
+            head.artifact_bytes(Storing::default(), 4_096),
             4 * m * n + 4 * q * (m + n + 1)
         );
-        assert!(head.worker_bytes(ArtifactLayout::Sidecar) > 6 * m * n);
+        let sidecar = Storing {
+            layout: ArtifactLayout::Sidecar,
+            ..Storing::default()
+        };
+        assert!(head.worker_bytes(sidecar) > 6 * m * n);
         let (s, l) = (n as f64, m as f64);
         assert!(head.flops() as f64 > s * s * l && head.flops() < u64::MAX / 1000);
         assert!(plan.parameters > 2 * m * n && plan.disk_bytes > 4 * m * n);
@@ -968,7 +977,10 @@ mod tests {
         let bytes = |part: &str, f: f64, layout| {
             let plan = plan(llama.clone(), Rank::Fraction(f));
             let found = plan.decomposed().find(|t| t.module().ends_with(part));
-            found.expect("it is there").worker_bytes(layout) - KERNEL_BYTES
+            found.expect("it is there").worker_bytes(Storing {
+                layout,
+                ..Storing::default()
+            }) - KERNEL_BYTES
         };
         let (square, wide) = (1 << 22, 1 << 24);
         // solving: M in f32, and of the short side 15 bytes for a Krylov space, 4·2.5 in f32, 8·3 in f64

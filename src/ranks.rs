@@ -85,7 +85,7 @@ fn spectra(
     let total: u64 = plan.decomposed().map(flops).sum();
     let left: u64 = missing.iter().map(|tensor| flops(tensor)).sum();
     observer.resume(Stage::Spectra, total - left, total, Unit::Flops);
-    let bytes = |tensor: &&PlannedTensor| tensor.worker_bytes(plan.layout);
+    let bytes = |tensor: &&PlannedTensor| tensor.worker_bytes(plan.storing);
     let work = |tensor: &&PlannedTensor| {
         let stored = checkpoint.read_finite(&tensor.stored_as())?;
         let sides = (tensor.shape[0], tensor.shape[1]);

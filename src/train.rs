@@ -10,10 +10,11 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{self, Adapter, AdapterConfig, DecompositionPin};
+use crate::adapter::{self, Adapter, AdapterConfig};
 use crate::artifact::Artifact;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Event, Observer, Stage, Unit};
+use crate::format::Origin;
 use crate::json::Tool;
 use crate::model::{Decoder, Trained, stacked};
 use crate::report;
@@ -107,7 +108,7 @@ pub struct Facts {
 /// a loss that is not a number.
 pub fn run(
     source: &Source,
-    pin: DecompositionPin,
+    pin: Origin,
     data: &Path,
     out: &Path,
     options: &Options,
@@ -401,7 +402,7 @@ impl Run<'_> {
         &self,
         out: &Path,
         artifact: &Artifact,
-        pin: DecompositionPin,
+        pin: Origin,
         options: &Options,
     ) -> Result<Adapter> {
         let (mut delta, mut tensors) = (BTreeMap::new(), BTreeMap::new());

@@ -370,7 +370,7 @@ fn modules(artifact: &Artifact, observer: &dyn Observer, facts: &mut Facts) -> R
                 );
             }
             let tolerance = artifact.svd.algorithm.tolerance;
-            if !artifact.svd.algorithm.accepts(&certificate) {
+            if !artifact.svd.accepts(&certificate) {
                 facts.problem(
                     &file,
                     Some(module),

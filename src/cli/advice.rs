@@ -54,6 +54,11 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::Checksum { .. } => {
             "the bytes changed on disk or on their way: fetch or copy them again"
         }
+        Error::NotOrthonormal { .. } => {
+            "the bytes changed on disk or on their way: fetch or copy them again"
+        }
+        Error::RankBeyond { .. } => "ask for fewer, or decompose the base with as many as you need",
+        Error::FactorsRounded { .. } => "decompose the base again for vectors in f32",
         Error::NotAnArtifact { .. } => "run `svdhub decompose` on it first",
         Error::Report { .. } => {
             "report and weights come from different versions: fetch or copy the decomposition again"

@@ -9,12 +9,13 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use svdhub::adapter::{Adapter, DecompositionPin, Mixture};
+use svdhub::adapter::{Adapter, Mixture};
 use svdhub::artifact::Artifact;
 use svdhub::base::Base;
 use svdhub::card::{bytes, thousands};
 use svdhub::error::IoContext;
 use svdhub::event::{Observer, Silent};
+use svdhub::format::Origin;
 use svdhub::hub::server::{Server, ServerOptions};
 use svdhub::hub::{Hub, HubOptions, ModelRef, PushOptions, Pushed, Snapshot, Token};
 use svdhub::model::ModelConfig;
@@ -390,7 +391,7 @@ impl Walk<'_> {
         out: &Path,
     ) -> Result<train::Facts> {
         let artifact = self.open(decomposed, base)?;
-        let pin = DecompositionPin {
+        let pin = Origin {
             repo: Some(pushed.repo.clone()),
             revision: Some(pushed.commit.clone()),
             content_sha256: artifact.content_sha256.clone(),

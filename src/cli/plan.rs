@@ -6,14 +6,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use svdhub::Result;
 use svdhub::base::Base;
 use svdhub::card::{bytes, thousands};
-use svdhub::format::{ArtifactLayout, Rank};
+use svdhub::format::{ArtifactLayout, FactorsDtype, Rank, Storing};
 use svdhub::hub::ModelRef;
 use svdhub::model::ModelConfig;
 use svdhub::plan::{Action, Foreseen, Pattern, Plan, PlanOptions, expected_inventory};
 use svdhub::weights::{Dtype, Layout};
-use svdhub::{Error, Result};
 
 use super::decompose::size;
 use super::output::Table;
@@ -50,8 +50,11 @@ pub struct PlanArgs {
     #[arg(long, help_heading = "Rank")]
     untie_head: bool,
     /// residual: self-contained; sidecar: small, needs the base model beside it
-    #[arg(long, value_name = "LAYOUT", default_value = "residual", value_parser = layout)]
+    #[arg(long, value_name = "LAYOUT", default_value = "residual")]
     layout: ArtifactLayout,
+    /// f32, or bf16 at half the size: the weights come back exactly all the same
+    #[arg(long, value_name = "DTYPE", default_value = "f32")]
+    factors_dtype: FactorsDtype,
     /// Matrices at a time [default: one for each core]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -63,7 +66,7 @@ pub struct PlanArgs {
 /// How many singular values are kept: one of these.
 #[derive(Args, Clone)]
 #[group(multiple = false)]
-struct RankArgs {
+pub struct RankArgs {
     /// Keep this share of each weight's singular values, 0 < F ≤ 1 [default: 0.1]
     #[arg(long, value_name = "F", value_parser = Rank::fraction, help_heading = "Rank")]
     rank_fraction: Option<Rank>,
@@ -79,23 +82,11 @@ struct RankArgs {
 }
 
 impl RankArgs {
-    fn rank(&self) -> Option<Rank> {
+    pub fn rank(&self) -> Option<Rank> {
         self.rank_fraction
             .or(self.energy)
             .or(self.rank.map(Rank::Fixed))
             .or(self.budget.map(|total| Rank::Budget(total.get())))
-    }
-}
-
-fn layout(text: &str) -> Result<ArtifactLayout> {
-    match text {
-        "residual" => Ok(ArtifactLayout::Residual),
-        "sidecar" => Ok(ArtifactLayout::Sidecar),
-        _ => Err(Error::Parse {
-            what: "a layout",
-            value: text.into(),
-            reason: "expected residual or sidecar".into(),
-        }),
     }
 }
 
@@ -107,7 +98,10 @@ impl PlanArgs {
             include: self.include.clone(),
             exclude: self.exclude.clone(),
             untie_head: self.untie_head,
-            layout: self.layout,
+            storing: Storing {
+                layout: self.layout,
+                factors: self.factors_dtype,
+            },
             threads: self.threads.map_or(default.threads, usize::from),
             memory: self.memory,
         }

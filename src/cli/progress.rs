@@ -71,6 +71,7 @@ fn name(stage: Stage) -> &'static str {
         Stage::Hash => "hash",
         Stage::Spectra => "spectra",
         Stage::Decompose => "decompose",
+        Stage::Convert => "convert",
         Stage::Write => "write",
         Stage::Load => "load",
         Stage::Train => "train",

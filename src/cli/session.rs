@@ -3,16 +3,18 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use candle_core::Device;
 use serde::Serialize;
-use svdhub::adapter::{Adapter, DecompositionPin, Mixture};
+use svdhub::adapter::{Adapter, Mixture};
 use svdhub::artifact::{Artifact, is_artifact};
 use svdhub::base::{self, Base};
 use svdhub::event::Observer;
-use svdhub::format::{ArtifactLayout, Pin};
+use svdhub::format::{ArtifactLayout, Origin, Pin};
 use svdhub::hub::{Hub, ModelRef, Snapshot};
 use svdhub::source::Source;
+use svdhub::weights::Layout;
 use svdhub::workspace::refuse_unfinished;
 use svdhub::{Error, Result};
 
@@ -111,7 +113,7 @@ impl Session {
         &self,
         model: &ModelRef,
         base: Option<&ModelRef>,
-    ) -> Result<(Artifact, DecompositionPin)> {
+    ) -> Result<(Artifact, Origin)> {
         let found = self.locate(model)?;
         let mut artifact = Artifact::open(&found.dir, None)?;
         if artifact.svd.layout == ArtifactLayout::Sidecar {
@@ -119,12 +121,28 @@ impl Session {
             artifact = Artifact::open(&found.dir, Some(base))?;
             artifact.check_base(self.observer())?;
         }
-        let pin = DecompositionPin {
-            repo: found.repo,
-            revision: found.commit,
-            content_sha256: artifact.content_sha256.clone(),
+        let origin = origin(&found, &artifact);
+        Ok((artifact, origin))
+    }
+
+    /// Opens a decomposition on its own, of a repository without bringing its weights: they are read by byte range.
+    pub fn artifact_in_place(&self, model: &ModelRef) -> Result<(Artifact, Origin)> {
+        let (found, artifact) = match model {
+            ModelRef::Repo { id, revision } if !self.hub()?.options.offline => {
+                let hub = Arc::new(self.hub()?);
+                let layout = Layout::Decomposition;
+                let (found, weights) = hub.remote(id, revision, layout, self.observer())?;
+                let artifact = Artifact::open_stored(&found.dir, weights, None)?;
+                (found, artifact)
+            }
+            _ => {
+                let found = self.locate(model)?;
+                let artifact = Artifact::open(&found.dir, None)?;
+                (found, artifact)
+            }
         };
-        Ok((artifact, pin))
+        let origin = origin(&found, &artifact);
+        Ok((artifact, origin))
     }
 
     /// The base of a decomposition, or of its parts: as given, as pinned, or where one of the directories remembers it.
@@ -178,6 +196,14 @@ impl Session {
         } else {
             Err(Error::NotAnArtifact { path: found.dir })
         }
+    }
+}
+
+fn origin(found: &Snapshot, artifact: &Artifact) -> Origin {
+    Origin {
+        repo: found.repo.clone(),
+        revision: found.commit.clone(),
+        content_sha256: artifact.content_sha256.clone(),
     }
 }
 

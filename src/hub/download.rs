@@ -2,7 +2,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use reqwest::header::RANGE;
 use reqwest::{Method, StatusCode};
@@ -13,7 +15,7 @@ use super::client::{Asked, Hub, RemoteFile, segment, segments};
 use crate::base::is_weights_or_media;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
-use crate::weights::checkpoint::{Index, WeightFile};
+use crate::weights::checkpoint::{Checkpoint, Index, Storage, WeightFile};
 use crate::weights::header::HEADER_BYTES_MAX;
 use crate::weights::{Header, Inventory, Layout};
 use crate::workers;
@@ -27,6 +29,25 @@ pub struct Snapshot {
     pub repo: Option<String>,
     /// 40 hex digits.
     pub commit: Option<String>,
+}
+
+/// Weights of one commit that are read where they are.
+#[derive(Debug)]
+struct RemoteWeights {
+    hub: Arc<Hub>,
+    repo: String,
+    commit: String,
+}
+
+impl Storage for RemoteWeights {
+    fn read_at(&self, file: &str, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let end = offset + buffer.len() as u64;
+        let bytes = self
+            .hub
+            .range(&self.repo, &self.commit, file, offset, end)?;
+        buffer.copy_from_slice(&bytes);
+        Ok(())
+    }
 }
 
 const PARALLEL_DOWNLOADS: usize = 4;
@@ -124,28 +145,75 @@ impl Hub {
     ) -> Result<(serde_json::Value, Inventory, String)> {
         let commit = self.commit_of(repo, revision)?;
         let files = self.files(repo, &commit)?;
-        let named = |name: &str| files.iter().find(|f| f.path == name);
-        let whole = |name: &str| match named(name) {
-            Some(file) => self.range(repo, &commit, name, 0, file.size),
+        let config = self.whole(repo, &commit, &files, "config.json")?;
+        let config = serde_json::from_slice(&config).map_err(|source| Error::Json {
+            path: PathBuf::from(repo).join("config.json"),
+            source,
+        })?;
+        let index = |name: &str| self.whole(repo, &commit, &files, name);
+        let (inventory, _) = self.inventory(repo, &commit, &files, Layout::Model, index)?;
+        Ok((config, inventory, commit))
+    }
+
+    /// A checkpoint whose small files are brought into the cache while its weights stay where they are: they are read by
+    /// byte range, each tensor when it is asked for.
+    pub fn remote(
+        self: &Arc<Self>,
+        repo: &str,
+        revision: &str,
+        layout: Layout,
+        observer: &dyn Observer,
+    ) -> Result<(Snapshot, Checkpoint)> {
+        let found = self.bring(repo, revision, observer, |_, listed| {
+            Ok(needed(listed, &[]))
+        })?;
+        let commit = found.commit.clone().unwrap_or_else(|| revision.into());
+        let files = self.files(repo, &commit)?;
+        let index = |name: &str| {
+            let path = found.dir.join(name);
+            std::fs::read(&path).context("read", &path)
+        };
+        let (inventory, indexed) = self.inventory(repo, &commit, &files, layout, index)?;
+        let storage = RemoteWeights {
+            hub: self.clone(),
+            repo: repo.into(),
+            commit,
+        };
+        let checkpoint = Checkpoint::stored(&found.dir, inventory, indexed, Arc::new(storage));
+        Ok((found, checkpoint))
+    }
+
+    /// All of a file that the listing names.
+    fn whole(&self, repo: &str, commit: &str, files: &[RemoteFile], name: &str) -> Result<Vec<u8>> {
+        match files.iter().find(|file| file.path == name) {
+            Some(file) => self.range(repo, commit, name, 0, file.size),
             None => Err(Error::EntryNotFound {
                 repo: repo.into(),
-                revision: commit.clone(),
+                revision: commit.into(),
                 file: name.into(),
             }),
-        };
+        }
+    }
+
+    /// What the headers of a repository's weight files say, and whether an index names them, which `read_index` reads.
+    fn inventory(
+        &self,
+        repo: &str,
+        commit: &str,
+        files: &[RemoteFile],
+        layout: Layout,
+        read_index: impl FnOnce(&str) -> Result<Vec<u8>>,
+    ) -> Result<(Inventory, bool)> {
         let root = PathBuf::from(repo);
-        let config =
-            serde_json::from_slice(&whole("config.json")?).map_err(|source| Error::Json {
-                path: root.join("config.json"),
-                source,
-            })?;
-        let single = Layout::Model.single_file();
-        let index_file = Layout::Model.index_file();
+        let named = |name: &str| files.iter().find(|f| f.path == name);
+        let single = layout.single_file();
+        let index_file = layout.index_file();
         let mut index = None;
         let names = if named(&single).is_some() {
             vec![single]
         } else {
-            let parsed = Index::parse(&root.join(&index_file), &whole(&index_file)?)?;
+            let bytes = read_index(&index_file)?;
+            let parsed = Index::parse(&root.join(&index_file), &bytes)?;
             index.insert(parsed).files()
         };
         let weights = names
@@ -157,21 +225,21 @@ impl Hub {
                         file: name,
                     });
                 };
-                let header = self.header(repo, &commit, file)?;
+                let header = self.header(repo, commit, file)?;
                 Ok(WeightFile { name, header })
             })
             .collect::<Result<Vec<_>>>()?;
         let inventory = Inventory::new(&root, weights)?;
-        if let Some(index) = index {
+        if let Some(index) = &index {
             index.check(&root.join(&index_file), &inventory)?;
         }
-        Ok((config, inventory, commit))
+        Ok((inventory, index.is_some()))
     }
 
     fn header(&self, repo: &str, commit: &str, file: &RemoteFile) -> Result<Header> {
         let path = PathBuf::from(repo).join(&file.path);
         // most headers are shorter than this: one request instead of two
-        let guess = file.size.min(64 << 10);
+        let guess = file.size.min(16 << 10);
         let mut prefix = self.range(repo, commit, &file.path, 0, guess)?;
         let length = match prefix.first_chunk::<8>() {
             Some(length) => u64::from_le_bytes(*length),
@@ -199,7 +267,7 @@ impl Hub {
         Ok(header)
     }
 
-    /// Bytes `start … end − 1` of a file.
+    /// Bytes `start … end − 1` of a file; a transfer that breaks off goes on from where it stopped.
     pub fn range(
         &self,
         repo: &str,
@@ -208,32 +276,59 @@ impl Hub {
         start: u64,
         end: u64,
     ) -> Result<Vec<u8>> {
-        if start >= end {
-            return Ok(Vec::new());
+        let mut bytes = Vec::new();
+        let mut resumptions = 0;
+        while (bytes.len() as u64) < end.saturating_sub(start) {
+            let before = bytes.len();
+            match self.append_range(repo, commit, file, start + before as u64..end, &mut bytes) {
+                Ok(()) => {}
+                Err(Error::DownloadCut { .. })
+                    if bytes.len() > before && resumptions < RESUMPTIONS =>
+                {
+                    resumptions += 1;
+                }
+                Err(error) => return Err(error),
+            }
         }
+        Ok(bytes)
+    }
+
+    fn append_range(
+        &self,
+        repo: &str,
+        commit: &str,
+        file: &str,
+        range: Range<u64>,
+        bytes: &mut Vec<u8>,
+    ) -> Result<()> {
         let what = self.asked(repo, commit, file);
         let response = self.send(&what, &|url| {
             self.request(Method::GET, url)
-                .header(RANGE, format!("bytes={start}-{}", end - 1))
+                .header(RANGE, format!("bytes={}-{}", range.start, range.end - 1))
         })?;
-        let partial = response.status() == StatusCode::PARTIAL_CONTENT;
+        let mut response = response;
         let cut = |received: u64| Error::DownloadCut {
             file: file.into(),
             received,
-            expected: end - start,
+            expected: range.end - range.start,
         };
-        // a server that ignores ranges sends the file from its beginning
-        let skip = if partial { 0 } else { start };
-        let mut bytes = Vec::new();
-        let mut body = response.take(skip + end - start);
-        if body.read_to_end(&mut bytes).is_err() {
-            return Err(cut(bytes.len() as u64));
+        if response.status() != StatusCode::PARTIAL_CONTENT {
+            // a server that ignores ranges sends the file from its beginning
+            let skipped = std::io::copy(
+                &mut response.by_ref().take(range.start),
+                &mut std::io::sink(),
+            );
+            if skipped.ok() != Some(range.start) {
+                return Err(cut(0));
+            }
         }
-        let bytes: Vec<u8> = bytes.into_iter().skip(skip as usize).collect();
-        if bytes.len() as u64 == end - start {
-            Ok(bytes)
-        } else {
-            Err(cut(bytes.len() as u64))
+        let wanted = range.end - range.start;
+        let before = bytes.len();
+        let read = response.take(wanted).read_to_end(bytes);
+        let received = (bytes.len() - before) as u64;
+        match read {
+            Ok(_) if received == wanted => Ok(()),
+            _ => Err(cut(received)),
         }
     }
 

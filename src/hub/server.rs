@@ -75,6 +75,8 @@ pub struct Request {
     /// With its query. Contents have the path `/objects/<sha256>`.
     pub path: String,
     pub status: u16,
+    /// The length of the answer's body.
+    pub bytes: u64,
     /// Whether an Authorization header came, with whatever in it.
     pub authorized: bool,
     pub range: Option<String>,
@@ -240,6 +242,7 @@ async fn handle(shared: Arc<Shared>, side: Side, request: HttpRequest) -> Respon
         method: parts.method.to_string(),
         path,
         status: reply.status,
+        bytes: reply.content.len(),
         authorized: parts.headers.contains_key(header::AUTHORIZATION),
         range: text(header::RANGE),
         user_agent: text(header::USER_AGENT),

@@ -69,6 +69,17 @@ pub fn certify(
     certify_operand(&operand, short, sigma, long, seed)
 }
 
+/// Distance of u·uᵀ and v·vᵀ from the identity, root mean square per row, the larger of the two.
+pub fn orthogonality(u: &Array2<f32>, v: &Array2<f32>, seed: u64) -> f64 {
+    let z = random_signs(PROBES, u.nrows(), seed);
+    let of = |w: &Array2<f32>| {
+        let zw = gemm(z.view(), false, w.view(), false);
+        let off = gemm(zw.view(), false, w.view(), true) - &z;
+        (off.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / z.len() as f64).sqrt()
+    };
+    max(of(u), of(v))
+}
+
 /// Looks at the triplets of M (s, l): short (q, s), sigma (q,), long (q, l).
 ///
 /// For z of independent signs, E‖R·z‖² = ‖R‖²_F: a probe measures the whole residual, not a sample of it.

@@ -1,9 +1,11 @@
 //! A set of weight files that belong together: one file, or shards and their index.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Deserialize;
 
@@ -162,13 +164,33 @@ pub fn is_plain_file_name(name: &str) -> bool {
         && name.ends_with(".safetensors")
 }
 
-/// A checkpoint on this machine's disk. Tensors are read one at a time, by position: nothing is mapped or cached.
+/// Where the bytes of weight files are: on this machine's disk, or behind a Hub that answers byte ranges.
+pub trait Storage: fmt::Debug + Send + Sync {
+    /// Fills `buffer` with a file's bytes from `offset` on.
+    fn read_at(&self, file: &str, offset: u64, buffer: &mut [u8]) -> Result<()>;
+}
+
+/// Files in a directory of this machine.
+#[derive(Debug)]
+struct Disk(PathBuf);
+
+impl Storage for Disk {
+    fn read_at(&self, file: &str, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let path = self.0.join(file);
+        let opened = File::open(&path).context("open", &path)?;
+        opened.read_exact_at(buffer, offset).context("read", &path)
+    }
+}
+
+/// A checkpoint that can be read. Tensors come one at a time, by position: nothing is mapped or cached.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
+    /// Its directory; of files behind a Hub, where the small ones lie.
     pub dir: PathBuf,
     pub inventory: Inventory,
     /// Whether an index file names the shards (a single file needs none).
     pub indexed: bool,
+    storage: Arc<dyn Storage>,
 }
 
 impl Checkpoint {
@@ -183,7 +205,23 @@ impl Checkpoint {
             dir: dir.into(),
             inventory: Inventory::new(dir, files)?,
             indexed: false,
+            storage: Arc::new(Disk(dir.into())),
         })
+    }
+
+    /// A checkpoint whose headers are known and whose bytes lie elsewhere.
+    pub fn stored(
+        dir: &Path,
+        inventory: Inventory,
+        indexed: bool,
+        storage: Arc<dyn Storage>,
+    ) -> Self {
+        Self {
+            dir: dir.into(),
+            inventory,
+            indexed,
+            storage,
+        }
     }
 
     /// Reads index and headers, and checks them against each other and against the files' lengths.
@@ -223,6 +261,7 @@ impl Checkpoint {
             dir: dir.into(),
             inventory,
             indexed: true,
+            storage: Arc::new(Disk(dir.into())),
         })
     }
 
@@ -241,8 +280,7 @@ impl Checkpoint {
     ) -> Result<()> {
         // a multiple of every width, and large beside the cost of a call
         const BLOCK_BYTES: u64 = 4 << 20;
-        let (path, entry) = self.locate(tensor)?;
-        let opened = File::open(&path).context("open", &path)?;
+        let (file, entry) = self.locate(tensor)?;
         let mut block = Elements {
             dtype: entry.dtype,
             shape: vec![0],
@@ -253,9 +291,8 @@ impl Checkpoint {
             let length = BLOCK_BYTES.min(entry.bytes - read) as usize;
             block.bytes.resize(length, 0);
             block.shape[0] = 8 * length / entry.dtype.bitsize();
-            opened
-                .read_exact_at(&mut block.bytes, entry.offset + read)
-                .context("read", &path)?;
+            self.storage
+                .read_at(file, entry.offset + read, &mut block.bytes)?;
             visit(&block)?;
             read += length as u64;
         }
@@ -272,22 +309,46 @@ impl Checkpoint {
 
     /// Reads one tensor.
     pub fn read(&self, tensor: &str) -> Result<Elements> {
-        let (path, entry) = self.locate(tensor)?;
-        let opened = File::open(&path).context("open", &path)?;
-        let mut bytes = vec![0u8; entry.bytes as usize];
-        opened
-            .read_exact_at(&mut bytes, entry.offset)
-            .context("read", &path)?;
+        let (file, entry) = self.locate(tensor)?;
+        self.read_bytes(file, entry, entry.shape.clone(), entry.bytes)
+    }
+
+    /// Reads the first rows of a tensor, and nothing of the others.
+    ///
+    /// # Panics
+    /// If it has not so many rows: callers know its shape.
+    pub fn read_rows(&self, tensor: &str, rows: usize) -> Result<Elements> {
+        let (file, entry) = self.locate(tensor)?;
+        assert!(
+            entry.shape.first().is_some_and(|&all| rows <= all),
+            "`{tensor}` {:?} has {rows} rows",
+            entry.shape
+        );
+        let mut shape = entry.shape.clone();
+        shape[0] = rows;
+        let bytes = (shape.iter().product::<usize>() * entry.dtype.bitsize() / 8) as u64;
+        self.read_bytes(file, entry, shape, bytes)
+    }
+
+    fn read_bytes(
+        &self,
+        file: &str,
+        entry: &Entry,
+        shape: Vec<usize>,
+        count: u64,
+    ) -> Result<Elements> {
+        let mut bytes = vec![0u8; count as usize];
+        self.storage.read_at(file, entry.offset, &mut bytes)?;
         Ok(Elements {
             dtype: entry.dtype,
-            shape: entry.shape.clone(),
+            shape,
             bytes,
         })
     }
 
-    fn locate(&self, tensor: &str) -> Result<(PathBuf, &Entry)> {
+    fn locate(&self, tensor: &str) -> Result<(&str, &Entry)> {
         match self.inventory.get(tensor) {
-            Some((file, entry)) => Ok((self.dir.join(&file.name), entry)),
+            Some((file, entry)) => Ok((&file.name, entry)),
             None => Err(Error::TensorMissing {
                 tensor: tensor.into(),
                 path: self.dir.clone(),

@@ -74,7 +74,7 @@ fn energy_keeps_the_fewest_triplets_that_hold_the_share() {
             .concat(),
         );
         let stored = section(&split);
-        assert_eq!(stored["schema"], 2);
+        assert_eq!(stored["schema"], 3);
         assert_eq!(stored["rank"], json!({"mode": "energy", "value": share}));
         let mut total = 0;
         for (module, record) in modules(&split) {
@@ -864,7 +864,7 @@ fn a_decomposition_of_the_first_schema_still_merges() {
         .run(&["decompose", arg(&base), "--out", arg(&split)])
         .succeeds();
     let mut config = json_file(&split.join("config.json"));
-    for (schema, readable) in [(1, true), (2, true), (3, false)] {
+    for (schema, readable) in [(1, true), (2, true), (3, true), (4, false)] {
         config["svd"]["schema"] = schema.into();
         std::fs::write(split.join("config.json"), config.to_string()).expect("writes");
         let run = world.run(&[

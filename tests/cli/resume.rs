@@ -71,6 +71,28 @@ fn besiege(
 }
 
 #[test]
+fn killed_convert_continues_to_the_same_bytes() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, 700_000);
+    let options = ["--rank-fraction", "1", "--layout", "sidecar"];
+    let large = world.path("large");
+    let decompose = ["decompose", arg(&base), "--out", arg(&large)];
+    world.run(&[&decompose[..], &options].concat()).succeeds();
+    let convert = |out: &Path| {
+        let fixed = ["convert", arg(&large), "--out", arg(out)];
+        let options = ["--layout", "residual", "--rank-fraction", "0.9"];
+        let shards = ["--shard-size", "300kB"];
+        let all = fixed.into_iter().chain(options).chain(shards);
+        all.map(String::from).collect::<Vec<String>>()
+    };
+    let reference = world.path("reference");
+    let arguments = convert(&reference);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    world.run(&arguments).succeeds();
+    besiege(&world, 20_261_126, &reference, convert, |_| {});
+}
+
+#[test]
 fn killed_decompose_continues_to_the_same_bytes() {
     let world = World::new();
     let base = world.model("base", Dtype::BF16, 700_000);

@@ -40,6 +40,15 @@ pub enum Content {
     File(PathBuf, Range<u64>),
 }
 
+impl Content {
+    pub fn len(&self) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes.len() as u64,
+            Self::File(_, range) => range.end - range.start,
+        }
+    }
+}
+
 /// A reply that ends the work early: an error as the public Hub words it.
 #[derive(Debug)]
 pub struct Refusal(pub Reply);
