@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::artifact::Artifact;
 use crate::error::{Error, Result};
 use crate::format::{Origin, Pin};
 use crate::json::{self, Tool};
 use crate::weights::element::is_float;
-use crate::weights::shard::{sha256_file, write_atomically};
+use crate::weights::shard::{sha256_file, sha256_hex, write_atomically};
 use crate::weights::{Checkpoint, Dtype, Elements, Header, ShardWriter};
 
 pub const WEIGHTS_FILE: &str = "adapter.safetensors";
@@ -18,7 +19,9 @@ pub const WEIGHTS_FILE: &str = "adapter.safetensors";
 pub const CONFIG_FILE: &str = "svd_adapter.json";
 
 /// The version of the adapter config this build writes.
-pub const SCHEMA: u32 = 1;
+///
+/// 2: with the sha256 of the weights, and of the config itself.
+pub const SCHEMA: u32 = 2;
 
 /// What an adapter was trained on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -31,7 +34,13 @@ pub struct AdapterConfig {
     pub trained: Vec<String>,
     pub decomposition: Origin,
     pub base: Pin,
+    /// Of the weights' file. Not in schema 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights_sha256: Option<String>,
     pub tool: Tool,
+    /// Of this config without this key. Not in schema 1.
+    #[serde(default, skip_serializing)]
+    pub sha256: Option<String>,
 }
 
 /// The numbers of an adapter.
@@ -58,7 +67,9 @@ impl Adapter {
             let stored = Elements::from_f32(&[delta.len()], delta);
             tensors.insert(format!("{module}.delta"), stored);
         }
-        let header = Header::compose(
+        let digests: String = tensors.values().map(digest).collect();
+        let header = Header::compose_with(
+            &[(DIGESTS, &digests)],
             tensors
                 .iter()
                 .map(|(name, e)| (name.as_str(), e.dtype, e.shape.as_slice())),
@@ -68,8 +79,16 @@ impl Adapter {
             writer.put(name, &elements.bytes)?;
         }
         let sum = writer.finish()?;
-        let json = serde_json::to_vec_pretty(&self.config).expect("a config serialises");
-        write_atomically(&self.dir.join(CONFIG_FILE), &json)?;
+        let config = AdapterConfig {
+            weights_sha256: Some(sum.clone()),
+            ..self.config.clone()
+        };
+        match serde_json::to_value(config) {
+            Ok(Value::Object(config)) => {
+                write_atomically(&self.dir.join(CONFIG_FILE), &json::seal(config))?;
+            }
+            other => panic!("invariant: a config is an object: {other:?}"),
+        }
         Ok(sum)
     }
 
@@ -167,10 +186,32 @@ impl Adapter {
         })
     }
 
+    /// The tensors whose bytes are not those that were written.
+    pub fn damaged_tensors(&self) -> Result<Vec<String>> {
+        let checkpoint = Checkpoint::single(&self.dir, WEIGHTS_FILE)?;
+        let header = &checkpoint.inventory.files[0].header;
+        let digests = header.metadata(DIGESTS).unwrap_or_default();
+        let mut damaged = Vec::new();
+        for (entry, expected) in header.entries.iter().zip(digests.as_bytes().chunks(8)) {
+            if digest(&checkpoint.read(&entry.name)?).as_bytes() != expected {
+                damaged.push(entry.name.clone());
+            }
+        }
+        Ok(damaged)
+    }
+
     /// The sha256 of the adapter's weights.
     pub fn sha256(&self) -> Result<String> {
         sha256_file(&self.dir.join(WEIGHTS_FILE), |_| {})
     }
+}
+
+/// The first 8 digits of each tensor's sha256, in the order of the file: enough to tell which one is damaged, and little
+/// beside an adapter.
+const DIGESTS: &str = "sha256_8";
+
+fn digest(elements: &Elements) -> String {
+    sha256_hex(&elements.bytes)[..8].into()
 }
 
 /// A weighted sum of adapters of one decomposition: exactly linear in Δσ.
@@ -193,27 +234,22 @@ impl Mixture {
         sum.into_iter().map(|x| x as f32).collect()
     }
 
-    /// base + Σ weight·(trained − base), in f32, or `None` where no part trained the tensor.
-    pub fn tensor(&self, name: &str, base: &Elements) -> Option<Elements> {
-        if !self
+    /// base + Σ weight·(trained − base), or `None` where no part trained the tensor.
+    pub fn tensor(&self, name: &str, base: &Elements) -> Option<Vec<f64>> {
+        let trained = |adapter: &Adapter| adapter.tensors.get(name).map(Elements::to_f32);
+        let mut trained = self
             .parts
             .iter()
-            .any(|(adapter, _)| adapter.tensors.contains_key(name))
-        {
-            return None;
-        }
+            .filter_map(|(adapter, weight)| Some((trained(adapter)?, weight)))
+            .peekable();
+        trained.peek()?;
         let original = base.to_f32();
-        let mut sum: Option<Vec<f64>> = None;
-        for (adapter, weight) in &self.parts {
-            let Some(trained) = adapter.tensors.get(name) else {
-                continue;
-            };
-            let sum = sum.get_or_insert_with(|| original.iter().map(|&x| x.into()).collect());
-            for ((total, &x), t) in sum.iter_mut().zip(&original).zip(trained.to_f32()) {
+        let mut sum: Vec<f64> = original.iter().map(|&x| x.into()).collect();
+        for (trained, weight) in trained {
+            for ((total, &x), t) in sum.iter_mut().zip(&original).zip(trained) {
                 *total += weight * (f64::from(t) - f64::from(x));
             }
         }
-        let values: Vec<f32> = sum?.into_iter().map(|x| x as f32).collect();
-        Some(Elements::from_f32(&base.shape, &values))
+        Some(sum)
     }
 }

@@ -1,4 +1,4 @@
-//! The file format: names, the `svd` section, and what of it is believed. The README specifies it in words.
+#![doc = include_str!("format/SPEC.md")]
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -360,11 +360,20 @@ pub fn parse_section(path: &Path, section: &Value) -> Result<SvdSection> {
     let section: SvdSection =
         serde_json::from_value(section.clone()).map_err(|e| refuse(e.to_string()))?;
     check_pin(&section.base).map_err(&refuse)?;
+    if let Some(origin) = &section.nested_in {
+        check_origin(origin).map_err(&refuse)?;
+    }
     for (module, record) in &section.modules {
         let [m, n] = record.shape;
         if m.checked_mul(n).is_none_or(|elements| elements >= 1 << 48) {
             return Err(refuse(format!(
                 "gives module `{module}` the shape {m} × {n}"
+            )));
+        }
+        if !is_hex(&record.sha256, 64) {
+            return Err(refuse(format!(
+                "gives module `{module}` the sha256 `{}`",
+                record.sha256
             )));
         }
         if record.q == 0 || record.q > m.min(n) {
@@ -390,9 +399,6 @@ impl Pin {
 
 /// A pin comes from strangers: its file names become files, its repository a request.
 fn check_pin(pin: &Pin) -> Result<(), String> {
-    let hex = |text: &str, digits: usize| {
-        text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit())
-    };
     if pin.sha256.is_empty() {
         return Err("names no file of its base".into());
     }
@@ -402,11 +408,11 @@ fn check_pin(pin: &Pin) -> Result<(), String> {
                 "names the base file `{file}`, which is not a plain file name"
             ));
         }
-        if !hex(sum, 64) {
+        if !is_hex(sum, 64) {
             return Err(format!("gives `{file}` the sha256 `{sum}`"));
         }
     }
-    if let Some(revision) = pin.revision.as_ref().filter(|r| !hex(r, 40)) {
+    if let Some(revision) = pin.revision.as_ref().filter(|r| !is_hex(r, 40)) {
         return Err(format!(
             "pins its base at `{revision}`, which is not a commit"
         ));
@@ -415,6 +421,28 @@ fn check_pin(pin: &Pin) -> Result<(), String> {
         Some(repo) if !is_repo_id(repo) => Err(format!("names the base `{repo}`")),
         _ => Ok(()),
     }
+}
+
+fn check_origin(origin: &Origin) -> Result<(), String> {
+    if !is_hex(&origin.content_sha256, 64) {
+        return Err(format!(
+            "is nested in a decomposition with the sha256 `{}`",
+            origin.content_sha256
+        ));
+    }
+    if let Some(revision) = origin.revision.as_ref().filter(|r| !is_hex(r, 40)) {
+        return Err(format!(
+            "is nested in a decomposition at `{revision}`, which is not a commit"
+        ));
+    }
+    match &origin.repo {
+        Some(repo) if !is_repo_id(repo) => Err(format!("is nested in `{repo}`")),
+        _ => Ok(()),
+    }
+}
+
+fn is_hex(text: &str, digits: usize) -> bool {
+    text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
 /// A file name without any path in it.
@@ -503,6 +531,131 @@ mod tests {
         let record = &read.modules["model.layers.0.self_attn.k_proj"];
         assert_eq!((record.q, record.shape), (2, [64, 128]));
         assert_eq!(record.tied_to, None);
+    }
+
+    #[test]
+    fn a_section_of_the_second_schema_is_still_read() {
+        // as schema 2 wrote it: --energy 0.6 --untie-head, of one matrix and the head
+        let section: Value =
+            serde_json::from_str(include_str!("../fixtures/svd-section-schema-2.json"))
+                .expect("JSON");
+        assert_eq!(section["schema"], 2);
+        let read = parse(&section).expect("reads");
+        assert_eq!(
+            (read.rank, read.factors),
+            (Rank::Energy(0.6), FactorsDtype::F32)
+        );
+        let head = &read.modules["lm_head"];
+        assert_eq!(head.tied_to.as_deref(), Some("model.embed_tokens"));
+        assert!(head.certificate.tail.is_some());
+    }
+
+    /// What the published schema says of a section.
+    fn schema_accepts(section: &Value) -> bool {
+        let schema: Value =
+            serde_json::from_str(include_str!("format/svd-section.schema.json")).expect("JSON");
+        jsonschema::draft202012::new(&schema)
+            .expect("a schema")
+            .is_valid(section)
+    }
+
+    #[test]
+    fn the_published_schema_accepts_what_is_read_and_refuses_what_is_refused() {
+        let mut third: Value =
+            serde_json::from_str(include_str!("../fixtures/svd-section-schema-2.json"))
+                .expect("JSON");
+        third["schema"] = 3.into();
+        third["factors"] = "bf16".into();
+        third["nested_in"] =
+            json!({"repo": "a/b", "revision": "0".repeat(40), "content_sha256": "1".repeat(64)});
+        third["algorithm"]["fast"] = true.into();
+        let first = serde_json::from_str(include_str!("../fixtures/svd-section-schema-1.json"));
+        let second = serde_json::from_str(include_str!("../fixtures/svd-section-schema-2.json"));
+        for section in [first.expect("JSON"), second.expect("JSON"), third.clone()] {
+            assert!(
+                parse(&section).is_ok() && schema_accepts(&section),
+                "{section}"
+            );
+            // what is written back is what the schema says too
+            let written = serde_json::to_value(parse(&section).expect("reads")).expect("JSON");
+            assert!(schema_accepts(&written), "{written}");
+        }
+        let module = "/modules/model.layers.0.self_attn.k_proj";
+        for (at, key, value) in [
+            ("", "another", json!(1)),
+            ("", "schema", json!(4)),
+            ("", "schema", json!("3")),
+            ("", "layout", json!("sideways")),
+            ("", "factors", json!("f16")),
+            ("", "nested_in", json!({"repo": null})),
+            (
+                "",
+                "nested_in",
+                json!({"repo": null, "revision": null, "content_sha256": "short"}),
+            ),
+            ("", "modules", json!([])),
+            ("/base", "sha256", json!({})),
+            (
+                "/base",
+                "sha256",
+                json!({"../x.safetensors": "1".repeat(64)}),
+            ),
+            (
+                "/base",
+                "sha256",
+                json!({"model.safetensors": "1".repeat(63)}),
+            ),
+            ("/base", "revision", json!("main")),
+            ("/base", "repo", json!("../../etc")),
+            ("/base", "branch", json!("main")),
+            ("/rank", "mode", json!("some")),
+            ("/rank", "value", json!("0.1")),
+            ("/algorithm", "tolerance", json!(null)),
+            ("/algorithm", "magic", json!(1)),
+            ("/tool", "name", json!(7)),
+            (module, "q", json!(0)),
+            (module, "q", json!(-1)),
+            (module, "shape", json!([64])),
+            (module, "shape", json!([64, 128, 1])),
+            (module, "dtype", json!(16)),
+            (module, "bias", json!("no")),
+            (module, "route", json!("guess")),
+            (module, "exceptions", json!(-1)),
+            (module, "sha256", json!("")),
+            (module, "certificate", json!({})),
+            (
+                module,
+                "certificate",
+                json!({"residual": 0.0, "orthogonality": 0.0, "x": 0.0}),
+            ),
+        ] {
+            let mut section = third.clone();
+            section.pointer_mut(at).expect("a place")[key] = value.clone();
+            assert!(
+                !schema_accepts(&section),
+                "the schema accepts {key}: {value}"
+            );
+            assert!(
+                parse(&section).is_err(),
+                "the parser accepts {key}: {value}"
+            );
+        }
+        for missing in [
+            "schema",
+            "layout",
+            "base",
+            "rank",
+            "algorithm",
+            "modules",
+            "tool",
+        ] {
+            let mut section = third.clone();
+            section.as_object_mut().expect("an object").remove(missing);
+            assert!(
+                !schema_accepts(&section) && parse(&section).is_err(),
+                "{missing}"
+            );
+        }
     }
 
     #[test]

@@ -40,6 +40,7 @@ pub mod report;
 pub mod source;
 pub mod spectrum;
 pub mod split;
+pub mod sum;
 pub mod train;
 pub mod verify;
 pub mod weights;

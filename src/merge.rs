@@ -10,14 +10,16 @@ use sha2::{Digest, Sha256};
 
 use crate::adapter::Mixture;
 use crate::artifact::Artifact;
-use crate::base::copy_side_files;
+use crate::base::{copy_side_files, side_files};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{BASE_CONFIG, BASE_INDEX, untie};
 use crate::split::RoundingLoss;
 use crate::weights::element::is_float;
-use crate::weights::shard::{hex, write_atomically};
-use crate::weights::{Dtype, Elements, Entry, Header, Layout, ShardWriter, dtype_name};
+use crate::weights::shard::{hex, sha256_file, sha256_hex, write_atomically};
+use crate::weights::{
+    Dtype, Elements, Entry, Header, Layout, Rounder, Rounding, ShardWriter, dtype_name,
+};
 use crate::workspace::{Claim, Workspace, bytes_in, check_free_space};
 use crate::{json, linalg, report, workers};
 
@@ -26,6 +28,7 @@ use crate::{json, linalg, report, workers};
 pub struct Options {
     /// `None` keeps every tensor in the base's dtype.
     pub dtype: Option<Dtype>,
+    pub rounding: Rounding,
     pub threads: usize,
 }
 
@@ -33,6 +36,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             dtype: None,
+            rounding: Rounding::default(),
             threads: std::thread::available_parallelism().map_or(1, usize::from),
         }
     }
@@ -43,10 +47,19 @@ impl Default for Options {
 pub struct Facts {
     /// `base`, or the dtype asked for.
     pub dtype: String,
+    /// `nearest`, or `stochastic` and its seed.
+    #[serde(default)]
+    pub rounding: String,
     /// The sha256 of each adapter's weights, and its factor.
     pub adapters: Vec<(String, f64)>,
     /// The sha256 of each weight file written.
     pub sha256: BTreeMap<String, String>,
+    /// Of each tensor: what is damaged later can be named.
+    #[serde(default)]
+    pub tensor_sha256: BTreeMap<String, String>,
+    /// Of every other file but the card, which is the reader's to edit.
+    #[serde(default)]
+    pub side_sha256: BTreeMap<String, String>,
     /// Every weight file is the base's, byte for byte.
     pub identical_to_base: bool,
     /// Every tensor of the base is there, byte for byte; a head that was untied may stand beside them.
@@ -54,14 +67,17 @@ pub struct Facts {
     pub tensors_identical_to_base: bool,
     /// ‖round(W) − W‖ / ‖W − M‖ over all changed weights: how much of the training rounding ate.
     pub rounding_loss: f64,
+    /// The share of the training's effect on the weights that is there after rounding, in its own direction.
+    #[serde(default)]
+    pub kept_effect: f64,
     /// Share of the changed weights' elements that rounding put back on the base's value.
     pub unchanged_share: f64,
     pub bytes: u64,
     pub seconds: f64,
 }
 
-/// Above this, most of what training changed did not survive rounding.
-const ROUNDING_LOSS_WARNED: f64 = 0.5;
+/// Below this, rounding took too much of what training changed.
+const KEPT_EFFECT_WARNED: f64 = 0.75;
 
 /// Merges `mixture` into the model of `artifact` and writes it to `out`.
 ///
@@ -91,6 +107,7 @@ pub fn run(
         ("decomposition".into(), artifact.content_sha256.clone()),
         ("adapters".into(), format!("{adapters:?}")),
         ("dtype".into(), dtype.clone()),
+        ("rounding".into(), rounding_name(options.rounding)),
     ]);
     let (mut workspace, claim) = Workspace::claim(out, "merge", settings)?;
     let total: u64 = headers.iter().map(|(_, header)| header.file_bytes()).sum();
@@ -109,6 +126,7 @@ pub fn run(
     observer.start(Stage::Merge, total, Unit::Bytes);
     let mut loss = RoundingLoss::default();
     let (mut sha256, mut sha256_of_base) = (BTreeMap::new(), BTreeMap::new());
+    let mut tensor_sha256 = BTreeMap::new();
     for ((file, header), (_, base_header)) in headers.iter().zip(&base_headers) {
         let (sum, base_sum) = write_file(
             artifact,
@@ -120,6 +138,7 @@ pub fn run(
             options,
             observer,
             &mut loss,
+            &mut tensor_sha256,
         )?;
         sha256.insert(file.clone(), sum);
         sha256_of_base.insert(file.clone(), base_sum);
@@ -134,27 +153,32 @@ pub fn run(
     if untrained && options.dtype.is_none() && !tensors_identical {
         refuse_difference(artifact, out, &sha256_of_base)?;
     }
+    write_config(artifact, out, config, options.dtype)?;
+    write_index(artifact, out, &headers, options.dtype)?;
+    copy_side_files(&artifact.dir, out)?;
     let facts = Facts {
         dtype,
+        rounding: rounding_name(options.rounding),
         adapters,
         sha256,
+        tensor_sha256,
+        side_sha256: side_sums(out)?,
         identical_to_base: identical,
         tensors_identical_to_base: tensors_identical,
         rounding_loss: loss.relative(),
+        kept_effect: loss.kept(),
         unchanged_share: loss.unchanged as f64 / loss.elements.max(1) as f64,
         bytes: total,
         seconds: started.elapsed().as_secs_f64(),
     };
-    if facts.rounding_loss > ROUNDING_LOSS_WARNED {
+    if facts.kept_effect < KEPT_EFFECT_WARNED {
         observer.warn(format!(
-            "rounding to 16 bits ate most of the training: the error is {:.0} % of the change. \
-             Merge with --dtype f32, or publish the adapter",
-            100.0 * facts.rounding_loss
+            "rounding to 16 bits erased {:.0} % of the training: {:.0} % of the elements are back on the base's values. \
+             Merge with --rounding stochastic or --dtype f32, or publish the adapter, which loses nothing",
+            100.0 * (1.0 - facts.kept_effect),
+            100.0 * facts.unchanged_share
         ));
     }
-    write_config(artifact, out, config, options.dtype)?;
-    write_index(artifact, out, &headers, options.dtype)?;
-    copy_side_files(&artifact.dir, out)?;
     let mut inherited = report::inherited(&artifact.dir)?;
     // what was trained and measured tells of this model only if it is one adapter, whole
     if let [(adapter, 1.0)] = mixture.parts.as_slice() {
@@ -215,6 +239,7 @@ fn write_file(
     options: &Options,
     observer: &dyn Observer,
     loss: &mut RoundingLoss,
+    tensor_sha256: &mut BTreeMap<String, String>,
 ) -> Result<(String, String)> {
     let path = out.join(file);
     let mut writer = ShardWriter::create(&path, header.clone())?;
@@ -226,9 +251,14 @@ fn write_file(
     workers::in_order(
         &header.entries,
         options.threads,
-        |entry| merged(artifact, mixture, entry),
-        |entry, (elements, eaten)| {
+        |entry| {
+            let (elements, eaten) = merged(artifact, mixture, entry, options.rounding)?;
+            let sum = sha256_hex(&elements.bytes);
+            Ok((elements, eaten, sum))
+        },
+        |entry, (elements, eaten, sum)| {
             loss.add(&eaten);
+            tensor_sha256.insert(entry.name.clone(), sum);
             observer.advance(Stage::Merge, entry.bytes, &entry.name);
             if let Some(hash) = base_hash.as_mut().filter(|_| written < base_tensors) {
                 hash.update(&elements.bytes);
@@ -247,15 +277,15 @@ fn merged(
     artifact: &Artifact,
     mixture: &Mixture,
     entry: &Entry,
+    rounding: Rounding,
 ) -> Result<(Elements, RoundingLoss)> {
+    let rounder = Rounder::new(rounding, entry.dtype, &entry.name);
     let Some((module, record)) = artifact.module_of(&entry.name) else {
         let base = artifact.base_tensor(&entry.name)?;
-        let trained = mixture.tensor(&entry.name, &base);
-        let elements = trained.unwrap_or(base);
-        let cast = if is_float(elements.dtype) {
-            elements.cast(entry.dtype)
-        } else {
-            elements
+        let cast = match mixture.tensor(&entry.name, &base) {
+            Some(trained) => rounded(&trained, &base.shape, &rounder),
+            None if is_float(base.dtype) => base.round(&rounder),
+            None => base,
         };
         cast.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
         return Ok((cast, RoundingLoss::default()));
@@ -263,9 +293,41 @@ fn merged(
     let delta = mixture.delta(module, record.q);
     let factors = artifact.factors(module)?;
     let matrix = artifact.restore(module, record, &factors)?;
-    let (merged, loss) = factors.merge(&matrix, &delta, entry.dtype);
+    let (merged, loss) = factors.merge(&matrix, &delta, &rounder);
     merged.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
     Ok((merged, loss))
+}
+
+/// The sha256 of config, index, tokenizer and whatever else is small and was written.
+fn side_sums(out: &Path) -> Result<BTreeMap<String, String>> {
+    let mut names = side_files(out)?;
+    names.push("config.json".into());
+    let index = Layout::Model.index_file();
+    names.extend(out.join(&index).exists().then_some(index));
+    let sums = names.into_iter().map(|name| {
+        let sum = sha256_file(&out.join(&name), |_| {})?;
+        Ok((name, sum))
+    });
+    sums.collect()
+}
+
+fn rounded(values: &[f64], shape: &[usize], rounder: &Rounder) -> Elements {
+    let mut bytes = Vec::with_capacity(values.len() * rounder.dtype().bitsize() / 8);
+    for (at, &x) in values.iter().enumerate() {
+        rounder.push(x, at, &mut bytes);
+    }
+    Elements {
+        dtype: rounder.dtype(),
+        shape: shape.to_vec(),
+        bytes,
+    }
+}
+
+fn rounding_name(rounding: Rounding) -> String {
+    match rounding {
+        Rounding::Nearest => "nearest".into(),
+        Rounding::Stochastic { seed } => format!("stochastic, seed {seed}"),
+    }
 }
 
 /// Names the tensor or file in which an untrained merge differs from the pinned base.

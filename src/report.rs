@@ -78,6 +78,5 @@ pub fn add(
             sections.insert(section.into(), facts);
         }
     }
-    let json = serde_json::to_vec_pretty(&sections).expect("a JSON value serialises");
-    write_atomically(&dir.join(FILE), &json).map(drop)
+    write_atomically(&dir.join(FILE), &json::seal(sections)).map(drop)
 }

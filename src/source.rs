@@ -44,7 +44,13 @@ impl Tensors for Source {
             Self::Model(base) => return base.checkpoint.read(name),
             Self::Decomposition { artifact, mixture } => (artifact.base_tensor(name)?, mixture),
         };
-        Ok(mixture.tensor(name, &elements).unwrap_or(elements))
+        Ok(match mixture.tensor(name, &elements) {
+            None => elements,
+            Some(trained) => {
+                let values: Vec<f32> = trained.into_iter().map(|x| x as f32).collect();
+                Elements::from_f32(&elements.shape, &values)
+            }
+        })
     }
 
     fn spectrum(&self, module: &str) -> Result<Option<(Factors, Vec<f32>)>> {

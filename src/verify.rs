@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::adapter::{self, Adapter};
 use crate::artifact::{self, Artifact};
 use crate::base::{self, Base};
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{ArtifactLayout, ModuleRecord};
 use crate::linalg::{self, certify};
@@ -242,14 +242,7 @@ fn decomposition(
             continue;
         }
         let found = sha256_file(&path, |_| {})?;
-        if &found != expected {
-            facts.problem(
-                file,
-                None,
-                format!("sha256 {expected}"),
-                format!("sha256 {found}"),
-            );
-        }
+        compare_sum(file, None, expected, &found, facts);
     }
     let mut total = 0;
     for (file, entry) in inventory.entries() {
@@ -258,13 +251,9 @@ fn decomposition(
         observer.advance(Stage::Verify, entry.bytes, &entry.name);
         let found = sha256_hex(&elements.bytes);
         match sums.tensors.get(&entry.name) {
-            Some(expected) if *expected == found => {}
-            Some(expected) => facts.problem(
-                &file.name,
-                Some(&entry.name),
-                format!("sha256 {expected}"),
-                format!("sha256 {found}"),
-            ),
+            Some(expected) => {
+                compare_sum(&file.name, Some(&entry.name), expected, &found, facts);
+            }
             None => facts.problem(&file.name, Some(&entry.name), "a hash in the index", "none"),
         }
         if let Some((index, value)) = elements.first_not_finite() {
@@ -276,6 +265,8 @@ fn decomposition(
             );
         }
     }
+    check_seal(dir, report::FILE, artifact.svd.schema >= 3, facts)?;
+    check_index_form(&artifact, facts)?;
     let index_file = Layout::Decomposition.index_file();
     let stated =
         json::read::<serde_json::Value>(&dir.join(&index_file))?["metadata"]["total_size"].as_u64();
@@ -314,6 +305,47 @@ fn decomposition(
         return Ok(());
     }
     modules(&artifact, observer, facts)
+}
+
+/// The index names the sum of everything else, and nothing names its own: it must have the one form that we write.
+fn check_index_form(artifact: &Artifact, facts: &mut Facts) -> Result<()> {
+    let index_file = Layout::Decomposition.index_file();
+    let path = artifact.dir.join(&index_file);
+    let bytes = std::fs::read(&path).context("read", &path)?;
+    let value: serde_json::Value = json::read(&path)?;
+    let form = serde_json::to_vec_pretty(&value).expect("a JSON value serialises");
+    let keys = |value: &serde_json::Value| -> Vec<String> {
+        let object = value.as_object().into_iter().flatten();
+        object.map(|(key, _)| key.clone()).collect()
+    };
+    let metadata = &value["metadata"];
+    if form != bytes
+        || keys(&value) != ["metadata", "weight_map"]
+        || keys(metadata) != ["total_size", "sha256"]
+        || keys(&metadata["sha256"]) != ["files", "tensors"]
+    {
+        facts.problem(&index_file, None, "the form svdhub writes", "another");
+    }
+    // a sum of something that is not there would go unseen
+    let known = |name: &String| artifact.checkpoint.inventory.contains(name);
+    for tensor in artifact.sums.tensors.keys().filter(|name| !known(name)) {
+        facts.problem(&index_file, Some(tensor), "the tensor", "its hash only");
+    }
+    Ok(())
+}
+
+/// A file that carries a sum of itself; before some version ours did not.
+fn check_seal(dir: &Path, file: &str, sealed: bool, facts: &mut Facts) -> Result<()> {
+    let path = dir.join(file);
+    if !path.exists() {
+        return Ok(());
+    }
+    match json::seal_of(&path)? {
+        Some((stated, found)) => compare_sum(file, None, &stated, &found, facts),
+        None if sealed => facts.problem(file, None, "a sum of itself", "none"),
+        None => {}
+    }
+    Ok(())
 }
 
 /// σ descends, the triplets belong to M, and M comes back byte for byte.
@@ -406,19 +438,30 @@ fn adapter(dir: &Path, facts: &mut Facts) -> Result<()> {
     facts
         .checks
         .push("header, config and finite numbers".into());
-    if let Some(expected) = report::read(dir)?
-        .get("train")
-        .and_then(|t| t["adapter_sha256"].as_str())
-    {
+    let sealed = adapter.config.schema >= 2;
+    check_seal(dir, report::FILE, sealed, facts)?;
+    check_seal(dir, adapter::CONFIG_FILE, sealed, facts)?;
+    // schema 1 left it to the report
+    let mut reported = report::read(dir)?.remove("train").unwrap_or_default();
+    let reported = reported["adapter_sha256"].take();
+    let stated = adapter.config.weights_sha256.clone();
+    if let Some(expected) = stated.or(reported.as_str().map(String::from)) {
         let found = adapter.sha256()?;
         facts.checks.push("sha256 of the weights".into());
         if found != expected {
-            facts.problem(
-                adapter::WEIGHTS_FILE,
-                None,
-                format!("sha256 {expected}"),
-                format!("sha256 {found}"),
-            );
+            let damaged = adapter.damaged_tensors()?;
+            for tensor in &damaged {
+                compare_sum(
+                    adapter::WEIGHTS_FILE,
+                    Some(tensor),
+                    &expected,
+                    &found,
+                    facts,
+                );
+            }
+            if damaged.is_empty() {
+                compare_sum(adapter::WEIGHTS_FILE, None, &expected, &found, facts);
+            }
         }
     }
     Ok(())
@@ -439,8 +482,20 @@ fn model(
     check_shapes(dir, &config, inventory)?;
     facts.checks.push("headers, index and config agree".into());
     observer.start(Stage::Verify, facts.bytes, Unit::Bytes);
+    let merged = report::read(dir)?.remove("merge").unwrap_or_default();
+    let sums = |key: &str| -> Result<BTreeMap<String, String>> {
+        match &merged[key] {
+            serde_json::Value::Null => Ok(BTreeMap::new()),
+            sums => json::interpret(&dir.join(report::FILE), sums.clone()),
+        }
+    };
+    let (tensor_sums, side_sums) = (sums("tensor_sha256")?, sums("side_sha256")?);
     for (file, entry) in inventory.entries() {
         let elements = base.checkpoint.read(&entry.name)?;
+        if let Some(expected) = tensor_sums.get(&entry.name) {
+            let found = sha256_hex(&elements.bytes);
+            compare_sum(&file.name, Some(&entry.name), expected, &found, facts);
+        }
         observer.advance(Stage::Verify, entry.bytes, &entry.name);
         if let Some((index, value)) = elements.first_not_finite() {
             facts.problem(
@@ -453,12 +508,16 @@ fn model(
     }
     observer.finish(Stage::Verify);
     facts.checks.push("every number is finite".into());
-    let merged = report::read(dir)?.remove("merge").unwrap_or_default();
-    if !merged["sha256"].is_null() {
-        let expected = json::interpret(&dir.join(report::FILE), merged["sha256"].clone())?;
-        let found = base.hash(observer)?;
-        compare_sums(&expected, &found, facts);
-        facts.checks.push("sha256 of every weight file".into());
+    check_seal(dir, report::FILE, !tensor_sums.is_empty(), facts)?;
+    let file_sums = sums("sha256")?;
+    if !file_sums.is_empty() {
+        compare_sums(&file_sums, &base.hash(observer)?, facts);
+        let found = side_sums.keys().filter(|name| dir.join(name).exists());
+        let found = found.map(|name| Ok((name.clone(), sha256_file(&dir.join(name), |_| {})?)));
+        compare_sums(&side_sums, &found.collect::<Result<_>>()?, facts);
+        facts
+            .checks
+            .push("sha256 of every file that was merged".into());
     }
     if let Some(original) = against {
         let untied = !config.tied && ModelConfig::read(&original.dir)?.tied;
@@ -478,15 +537,20 @@ fn compare_sums(
 ) {
     for (file, sum) in expected {
         match found.get(file) {
-            Some(other) if other == sum => {}
-            Some(other) => facts.problem(
-                file,
-                None,
-                format!("sha256 {sum}"),
-                format!("sha256 {other}"),
-            ),
+            Some(other) => compare_sum(file, None, sum, other, facts),
             None => facts.problem(file, None, "the file", "nothing"),
         }
+    }
+}
+
+fn compare_sum(file: &str, tensor: Option<&str>, expected: &str, found: &str, facts: &mut Facts) {
+    if found != expected {
+        facts.problem(
+            file,
+            tensor,
+            format!("sha256 {expected}"),
+            format!("sha256 {found}"),
+        );
     }
 }
 

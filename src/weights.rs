@@ -3,10 +3,12 @@
 pub mod checkpoint;
 pub mod element;
 pub mod header;
+pub mod rounding;
 pub mod shard;
 
 pub use checkpoint::{Checkpoint, Inventory, Layout};
 pub use element::{Elements, dtype_name};
 pub use header::{Entry, Header};
+pub use rounding::{Rounder, Rounding};
 pub use safetensors::Dtype;
 pub use shard::{FileSink, ShardWriter};

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use svdhub::card::bytes;
 use svdhub::hub::ModelRef;
 use svdhub::merge::{self, Facts, Options};
-use svdhub::weights::Dtype;
+use svdhub::weights::{Dtype, Rounding};
 use svdhub::{Error, Result};
 
 use super::progress::clock;
@@ -30,6 +30,12 @@ pub struct Command {
     /// base, f32, bf16 or f16
     #[arg(long, default_value = "base", value_parser = dtype)]
     dtype: DtypeChoice,
+    /// nearest, or stochastic: small changes then survive 16 bits on average, at the price of noise
+    #[arg(long, value_name = "HOW", default_value = "nearest")]
+    rounding: RoundingChoice,
+    /// Of stochastic rounding: the same seed gives the same bytes
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
     /// The base model of a sidecar, if it is not where the sidecar says
     #[arg(long, value_name = "MODEL")]
     base: Option<ModelRef>,
@@ -56,12 +62,22 @@ fn dtype(text: &str) -> Result<DtypeChoice> {
     Ok(DtypeChoice(dtype))
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum RoundingChoice {
+    Nearest,
+    Stochastic,
+}
+
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
         let (artifact, _) = session.artifact(&self.decomposition, self.base.as_ref())?;
         let mixture = session.mixture(&artifact, &self.adapter)?;
         let options = Options {
             dtype: self.dtype.0,
+            rounding: match self.rounding {
+                RoundingChoice::Nearest => Rounding::Nearest,
+                RoundingChoice::Stochastic => Rounding::Stochastic { seed: self.seed },
+            },
             ..Options::default()
         };
         let facts = merge::run(&artifact, &mixture, &self.out, &options, session.observer())?;
@@ -76,7 +92,8 @@ fn show(facts: &Facts, out: &str) -> String {
         "every tensor of the base, byte for byte, and its head untied".to_string()
     } else {
         format!(
-            "rounding error {:.1} % of the change, {:.1} % of the elements kept the base's value",
+            "{:.1} % of the training's effect kept, rounding error {:.1} % of the change, {:.1} % of the elements kept the base's value",
+            100.0 * facts.kept_effect,
             100.0 * facts.rounding_loss,
             100.0 * facts.unchanged_share
         )

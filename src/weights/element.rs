@@ -5,6 +5,7 @@ use std::path::Path;
 use half::{bf16, f16};
 use safetensors::Dtype;
 
+use super::rounding::{Rounder, push_rounded};
 use crate::error::{Error, Result};
 
 /// One tensor's bytes in its stored dtype, little-endian and row-major.
@@ -135,6 +136,22 @@ impl Elements {
         }
     }
 
+    /// Rounds every element; what the dtype can hold stays as it is.
+    pub fn round(&self, rounder: &Rounder) -> Self {
+        if rounder.dtype() == self.dtype {
+            return self.clone();
+        }
+        let mut bytes = Vec::with_capacity(self.len() * rounder.dtype().bitsize() / 8);
+        for (at, x) in self.to_f32().into_iter().enumerate() {
+            rounder.push(f64::from(x), at, &mut bytes);
+        }
+        Self {
+            dtype: rounder.dtype(),
+            shape: self.shape.clone(),
+            bytes,
+        }
+    }
+
     /// Refuses NaN and Inf; `tensor` and `path` name the place.
     pub fn refuse_not_finite(&self, tensor: &str, path: &Path) -> Result<()> {
         match self.first_not_finite() {
@@ -206,91 +223,10 @@ pub fn widen(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
     }
 }
 
-/// Appends `x`, rounded once to nearest-even in `dtype`.
-///
-/// From f64 directly: rounding to f32 first and then to 16 bits would round twice.
-pub fn push_rounded(dtype: Dtype, x: f64, bytes: &mut Vec<u8>) {
-    match dtype {
-        Dtype::F32 => bytes.extend_from_slice(&(x as f32).to_le_bytes()),
-        Dtype::F16 => bytes.extend_from_slice(&f16::from_f64(x).to_le_bytes()),
-        Dtype::BF16 => bytes.extend_from_slice(&bf16_from_f64(x).to_le_bytes()),
-        other => panic!("invariant: {other:?} is not a dtype a weight is rounded to"),
-    }
-}
-
-/// bf16 nearest to `x`, ties to even.
-///
-/// Rounds to odd in f32 first (the last bit remembers what was cut), so that the second rounding is exact;
-/// bf16 has 8 significant bits, f32 24, which leaves room enough for the sticky bit.
-fn bf16_from_f64(x: f64) -> bf16 {
-    let near = x as f32;
-    if !near.is_finite() || f64::from(near) == x {
-        return bf16::from_f32(near);
-    }
-    let toward_zero = if f64::from(near).abs() > x.abs() {
-        f32::from_bits(near.to_bits() - 1)
-    } else {
-        near
-    };
-    bf16::from_f32(f32::from_bits(toward_zero.to_bits() | 1))
-}
-
-/// The distance from the representable value `x` to the nearest value that would round elsewhere.
-///
-/// Half a unit in the last place on the narrower side; at the ends of the range, on the inner side.
-pub fn rounding_margin(dtype: Dtype, x: f32) -> f64 {
-    // between two powers of two, all neighbours are as far apart: half of 2^(exponent − digits)
-    let (digits, normal_from) = match dtype {
-        Dtype::F16 => (10, -14),
-        Dtype::BF16 => (7, -126),
-        _ => (23, -126),
-    };
-    let bits = x.to_bits();
-    let exponent = (bits >> 23 & 0xff) as i32 - 127;
-    if bits << 9 != 0 && (normal_from..128).contains(&exponent) {
-        return f64::from_bits(((exponent - digits - 1 + 1023) as u64) << 52);
-    }
-    let next = |step: i32| -> f64 {
-        let shift = |bits: u32, width: u32| -> Option<u32> {
-            // order the bit patterns of one sign by magnitude; `step` moves away from or towards zero
-            let magnitude = bits & !(1 << (width - 1));
-            let moved = i64::from(magnitude) + i64::from(step);
-            (moved >= 0).then_some((bits & (1 << (width - 1))) | moved as u32)
-        };
-        let neighbour = match dtype {
-            Dtype::F32 => shift(x.to_bits(), 32).map(|b| f64::from(f32::from_bits(b))),
-            Dtype::F16 => shift(f16::from_f32(x).to_bits().into(), 16)
-                .map(|b| f16::from_bits(b as u16).to_f64()),
-            Dtype::BF16 => shift(bf16::from_f32(x).to_bits().into(), 16)
-                .map(|b| bf16::from_bits(b as u16).to_f64()),
-            other => panic!("invariant: {other:?} is not a dtype a weight is rounded to"),
-        };
-        match neighbour {
-            Some(y) if y.is_finite() => (y - f64::from(x)).abs(),
-            _ => f64::INFINITY,
-        }
-    };
-    let away = next(1);
-    let towards = if x == 0.0 { away } else { next(-1) };
-    away.min(towards) / 2.0
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    #[test]
-    fn bf16_is_rounded_once_from_f64() {
-        // 1 + 2^-8 is a tie between 1 and 1 + 2^-7; a crumb above it must win although f32 cannot see the crumb
-        let x = 1.0 + 2f64.powi(-8) + 2f64.powi(-40);
-        assert_eq!(bf16_from_f64(x), bf16::from_f32(1.0 + 2f32.powi(-7)));
-        assert_eq!(bf16_from_f64(-x), bf16::from_f32(-1.0 - 2f32.powi(-7)));
-        let x = 1.0 + 2f64.powi(-8) - 2f64.powi(-40);
-        assert_eq!(bf16_from_f64(x), bf16::from_f32(1.0));
-        assert_eq!(bf16_from_f64(-0.0).to_bits(), 0x8000);
-        assert_eq!(bf16_from_f64(1e300), bf16::INFINITY);
-    }
 
     #[test]
     fn a_view_of_f32_gives_the_stored_bytes() {
@@ -323,20 +259,6 @@ mod tests {
             prop_assume!(stored.first_not_finite().is_none());
             let wide = Elements::from_f32(&[1], &stored.to_f32());
             prop_assert_eq!(wide.cast(dtype).bytes, stored.bytes);
-        }
-
-        #[test]
-        fn inside_the_margin_rounding_returns_the_value(bits: u16, brain: bool, t in -0.999f64..0.999) {
-            let dtype = if brain { Dtype::BF16 } else { Dtype::F16 };
-            let stored = Elements { dtype, shape: vec![1], bytes: bits.to_le_bytes().to_vec() };
-            prop_assume!(stored.first_not_finite().is_none());
-            let x = stored.to_f32()[0];
-            let margin = rounding_margin(dtype, x);
-            prop_assume!(margin.is_finite());
-            let mut bytes = Vec::new();
-            push_rounded(dtype, f64::from(x) + t * margin, &mut bytes);
-            let back = Elements { dtype, shape: vec![1], bytes };
-            prop_assert_eq!(back.to_f32()[0], x);
         }
     }
 }

@@ -10,4 +10,5 @@ mod ranks;
 mod resume;
 mod round_trip;
 mod training;
+mod verify;
 mod world;

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use svdhub::weights::Dtype;
+use svdhub::weights::{Checkpoint, Dtype, Layout};
 
-use crate::world::{World, arg, fixture};
+use crate::world::{World, arg, files, fixture};
 
 fn decomposed(world: &World, options: &[&str]) -> PathBuf {
     let base = world.model("base", Dtype::BF16, u64::MAX);
@@ -231,4 +231,93 @@ fn jsonl_trains_like_text_documents() {
     ]);
     assert_eq!(facts["losses"].as_array().map(Vec::len), Some(3));
     assert!(facts["data_tokens"].as_u64() > Some(60_000));
+}
+
+#[test]
+fn what_sixteen_bits_would_erase_is_warned_of_and_survives_stochastic_rounding() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let (adapter, _) = trained(&world, &split, "adapter", &["--steps", "3"]);
+    // a thousandth of what was trained: far below half a step of bf16
+    let faint = format!("{}*0.001", arg(&adapter));
+    let merge = |name: &str, options: &[&str]| {
+        let out = world.path(name);
+        let fixed = [
+            "merge",
+            arg(&split),
+            "--adapter",
+            &faint,
+            "--out",
+            arg(&out),
+        ];
+        let run = world
+            .run(&[&fixed, options, &["--json"]].concat())
+            .succeeds();
+        let facts: Value = serde_json::from_str(&run.stdout).expect("JSON");
+        (run.stderr, facts, files(&out))
+    };
+    let kept = |facts: &Value| facts["kept_effect"].as_f64().expect("a share");
+    let (said, nearest, _) = merge("nearest", &[]);
+    assert!(kept(&nearest) < 0.5, "{nearest}");
+    for word in ["erased", "--rounding stochastic", "--dtype f32"] {
+        assert!(said.contains(word), "{said}");
+    }
+    let stochastic = ["--rounding", "stochastic", "--seed", "7"];
+    let (said, facts, once) = merge("stochastic", &stochastic);
+    assert!((kept(&facts) - 1.0).abs() < 0.2, "{}", facts["kept_effect"]);
+    assert!(!said.contains("erased"), "{said}");
+    let (_, _, again) = merge("again", &stochastic);
+    assert!(once == again, "the same seed gives the same bytes");
+    let (_, _, other) = merge("other", &["--rounding", "stochastic", "--seed", "8"]);
+    assert!(once["model.safetensors"] != other["model.safetensors"]);
+    let (_, wide, _) = merge("wide", &["--dtype", "f32"]);
+    assert!((kept(&wide) - 1.0).abs() < 1e-3, "{}", wide["kept_effect"]);
+}
+
+#[test]
+fn a_mixture_is_the_weighted_sum_of_the_merged_weights() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let split = world.path("svd");
+    let decompose = ["decompose", arg(&base), "--out", arg(&split)];
+    world.run(&decompose).succeeds();
+    let norms = ["--steps", "4", "--train", "norms"];
+    let (a, _) = trained(&world, &split, "a", &norms);
+    let (b, _) = trained(
+        &world,
+        &split,
+        "b",
+        &[&norms[..], &["--seed", "1"]].concat(),
+    );
+    let merged = |name: &str, adapters: &[String]| {
+        let out = world.path(name);
+        let mut arguments = vec!["merge", arg(&split), "--dtype", "f32", "--out", arg(&out)];
+        adapters
+            .iter()
+            .for_each(|adapter| arguments.extend(["--adapter", adapter]));
+        world.run(&arguments).succeeds();
+        Checkpoint::open(&out, Layout::Model).expect("opens")
+    };
+    let (a, b) = (arg(&a).to_string(), arg(&b).to_string());
+    let (wa, wb) = (merged("wa", &[a.clone()]), merged("wb", &[b.clone()]));
+    let mixture = merged("mixture", &[format!("{a}*0.7"), format!("{b}*-0.3")]);
+    let original = Checkpoint::open(&base, Layout::Model).expect("opens");
+    let mut moved = 0;
+    for (_, entry) in original.inventory.entries() {
+        let of = |model: &Checkpoint| model.read(&entry.name).expect("reads").to_f32();
+        let (m, wa, wb, found) = (of(&original), of(&wa), of(&wb), of(&mixture));
+        for i in 0..m.len() {
+            let [x, a, b] = [m[i], wa[i], wb[i]].map(f64::from);
+            let expected = x + 0.7 * (a - x) - 0.3 * (b - x);
+            // each of the three was rounded once to f32, and Δσ of the mixture once: half a unit each
+            let scale = x.abs().max(a.abs()).max(b.abs());
+            let error = 2.0 * f64::from(f32::EPSILON) * scale;
+            let change = (a - x).abs() + (b - x).abs();
+            let allowed = error + change * 1e-5;
+            let off = (f64::from(found[i]) - expected).abs();
+            assert!(off <= allowed, "{} {i}: {off} > {allowed}", entry.name);
+            moved += usize::from(a != x);
+        }
+    }
+    assert!(moved > 100_000, "{moved} elements moved");
 }

@@ -1,0 +1,133 @@
+//! What `verify` finds.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+use svdhub::event::Silent;
+use svdhub::weights::{Checkpoint, Dtype};
+
+use crate::world::{World, arg, files, fixture};
+
+/// Verifies as the program does, without starting it anew each time.
+fn problems(dir: &Path) -> Vec<svdhub::verify::Problem> {
+    match svdhub::verify::run(dir, None, &Silent) {
+        Ok(facts) => facts.problems,
+        Err(error) => panic!("verify gave up: {error}"),
+    }
+}
+
+/// Changes bytes all over a directory, one at a time: each change is found, and in a tensor, the tensor is named.
+fn assert_every_byte_matters(dir: &Path) {
+    assert!(problems(dir).is_empty(), "{:?}", problems(dir));
+    let mut all = files(dir);
+    // the card is its owner's to edit
+    all.remove("README.md");
+    let report = dir.join("report.json");
+    all.insert("report.json".into(), std::fs::read(report).expect("reads"));
+    for (name, sound) in all {
+        let path = dir.join(&name);
+        let tensors = name.ends_with(".safetensors").then(|| {
+            let checkpoint = Checkpoint::single(dir, &name).expect("opens");
+            checkpoint.inventory.files[0].header.entries.clone()
+        });
+        // a few hundred places, the ends among them, and in every tensor at least one
+        let stride = (sound.len() / 150).max(1) | 1;
+        let mut places: Vec<usize> = (0..sound.len()).step_by(stride).collect();
+        places.push(sound.len() - 1);
+        places.extend(
+            tensors
+                .iter()
+                .flatten()
+                .filter(|e| e.bytes > 0)
+                .map(|e| (e.offset + e.bytes / 2) as usize),
+        );
+        for at in places {
+            let mut damaged = sound.clone();
+            damaged[at] ^= 1 << (at % 8);
+            std::fs::write(&path, &damaged).expect("writes");
+            let found = problems(dir);
+            assert!(!found.is_empty(), "byte {at} of {name} goes unseen");
+            let hit = tensors.iter().flatten().find(|entry| {
+                let range = entry.offset as usize..(entry.offset + entry.bytes) as usize;
+                range.contains(&at)
+            });
+            if let Some(entry) = hit {
+                let named = |p: &svdhub::verify::Problem| p.tensor.as_deref() == Some(&entry.name);
+                assert!(found.iter().any(named), "{at}: {} in {found:?}", entry.name);
+                assert!(found.iter().all(|p| p.file == name), "{found:?}");
+            }
+        }
+        std::fs::write(&path, &sound).expect("writes");
+    }
+}
+
+fn small_base(world: &World) -> PathBuf {
+    let config = json!({"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 256, "tie_word_embeddings": false, "rms_norm_eps": 1e-6});
+    let base = world.random_model("base", &config);
+    std::fs::write(base.join("generation_config.json"), "{\"eos_token_id\": 2}").expect("writes");
+    base
+}
+
+#[test]
+fn one_changed_byte_anywhere_in_a_decomposition_is_found() {
+    let world = World::new();
+    let base = small_base(&world);
+    for (name, options) in [
+        ("residual", vec!["--layout", "residual"]),
+        ("sidecar", vec!["--layout", "sidecar"]),
+        (
+            "shards",
+            vec![
+                "--shard-size",
+                "6kB",
+                "--factors-dtype",
+                "bf16",
+                "--rank",
+                "4",
+            ],
+        ),
+    ] {
+        let out = world.path(name);
+        let fixed = ["decompose", arg(&base), "--out", arg(&out)];
+        world.run(&[&fixed[..], &options].concat()).succeeds();
+        assert_every_byte_matters(&out);
+    }
+}
+
+#[test]
+fn one_changed_byte_anywhere_in_a_merged_model_or_an_adapter_is_found() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, 600_000);
+    let (split, adapter, merged) = (
+        world.path("svd"),
+        world.path("adapter"),
+        world.path("model"),
+    );
+    let decompose = ["decompose", arg(&base), "--out", arg(&split)];
+    world
+        .run(&[&decompose[..], &["--include", "layers.0"]].concat())
+        .succeeds();
+    let data = fixture("eighty-heldout.txt");
+    let train = [
+        "train",
+        arg(&split),
+        "--data",
+        arg(&data),
+        "--out",
+        arg(&adapter),
+    ];
+    let options = ["--steps", "2", "--length", "32", "--train", "norms"];
+    world.run(&[&train[..], &options].concat()).succeeds();
+    assert_every_byte_matters(&adapter);
+    let merge = [
+        "merge",
+        arg(&split),
+        "--adapter",
+        arg(&adapter),
+        "--out",
+        arg(&merged),
+    ];
+    world.run(&merge).succeeds();
+    assert_every_byte_matters(&merged);
+}
