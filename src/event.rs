@@ -12,6 +12,7 @@ pub enum Stage {
     Train,
     Evaluate,
     Merge,
+    Export,
     Upload,
     Verify,
 }
