@@ -8,7 +8,8 @@
 //!                        (linalg, split, join)    (model)
 //! ```
 //!
-//! `export` writes an adapter for programs that are not ours. Several machines divide the work: each decomposes its share (job), `assemble` joins them (join).
+//! `export` writes an adapter for programs that are not ours. Several machines divide the work: each decomposes its share
+//! (job), `assemble` joins them (join).
 
 pub mod adapter;
 pub mod artifact;

@@ -1,6 +1,7 @@
 //! What other programs load: by their own word where Python has them, by arithmetic and golden values everywhere.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -866,9 +867,12 @@ fn python(packages: &str, test: &str) -> Option<PathBuf> {
                 asked.is_none(),
                 "SVDHUB_PYTHON cannot `import {packages}`: {why}"
             );
-            eprintln!(
+            // not eprintln: of a test that passes, that is not shown
+            writeln!(
+                std::io::stderr(),
                 "SKIPPED: {test} needs a Python that can `import {packages}` ({why}); name one in SVDHUB_PYTHON"
-            );
+            )
+            .expect("standard error is open");
             None
         }
     }
