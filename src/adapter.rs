@@ -252,4 +252,14 @@ impl Mixture {
         }
         Some(sum)
     }
+
+    /// The same, rounded to f32.
+    pub fn tensor_f32(&self, name: &str, base: &Elements) -> Option<Elements> {
+        let values: Vec<f32> = self
+            .tensor(name, base)?
+            .into_iter()
+            .map(|x| x as f32)
+            .collect();
+        Some(Elements::from_f32(&base.shape, &values))
+    }
 }

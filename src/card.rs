@@ -11,6 +11,10 @@ pub enum Kind {
     Decomposition,
     Adapter,
     Model,
+    /// An export for PEFT.
+    Lora,
+    /// An export for svd-training.
+    StateDict,
 }
 
 /// In every card of ours, and in no other: a README without it was written by somebody and is left alone.
@@ -69,6 +73,8 @@ pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<Str
             Kind::Decomposition => "decomposition",
             Kind::Adapter => "adapter",
             Kind::Model => "model",
+            Kind::Lora => "lora",
+            Kind::StateDict => "state-dict",
         },
         "repo": repo,
         "title": repo.rsplit('/').next().unwrap_or(repo),
@@ -77,14 +83,24 @@ pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<Str
         "license_link": base_card["license_link"],
         "language": base_card["language"],
         "pipeline_tag": base_card["pipeline_tag"].as_str().unwrap_or("text-generation"),
-        "library_name": if kind == Kind::Model { "transformers" } else { "svdhub" },
+        "library_name": match kind {
+            Kind::Model => "transformers",
+            Kind::Lora => "peft",
+            Kind::StateDict => "svd-training",
+            Kind::Decomposition | Kind::Adapter => "svdhub",
+        },
         "base_model": base["repo"],
-        "relation": if kind == Kind::Model { "finetune" } else { "adapter" },
+        "base_revision": base["revision"],
+        "relation": match kind {
+            Kind::Model | Kind::StateDict => "finetune",
+            Kind::Decomposition | Kind::Adapter | Kind::Lora => "adapter",
+        },
         "base_text": base_text,
         "rank_text": rank_text,
         "decomposition_text": decomposition_text,
         "evaluations": shown_evaluations(kind, &section("evaluate")),
         "merge": non_null(section("merge"), kind == Kind::Model),
+        "export": non_null(section("export"), matches!(kind, Kind::Lora | Kind::StateDict)),
         "train": non_null(train, kind != Kind::Decomposition),
         "tool": section("tool"),
         "decompose": decompose,
@@ -183,6 +199,37 @@ mod tests {
             assert!(card.contains(fact), "{fact} is missing from\n{card}");
         }
         assert!(card.starts_with("---\n") && card.contains(MARK));
+    }
+
+    #[test]
+    fn an_exports_card_names_the_program_that_loads_it() {
+        let mut report = report();
+        report.insert(
+            "export".into(),
+            json!({"to": "peft-lora", "rank": 8, "kept": 300, "trained": 1432, "predicted_error": 0.4277, "measured_error": 0.42771,
+                "modules": {"a": {}, "b": {}}, "modules_to_save": ["model.norm"]}),
+        );
+        let card = render(Kind::Lora, "me/lora", &report).expect("renders");
+        for fact in [
+            "library_name: peft",
+            "base_model_relation: adapter",
+            "PeftModel.from_pretrained(base, \"me/lora\")",
+            "from_pretrained(\"org/base\", revision=\"0123456789012345678901234567890123456789\")",
+            "300 of 1,432 in 2 weights",
+            "0.42770 foretold, 0.42771 measured",
+            "| norms | 1, whole",
+        ] {
+            assert!(card.contains(fact), "{fact} is missing from\n{card}");
+        }
+        report["export"] = json!({"to": "svd-training", "rank_fraction": 0.1, "triplets": 9, "zeros": 0, "whole": []});
+        let card = render(Kind::StateDict, "me/state", &report).expect("renders");
+        for fact in ["library_name: svd-training", "rank_fraction=0.1"] {
+            assert!(card.contains(fact), "{fact} is missing from\n{card}");
+        }
+        assert!(
+            !card.contains("AutoModelForCausalLM.from_pretrained"),
+            "{card}"
+        );
     }
 
     #[test]

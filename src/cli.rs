@@ -7,6 +7,7 @@ mod decompose;
 mod demo;
 mod env;
 mod evaluate;
+mod export;
 mod hub;
 mod inspect;
 mod merge;
@@ -65,6 +66,7 @@ enum Verb {
     Train(train::Command),
     Evaluate(evaluate::Command),
     Merge(merge::Command),
+    Export(export::Command),
     Publish(publish::Command),
     Verify(verify::Command),
     Inspect(inspect::Command),
@@ -85,6 +87,7 @@ pub fn run() -> ExitCode {
         Verb::Train(command) => command.run(&session),
         Verb::Evaluate(command) => command.run(&session),
         Verb::Merge(command) => command.run(&session),
+        Verb::Export(command) => command.run(&session),
         Verb::Publish(command) => command.run(&session),
         Verb::Verify(command) => command.run(&session),
         Verb::Inspect(command) => command.run(&session),

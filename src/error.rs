@@ -166,6 +166,12 @@ pub enum Error {
     },
     #[error("{}: {reason}", path.display())]
     Adapter { path: PathBuf, reason: String },
+    #[error("{what} cannot be exported to {target}: {reason}")]
+    NotExpressible {
+        what: String,
+        target: &'static str,
+        reason: String,
+    },
     #[error("{} needs its base model {base}", artifact.display())]
     BaseNeeded { artifact: PathBuf, base: String },
     #[error("cannot read {value:?} as {what}: {reason}")]

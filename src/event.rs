@@ -13,6 +13,7 @@ pub enum Stage {
     Train,
     Evaluate,
     Merge,
+    Export,
     Upload,
     Verify,
 }

@@ -8,7 +8,8 @@
 //!                        (linalg, split, join)    (model)
 //! ```
 //!
-//! Several machines divide the work: each decomposes its share (job), `assemble` joins them (join).
+//! `export` writes an adapter for programs that are not ours. Several machines divide the work: each decomposes its share
+//! (job), `assemble` joins them (join).
 
 pub mod adapter;
 pub mod artifact;
@@ -20,6 +21,7 @@ pub mod decompose;
 pub mod error;
 pub mod evaluate;
 pub mod event;
+pub mod export;
 pub mod format;
 pub mod html;
 pub mod hub;

@@ -9,7 +9,7 @@ use crate::format::is_repo_id;
 use crate::hub::{Hub, PushOptions, Pushed};
 use crate::weights::shard::write_atomically;
 use crate::workspace::refuse_unfinished;
-use crate::{adapter, artifact, report};
+use crate::{adapter, artifact, export, report};
 
 /// What a directory is.
 pub fn kind(dir: &Path) -> Kind {
@@ -17,6 +17,10 @@ pub fn kind(dir: &Path) -> Kind {
         Kind::Decomposition
     } else if adapter::is_adapter(dir) {
         Kind::Adapter
+    } else if dir.join(export::LORA_CONFIG).exists() {
+        Kind::Lora
+    } else if dir.join(export::SVD_TRAINING_WEIGHTS).exists() {
+        Kind::StateDict
     } else {
         Kind::Model
     }

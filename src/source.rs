@@ -44,13 +44,7 @@ impl Tensors for Source {
             Self::Model(base) => return base.checkpoint.read(name),
             Self::Decomposition { artifact, mixture } => (artifact.base_tensor(name)?, mixture),
         };
-        Ok(match mixture.tensor(name, &elements) {
-            None => elements,
-            Some(trained) => {
-                let values: Vec<f32> = trained.into_iter().map(|x| x as f32).collect();
-                Elements::from_f32(&elements.shape, &values)
-            }
-        })
+        Ok(mixture.tensor_f32(name, &elements).unwrap_or(elements))
     }
 
     fn spectrum(&self, module: &str) -> Result<Option<(Factors, Vec<f32>)>> {

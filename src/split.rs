@@ -120,6 +120,13 @@ impl Factors {
         }
     }
 
+    /// ‖uᵀ·diag(σ)·v‖, Frobenius, whatever the vectors: they need not be orthonormal.
+    pub fn norm(&self) -> f64 {
+        let mut sum = 0f64;
+        self.for_each_product(&self.sigma_f64(), |_, p| sum += p * p);
+        sum.sqrt()
+    }
+
     fn sigma_f64(&self) -> Vec<f64> {
         self.sigma.iter().map(|&x| f64::from(x)).collect()
     }

@@ -69,6 +69,9 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::AdapterMismatch { .. } => {
             "use the decomposition the adapter was trained on: svd_adapter.json names it"
         }
+        Error::NotExpressible { .. } => {
+            "`svdhub merge` keeps everything that was trained, in an ordinary model"
+        }
         Error::BaseNeeded { .. } => "give the base model's directory with --base",
         Error::NothingToDecompose { .. } => {
             "`svdhub plan` shows the module names that patterns match"

@@ -77,6 +77,7 @@ fn name(stage: Stage) -> &'static str {
         Stage::Train => "train",
         Stage::Evaluate => "evaluate",
         Stage::Merge => "merge",
+        Stage::Export => "export",
         Stage::Upload => "upload",
         Stage::Verify => "verify",
     }

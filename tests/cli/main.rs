@@ -2,10 +2,12 @@
 
 mod bad_input;
 mod convert;
+mod export;
 mod hostile;
 mod hub;
 mod inspect;
 mod parts;
+mod python;
 mod ranks;
 mod resume;
 mod round_trip;

@@ -1,0 +1,215 @@
+//! `export`: a decomposition and adapters in, files that other programs load out.
+
+mod lora;
+mod svd_training;
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::adapter::Mixture;
+use crate::artifact::Artifact;
+use crate::error::Result;
+use crate::event::Observer;
+use crate::plan::HEAD;
+use crate::workspace::{Claim, Workspace};
+use crate::{linalg, report};
+
+pub use lora::{LoraFacts, LoraModule, SERVED_RANKS};
+pub use svd_training::SvdTrainingFacts;
+
+/// What PEFT looks for in a directory: with these it is a LoRA adapter.
+pub const LORA_CONFIG: &str = "adapter_config.json";
+pub const LORA_WEIGHTS: &str = "adapter_model.safetensors";
+
+/// Not `model.safetensors`: `AutoModel.from_pretrained` would take M′ for the model.
+pub const SVD_TRAINING_WEIGHTS: &str = "svd_training.safetensors";
+
+/// Who will load what is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// PEFT, and what reads its files. A rank keeps so many Δσ of each module, the largest.
+    PeftLora { rank: Option<NonZeroUsize> },
+    /// The Python library svd-training 0.0.2.
+    SvdTraining,
+}
+
+impl Target {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PeftLora { .. } => "peft-lora",
+            Self::SvdTraining => "svd-training",
+        }
+    }
+}
+
+/// How to export.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub target: Target,
+    pub threads: usize,
+}
+
+impl Options {
+    pub fn to(target: Target) -> Self {
+        Self {
+            target,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+        }
+    }
+}
+
+/// The facts of an export, as `report.json` keeps them.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Facts {
+    /// The sha256 of each adapter's weights, and its factor.
+    pub adapters: Vec<(String, f64)>,
+    /// The sha256 of each file of weights.
+    pub sha256: BTreeMap<String, String>,
+    pub bytes: u64,
+    pub seconds: f64,
+    #[serde(flatten)]
+    pub written: Written,
+}
+
+/// What was written, in the terms of who loads it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "to", rename_all = "kebab-case")]
+pub enum Written {
+    PeftLora(LoraFacts),
+    SvdTraining(SvdTrainingFacts),
+}
+
+/// The one file of weights that an export writes.
+struct File {
+    name: &'static str,
+    sha256: String,
+    bytes: u64,
+}
+
+/// Writes `mixture` for another program to `out`.
+pub fn run(
+    artifact: &Artifact,
+    mixture: &Mixture,
+    out: &Path,
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<Facts> {
+    let started = Instant::now();
+    linalg::single_threaded_blas();
+    let job = Job {
+        artifact,
+        mixture,
+        out,
+        threads: options.threads,
+        observer,
+    };
+    // refused before anything is written
+    let prepared = match options.target {
+        Target::PeftLora { rank } => Prepared::Lora(lora::Plan::new(&job, rank)?),
+        Target::SvdTraining => Prepared::SvdTraining(svd_training::Plan::new(&job)?),
+    };
+    let adapters: Vec<(String, f64)> = mixture
+        .parts
+        .iter()
+        .map(|(adapter, weight)| Ok((adapter.sha256()?, *weight)))
+        .collect::<Result<_>>()?;
+    let settings = BTreeMap::from([
+        ("decomposition".into(), artifact.content_sha256.clone()),
+        ("adapters".into(), format!("{adapters:?}")),
+        ("target".into(), format!("{:?}", options.target)),
+    ]);
+    let (mut workspace, claim) = Workspace::claim(out, "export", settings)?;
+    match claim {
+        Claim::Finished => {
+            observer.note(format!("{} is complete already", out.display()));
+            return report::section(out, "export");
+        }
+        Claim::Interrupted => observer.note(format!("beginning anew in {}", out.display())),
+        Claim::Fresh => {}
+    }
+    let (written, file) = match prepared {
+        Prepared::Lora(plan) => {
+            let (facts, file) = plan.write(&job)?;
+            (Written::PeftLora(facts), file)
+        }
+        Prepared::SvdTraining(plan) => {
+            let (facts, file) = plan.write(&job)?;
+            (Written::SvdTraining(facts), file)
+        }
+    };
+    let facts = Facts {
+        adapters,
+        sha256: [(file.name.to_string(), file.sha256)].into(),
+        bytes: file.bytes,
+        seconds: started.elapsed().as_secs_f64(),
+        written,
+    };
+    report::add(out, job.inherited(facts.is_whole())?, "export", &facts)?;
+    workspace.finish()?;
+    Ok(facts)
+}
+
+enum Prepared {
+    Lora(lora::Plan),
+    SvdTraining(svd_training::Plan),
+}
+
+impl Facts {
+    /// Whether every trained number is in there.
+    fn is_whole(&self) -> bool {
+        match &self.written {
+            Written::PeftLora(lora) => lora.predicted_error == 0.0,
+            Written::SvdTraining(_) => true,
+        }
+    }
+}
+
+/// What both targets work on.
+struct Job<'a> {
+    artifact: &'a Artifact,
+    mixture: &'a Mixture,
+    out: &'a Path,
+    threads: usize,
+    observer: &'a dyn Observer,
+}
+
+impl Job<'_> {
+    /// The names of all trained tensors beside Δσ.
+    fn trained_tensors(&self) -> Vec<&str> {
+        let parts = self.mixture.parts.iter();
+        let mut names: Vec<&str> = parts
+            .flat_map(|(adapter, _)| adapter.tensors.keys().map(String::as_str))
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    /// A name of the checkpoint as a model for generation has it: some checkpoints were saved from the model inside.
+    fn name_in_model(&self, name: &str) -> String {
+        let from_inside = self.artifact.base_entry("embed_tokens.weight").is_some();
+        if from_inside && !name.starts_with(HEAD) {
+            format!("model.{name}")
+        } else {
+            name.into()
+        }
+    }
+
+    /// The sections of the report that are true of what is written.
+    fn inherited(&self, whole: bool) -> Result<Map<String, Value>> {
+        let mut inherited = report::inherited(&self.artifact.dir)?;
+        // what was trained and measured tells of this only if it is one adapter, at its own strength
+        if let [(adapter, 1.0)] = self.mixture.parts.as_slice() {
+            inherited.extend(report::read(&adapter.dir)?);
+        }
+        if !whole {
+            inherited.remove("evaluate");
+        }
+        Ok(inherited)
+    }
+}
