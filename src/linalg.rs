@@ -8,6 +8,7 @@ mod lapack;
 mod operand;
 mod outliers;
 mod product;
+mod rows;
 pub mod svd;
 
 pub use algorithm::{Algorithm, Refused, Route, Svd, Wanted};

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::operand::{Backend, Operand};
 use super::product::{gemm, short_side_first};
+use super::rows;
 use crate::error::Result;
 use crate::random::{normal, random_signs};
 
@@ -89,18 +90,21 @@ pub fn certify_operand(
     let plain = |a: &Array2<f32>, b: &Array2<f32>| gemm(a.view(), false, b.view(), false);
     let (zu, zv) = (plain(&z, u), plain(&z, v));
     // the probes of M′ ride along: one pass over the matrix serves both
-    let start = normal(PROBES, v.ncols(), seed ^ 0x7a11);
+    let mut start = normal(PROBES, v.ncols(), seed ^ 0x7a11);
+    rows::to_unit_length(&mut start);
     let there = matrix.backward(concatenate![Axis(0), zv, start].view())?;
     let right = per_row(&there.slice(s![..PROBES, ..]) - &plain(&scaled, u));
-    let tail = there.slice(s![PROBES.., ..]).to_owned() - kept(&start, v, sigma, u);
+    let mut tail = there.slice(s![PROBES.., ..]).to_owned() - kept(&start, v, sigma, u);
+    // after every pass, so that no square of a singular value has to fit f32
+    rows::to_unit_length(&mut tail);
     let back = matrix.forward(concatenate![Axis(0), zu, tail].view())?;
     let left = per_row(&back.slice(s![..PROBES, ..]) - &plain(&scaled, v));
     let mut x = back.slice(s![PROBES.., ..]).to_owned() - kept(&tail, u, sigma, v);
-    unit_rows(&mut x);
+    rows::to_unit_length(&mut x);
     let mut y = matrix.backward(x.view())? - kept(&x, v, sigma, u);
-    unit_rows(&mut y);
+    rows::to_unit_length(&mut y);
     let x = matrix.forward(y.view())? - kept(&y, u, sigma, v);
-    let tail_norm = x.rows().into_iter().map(norm).fold(0.0, max);
+    let tail_norm = x.rows().into_iter().map(rows::norm).fold(0.0, max);
 
     let largest = f64::from(sigma[0]).max(f64::MIN_POSITIVE);
     let smallest = f64::from(sigma[q - 1]);
@@ -124,22 +128,6 @@ pub fn certify_operand(
 fn kept(x: &Array2<f32>, from: &Array2<f32>, sigma: &Array1<f32>, to: &Array2<f32>) -> Array2<f32> {
     let inner = gemm(x.view(), false, from.view(), true) * sigma;
     gemm(inner.view(), false, to.view(), false)
-}
-
-fn norm(row: ndarray::ArrayView1<f32>) -> f64 {
-    row.iter()
-        .map(|&x| f64::from(x).powi(2))
-        .sum::<f64>()
-        .sqrt()
-}
-
-fn unit_rows(rows: &mut Array2<f32>) {
-    for mut row in rows.rows_mut() {
-        let length = norm(row.view());
-        if length > 0.0 {
-            row.mapv_inplace(|x| (f64::from(x) / length) as f32);
-        }
-    }
 }
 
 /// The larger of two, and NaN if either is: a broken factor must not slip through a comparison.
