@@ -39,9 +39,7 @@ impl Certificate {
     /// Whether triplets with this certificate are the leading ones to `tolerance`, relative, on each value.
     pub fn holds(&self, tolerance: f64) -> bool {
         // a NaN fails every comparison
-        let link = self.link.unwrap_or(self.residual);
         self.are_consistent(tolerance)
-            && link <= tolerance
             // twice, for the value errs by its square over a gap that is a fraction of the value
             && self.residual <= 0.5 * tolerance.sqrt()
             && self.tail.unwrap_or(1.0) <= 1.0 + tolerance
@@ -141,4 +139,44 @@ fn max(a: f64, b: f64) -> f64 {
 
 fn min(a: f64, b: f64) -> f64 {
     -max(-a, -b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_finding_can_refuse() {
+        let good = Certificate {
+            residual: 4e-3,
+            link: Some(1e-6),
+            orthogonality: 1e-6,
+            tail: Some(0.9),
+        };
+        let broken: [fn(&mut Certificate, f64); 4] = [
+            |c, bad| c.residual = bad,
+            |c, bad| c.link = Some(bad),
+            |c, bad| c.orthogonality = bad,
+            |c, bad| c.tail = Some(bad),
+        ];
+        assert!(good.holds(1e-4) && good.are_consistent(1e-4));
+        for (at, (spoil, bad)) in broken.iter().zip([6e-3, 2e-4, 2e-4, 1.001]).enumerate() {
+            for bad in [bad, f64::NAN] {
+                let mut certificate = good;
+                spoil(&mut certificate, bad);
+                assert!(!certificate.holds(1e-4), "{certificate:?}");
+                // whether the factors are the leading ones shows in the first and the last
+                assert_eq!(certificate.are_consistent(1e-4), at == 0 || at == 3);
+            }
+        }
+        // schema 1 knows neither link nor tail, and asked for more
+        let (link, tail) = (None, None);
+        let old = |residual| Certificate {
+            residual,
+            link,
+            tail,
+            ..good
+        };
+        assert!(old(5e-5).holds(1e-4) && !old(4e-3).holds(1e-4));
+    }
 }
