@@ -9,4 +9,5 @@ mod ranks;
 mod resume;
 mod round_trip;
 mod training;
+mod untie;
 mod world;
