@@ -199,6 +199,8 @@ pub enum Error {
         columns: usize,
         info: i32,
     },
+    #[error("the singular values of `{module}` do not fit f32: its norm is {norm:.1e}")]
+    BeyondSingle { module: String, norm: f64 },
     #[error(
         "no algorithm reached the tolerance on `{module}`: residual {residual:.1e}, orthogonality {orthogonality:.1e}, wanted {tolerance:.1e}"
     )]

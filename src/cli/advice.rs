@@ -79,6 +79,9 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::BudgetTooSmall { .. } => {
             "give a larger --budget, or fewer matrices with --include and --exclude"
         }
+        Error::BeyondSingle { .. } | Error::Uncertified { .. } => {
+            "leave this weight as it is with --exclude"
+        }
         Error::HeadNotTied { .. } => "leave out --untie-head",
         Error::Diverged { .. } => "lower --lr",
         Error::DeadGradient { .. } => {

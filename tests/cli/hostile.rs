@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use svdhub::hub::server::{Effect, Fault};
 use svdhub::weights::{Checkpoint, Dtype, Elements, Layout};
 
-use crate::world::{World, arg, fixture, write_model};
+use crate::world::{World, arg, fixture, tensors, write_model};
 
 fn decomposed(world: &World, options: &[&str]) -> PathBuf {
     let base = world.model("base", Dtype::BF16, u64::MAX);
@@ -23,15 +23,6 @@ fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
         serde_json::from_slice(&std::fs::read(path).expect("reads")).expect("JSON");
     edit(&mut value);
     std::fs::write(path, value.to_string()).expect("writes");
-}
-
-/// The fixture's tensors, to be changed and written again.
-fn tensors(base: &Path) -> BTreeMap<String, Elements> {
-    let checkpoint = Checkpoint::open(base, Layout::Model).expect("opens");
-    let names = checkpoint.inventory.entries().map(|(_, e)| e.name.clone());
-    names
-        .map(|n| (n.clone(), checkpoint.read(&n).expect("reads")))
-        .collect()
 }
 
 #[test]
