@@ -1,6 +1,5 @@
-//! Every family against candle-transformers' own decoder, and its gradients against finite differences.
+//! Against candle-transformers' decoders, and the gradients against finite differences.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -8,58 +7,31 @@ use candle_nn::{VarBuilder, VarMap};
 use candle_transformers::models as theirs;
 use serde_json::{Value, json};
 
-use svdhub::error::{Error, Result};
 use svdhub::linalg::{Algorithm, Wanted, decompose};
-use svdhub::model::{Decoder, ModelConfig, Tensors, Trained};
+use svdhub::model::{Decoder, ModelConfig, Trained};
 use svdhub::plan::{Role, role};
 use svdhub::split::Factors;
 use svdhub::weights::Elements;
 
+use crate::memory::Memory;
+
 const LENGTH: usize = 24;
 
-/// A model in memory; with a share, its linear weights are decomposed.
-struct Memory {
-    tensors: BTreeMap<String, Elements>,
-    share: Option<f64>,
-}
-
-impl Tensors for Memory {
-    fn tensor(&self, name: &str) -> Result<Elements> {
-        let missing = || Error::TensorMissing {
-            tensor: name.into(),
-            path: "memory".into(),
-        };
-        self.tensors.get(name).cloned().ok_or_else(missing)
-    }
-
-    fn spectrum(&self, module: &str) -> Result<Option<(Factors, Vec<f32>)>> {
-        let Some(share) = self.share else {
-            return Ok(None);
-        };
-        let stored = self.tensor(&format!("{module}.weight"))?;
-        let shape = (stored.shape[0], stored.shape[1]);
-        let matrix =
-            ndarray::Array2::from_shape_vec(shape, stored.to_f32()).expect("the shape fits");
-        let q = ((share * shape.0.min(shape.1) as f64) as usize).max(1);
-        let svd = decompose(
-            module,
-            matrix.view(),
-            Wanted::Triplets(q),
-            &Algorithm::default(),
-        )?;
-        // not zero, so that a forward pass that forgets Δσ is seen
-        let delta = svd.sigma.iter().map(|s| 0.1 * s).collect();
-        let (u, sigma, v) = (svd.u, svd.sigma, svd.v);
-        Ok(Some((Factors { u, sigma, v }, delta)))
-    }
-
-    fn prefix(&self) -> &'static str {
-        "model."
-    }
-
-    fn path_of(&self, _: &str) -> std::path::PathBuf {
-        "memory".into()
-    }
+/// Decomposes for real; Δσ is not zero, so that a forward pass that forgets it is seen.
+fn decomposed(module: &str, stored: &Elements) -> (Factors, Vec<f32>) {
+    let shape = (stored.shape[0], stored.shape[1]);
+    let matrix = ndarray::Array2::from_shape_vec(shape, stored.to_f32()).expect("the shape fits");
+    let q = ((0.4 * shape.0.min(shape.1) as f64) as usize).max(1);
+    let svd = decompose(
+        module,
+        matrix.view(),
+        Wanted::Triplets(q),
+        &Algorithm::default(),
+    )
+    .expect("decomposes");
+    let delta = svd.sigma.iter().map(|s| 0.1 * s).collect();
+    let (u, sigma, v) = (svd.u, svd.sigma, svd.v);
+    (Factors { u, sigma, v }, delta)
 }
 
 fn config(family: &str, more: Value) -> Value {
@@ -106,7 +78,7 @@ fn against(
         .collect();
     let memory = Memory {
         tensors,
-        share: None,
+        factors: None,
     };
     let parsed = ModelConfig::parse(Path::new("config.json"), config).expect("parses");
     let decoder = Decoder::load(
@@ -235,7 +207,7 @@ fn mistral_with_a_sliding_window() {
 
 /// Every Δσ vector, the head's included, and every norm: one random direction each.
 fn assert_gradients(mut memory: Memory, config: &Value) {
-    memory.share = Some(0.4);
+    memory.factors = Some(Box::new(decomposed));
     let parsed = ModelConfig::parse(Path::new("config.json"), config).expect("parses");
     let trained = Trained {
         sigma: true,

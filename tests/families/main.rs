@@ -1,0 +1,5 @@
+//! Every family against others' decoders, and its gradients against autograd and finite differences.
+
+mod candle;
+mod memory;
+mod transformers;
