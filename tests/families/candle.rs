@@ -212,6 +212,7 @@ fn assert_gradients(mut memory: Memory, config: &Value) {
     let trained = Trained {
         sigma: true,
         norms: true,
+        embeddings: false,
     };
     let decoder =
         Decoder::load(&parsed, &memory, trained, &Device::Cpu, DType::F32).expect("loads");

@@ -2,4 +2,6 @@
 
 mod candle;
 mod memory;
+mod refused;
+mod round_trip;
 mod transformers;

@@ -113,6 +113,7 @@ fn assert_parity(name: &str) {
     let trained = Trained {
         sigma: true,
         norms: true,
+        embeddings: true,
     };
     let decoder =
         Decoder::load(&config, &memory, trained, &Device::Cpu, DType::F32).expect("loads");
@@ -145,7 +146,9 @@ fn assert_parity(name: &str) {
     };
     let (sigma, norms) = (golden["sigma"].as_object(), golden["norms"].as_object());
     let (sigma, norms) = (sigma.expect("modules"), norms.expect("norms"));
-    assert_eq!(decoder.variables.len(), sigma.len() + norms.len());
+    let embeddings = golden["embedding"].as_object().expect("embeddings");
+    let trained = sigma.len() + norms.len() + embeddings.len();
+    assert_eq!(decoder.variables.len(), trained);
     for (module, wanted) in sigma {
         let what = format!("{name}: the gradient of Σ in {module}");
         assert_near(&gradient(&format!("{module}.delta")), wanted, &what);
@@ -153,6 +156,19 @@ fn assert_parity(name: &str) {
     for (norm, wanted) in norms {
         let what = format!("{name}: the gradient of {norm}");
         assert_near(&gradient(norm), wanted, &what);
+    }
+    for (embedding, wanted) in embeddings {
+        let shape = decoder.variables[embedding].dims();
+        let gradient = ndarray::Array2::from_shape_vec((shape[0], shape[1]), gradient(embedding))
+            .expect("the shape fits");
+        let along = |side: &str, n: usize| -> ndarray::Array1<f64> {
+            numbers(&format!("{embedding}.{side}"), n).collect()
+        };
+        let what = |side: &str| format!("{name}: the gradient of {embedding}, from the {side}");
+        let right = gradient.dot(&along("r", shape[1]));
+        assert_near(&right.to_vec(), &wanted["right"], &what("right"));
+        let left = gradient.t().dot(&along("l", shape[0]));
+        assert_near(&left.to_vec(), &wanted["left"], &what("left"));
     }
 }
 
@@ -174,4 +190,11 @@ parity! {
     qwen3_with_query_and_key_norms: "qwen3";
     phi3_with_longrope: "phi3-longrope";
     phi4_mini_with_partial_rotary: "phi4-mini";
+    gemma_with_scaled_embeddings: "gemma";
+    gemma_2_with_soft_caps_and_alternating_windows: "gemma2";
+    gemma_3_with_local_and_global_ropes: "gemma3";
+    smollm3_with_layers_without_rope: "smollm3";
+    smollm3_with_windows: "smollm3-windows";
+    olmo2_with_norms_behind: "olmo2";
+    granite_with_multipliers: "granite";
 }
