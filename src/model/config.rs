@@ -19,6 +19,7 @@ pub struct ModelConfig {
     pub head_dim: usize,
     pub vocabulary: usize,
     pub positions_max: usize,
+    pub norm: NormKind,
     pub norm_eps: f64,
     /// Added to the stored weight of every norm: 1 where checkpoints keep the distance from one.
     pub norm_offset: f64,
@@ -33,6 +34,10 @@ pub struct ModelConfig {
     /// Scores are bent to `cap·tanh(score / cap)`.
     pub attention_cap: Option<f64>,
     pub activation: Activation,
+    /// The MLP multiplies the activated gate with another projection; without a gate it is the activation alone.
+    pub gated: bool,
+    /// Attention and MLP read the same stream, and both add to it.
+    pub parallel: bool,
     /// What is read from the embedding is multiplied by this.
     pub embedding_scale: f64,
     /// What attention and MLP add to the stream is multiplied by this.
@@ -46,9 +51,78 @@ pub struct ModelConfig {
     pub qkv_bias: bool,
     pub output_bias: bool,
     pub mlp_bias: bool,
-    /// `qkv_proj` and `gate_up_proj` instead of five matrices.
-    pub fused: bool,
+    pub names: &'static Names,
     pub eos: Option<u32>,
+}
+
+/// What a family calls its modules.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Names {
+    /// In front of all but the head's; a checkpoint of the inner model alone goes without.
+    pub prefix: &'static str,
+    pub embedding: &'static str,
+    pub norm: &'static str,
+    pub head: &'static str,
+    pub query_key_value: Projections,
+    pub output: &'static str,
+    pub gate_up: Projections,
+    pub down: &'static str,
+    pub query_norm: &'static str,
+    pub key_norm: &'static str,
+}
+
+/// Several projections of one input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Projections {
+    Apart(&'static [&'static str]),
+    /// One matrix, with one projection's rows after the other's.
+    Stacked(&'static str),
+    /// One matrix, with the rows of each head together.
+    ByHead(&'static str),
+}
+
+const APART: Names = Names {
+    prefix: "model.",
+    embedding: "embed_tokens",
+    norm: "norm",
+    head: "lm_head",
+    query_key_value: Projections::Apart(&[
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+    ]),
+    output: "self_attn.o_proj",
+    gate_up: Projections::Apart(&["mlp.gate_proj", "mlp.up_proj"]),
+    down: "mlp.down_proj",
+    query_norm: "self_attn.q_norm",
+    key_norm: "self_attn.k_norm",
+};
+
+const FUSED: Names = Names {
+    query_key_value: Projections::Stacked("self_attn.qkv_proj"),
+    gate_up: Projections::Stacked("mlp.gate_up_proj"),
+    ..APART
+};
+
+const NEOX: Names = Names {
+    prefix: "gpt_neox.",
+    embedding: "embed_in",
+    norm: "final_layer_norm",
+    head: "embed_out",
+    query_key_value: Projections::ByHead("attention.query_key_value"),
+    output: "attention.dense",
+    gate_up: Projections::Apart(&["mlp.dense_h_to_4h"]),
+    down: "mlp.dense_4h_to_h",
+    ..APART
+};
+
+/// What a norm makes of its input before the weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// x over the root of its mean square.
+    RootMeanSquare,
+    /// x less its mean, over its standard deviation; a bias follows the weight.
+    Layer,
 }
 
 /// What one layer's attention sees.
@@ -108,7 +182,7 @@ impl Activation {
     fn named(name: &str) -> Self {
         match name {
             "silu" | "swish" => Self::Silu,
-            "gelu_pytorch_tanh" | "gelu_new" => Self::GeluTanh,
+            "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" => Self::GeluTanh,
             "gelu" => Self::Gelu,
             other => Self::Unsupported(other.into()),
         }
@@ -121,28 +195,32 @@ struct Family {
     model_type: &'static str,
     head_dim: Option<usize>,
     tied: bool,
-    norm_eps: f64,
-    rope_theta: f64,
-    /// The key that names the activation, and its value.
+    norm: NormKind,
+    // these are a key and its value
+    norm_eps: (&'static str, f64),
+    rope_theta: (&'static str, f64),
+    rope_share: (&'static str, f64),
     activation: (&'static str, &'static str),
+    gated: bool,
     norm_offset: f64,
     norm_places: NormPlaces,
     query_key_norm: QueryKeyNorm,
     windows: Windows,
     window: Option<usize>,
     biases: Biases,
-    fused: bool,
+    names: &'static Names,
     /// Layers of a regular kind do not turn queries and keys.
     rope_skips_layers: bool,
     /// Layers with a window turn by a rope of their own: its θ, unscaled.
     rope_of_windows: Option<f64>,
     embedding_scale: EmbeddingScale,
-    /// The key of what attention scores are multiplied by.
     attention_scale: AttentionScale,
     attention_cap: Cap,
     logits_cap: Cap,
     /// `residual_multiplier`, `logits_scaling`.
     multipliers: bool,
+    /// Attention and MLP side by side, unless `use_parallel_residual` says no.
+    parallel: bool,
 }
 
 /// Which layers of a family have windows.
@@ -162,6 +240,8 @@ enum Biases {
     Configured,
     /// Of queries, keys and values.
     QueryKeyValue,
+    /// In the MLP, and unless `attention_bias` says no in attention.
+    Everywhere,
 }
 
 enum EmbeddingScale {
@@ -188,16 +268,19 @@ const LLAMA: Family = Family {
     model_type: "llama",
     head_dim: None,
     tied: false,
-    norm_eps: 1e-6,
-    rope_theta: 10_000.0,
+    norm: NormKind::RootMeanSquare,
+    norm_eps: ("rms_norm_eps", 1e-6),
+    rope_theta: ("rope_theta", 10_000.0),
+    rope_share: ("partial_rotary_factor", 1.0),
     activation: ("hidden_act", "silu"),
+    gated: true,
     norm_offset: 0.0,
     norm_places: NormPlaces::Before,
     query_key_norm: QueryKeyNorm::None,
     windows: Windows::Nowhere,
     window: None,
     biases: Biases::Configured,
-    fused: false,
+    names: &APART,
     rope_skips_layers: false,
     rope_of_windows: None,
     embedding_scale: EmbeddingScale::One,
@@ -205,6 +288,7 @@ const LLAMA: Family = Family {
     attention_cap: Cap::Never,
     logits_cap: Cap::Never,
     multipliers: false,
+    parallel: false,
 };
 
 const GEMMA: Family = Family {
@@ -230,7 +314,7 @@ const GEMMA_2: Family = Family {
 };
 
 /// The families. A new Llama-like one is a row here.
-const FAMILIES: [Family; 11] = [
+const FAMILIES: [Family; 12] = [
     LLAMA,
     Family {
         model_type: "mistral",
@@ -255,15 +339,15 @@ const FAMILIES: [Family; 11] = [
     },
     Family {
         model_type: "phi3",
-        norm_eps: 1e-5,
+        norm_eps: ("rms_norm_eps", 1e-5),
         windows: Windows::Everywhere,
-        fused: true,
+        names: &FUSED,
         ..LLAMA
     },
     Family {
         model_type: "smollm3",
         tied: true,
-        rope_theta: 2_000_000.0,
+        rope_theta: ("rope_theta", 2_000_000.0),
         windows: Windows::WithoutRope,
         rope_skips_layers: true,
         ..LLAMA
@@ -272,7 +356,7 @@ const FAMILIES: [Family; 11] = [
     GEMMA_2,
     Family {
         model_type: "gemma3_text",
-        rope_theta: 1_000_000.0,
+        rope_theta: ("rope_theta", 1_000_000.0),
         query_key_norm: QueryKeyNorm::EachHead,
         windows: Windows::AllBut(6),
         rope_of_windows: Some(10_000.0),
@@ -283,7 +367,7 @@ const FAMILIES: [Family; 11] = [
     },
     Family {
         model_type: "olmo2",
-        norm_eps: 1e-5,
+        norm_eps: ("rms_norm_eps", 1e-5),
         norm_places: NormPlaces::After,
         query_key_norm: QueryKeyNorm::AllHeads,
         ..LLAMA
@@ -293,6 +377,19 @@ const FAMILIES: [Family; 11] = [
         embedding_scale: EmbeddingScale::Multiplier,
         attention_scale: AttentionScale::Multiplier,
         multipliers: true,
+        ..LLAMA
+    },
+    Family {
+        model_type: "gpt_neox",
+        norm: NormKind::Layer,
+        norm_eps: ("layer_norm_eps", 1e-5),
+        rope_theta: ("rotary_emb_base", 10_000.0),
+        rope_share: ("rotary_pct", 0.25),
+        activation: ("hidden_act", "gelu"),
+        gated: false,
+        parallel: true,
+        biases: Biases::Everywhere,
+        names: &NEOX,
         ..LLAMA
     },
 ];
@@ -384,6 +481,10 @@ impl ModelConfig {
         let (qkv_bias, output_bias) = match family.biases {
             Biases::Configured => (flag("attention_bias"), flag("attention_bias")),
             Biases::QueryKeyValue => (true, false),
+            Biases::Everywhere => {
+                let attention = json["attention_bias"].as_bool().unwrap_or(true);
+                (attention, attention)
+            }
         };
         let (activation_key, activation) = family.activation;
         let ropes = ropes(&key, family, head_dim, positions_max)?;
@@ -398,7 +499,8 @@ impl ModelConfig {
             head_dim,
             vocabulary: key.count("vocab_size")?,
             positions_max,
-            norm_eps: key.number("rms_norm_eps")?.unwrap_or(family.norm_eps),
+            norm: family.norm,
+            norm_eps: key.number(family.norm_eps.0)?.unwrap_or(family.norm_eps.1),
             norm_offset: family.norm_offset,
             norm_places: family.norm_places,
             query_key_norm: family.query_key_norm,
@@ -414,6 +516,8 @@ impl ModelConfig {
             },
             attention_cap: key.cap("attn_logit_softcapping", &family.attention_cap)?,
             activation: Activation::named(json[activation_key].as_str().unwrap_or(activation)),
+            gated: family.gated,
+            parallel: family.parallel && json["use_parallel_residual"].as_bool().unwrap_or(true),
             embedding_scale: match family.embedding_scale {
                 EmbeddingScale::One => 1.0,
                 EmbeddingScale::RootOfHidden => (hidden as f64).sqrt(),
@@ -431,20 +535,30 @@ impl ModelConfig {
             tied: json["tie_word_embeddings"].as_bool().unwrap_or(family.tied),
             qkv_bias,
             output_bias,
-            mlp_bias: flag("mlp_bias"),
-            fused: family.fused,
+            mlp_bias: flag("mlp_bias") || matches!(family.biases, Biases::Everywhere),
+            names: family.names,
             eos: token(&json["eos_token_id"]),
         })
     }
 
-    /// Every tensor the decoder needs, with its shape, under `prefix` (`model.` in most checkpoints).
+    /// What stands before the names of a checkpoint that `has` tensors: it may be of the inner model alone.
+    pub fn prefix(&self, has: impl Fn(&str) -> bool) -> &'static str {
+        match has(&self.embedding("")) {
+            true => "",
+            false => self.names.prefix,
+        }
+    }
+
+    /// The tensor of the embedding under `prefix`.
+    pub fn embedding(&self, prefix: &str) -> String {
+        format!("{prefix}{}.weight", self.names.embedding)
+    }
+
+    /// Every tensor the decoder needs, with its shape, under `prefix`.
     pub fn tensors(&self, prefix: &str) -> Vec<(String, Vec<usize>)> {
-        let (h, i) = (self.hidden, self.intermediate);
+        let (h, i, names) = (self.hidden, self.intermediate, self.names);
         let (query, key) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let mut tensors = vec![(
-            format!("{prefix}embed_tokens.weight"),
-            vec![self.vocabulary, h],
-        )];
+        let mut tensors = vec![(self.embedding(prefix), vec![self.vocabulary, h])];
         for layer in 0..self.layers {
             let name = |part: &str| format!("{prefix}layers.{layer}.{part}");
             let mut linear = |part: &str, out: usize, input: usize, bias: bool| {
@@ -453,36 +567,46 @@ impl ModelConfig {
                     tensors.push((name(&format!("{part}.bias")), vec![out]));
                 }
             };
-            if self.fused {
-                linear("self_attn.qkv_proj", query + 2 * key, h, self.qkv_bias);
-                linear("mlp.gate_up_proj", 2 * i, h, self.mlp_bias);
-            } else {
-                linear("self_attn.q_proj", query, h, self.qkv_bias);
-                linear("self_attn.k_proj", key, h, self.qkv_bias);
-                linear("self_attn.v_proj", key, h, self.qkv_bias);
-                linear("mlp.gate_proj", i, h, self.mlp_bias);
-                linear("mlp.up_proj", i, h, self.mlp_bias);
-            }
-            linear("self_attn.o_proj", h, query, self.output_bias);
-            linear("mlp.down_proj", h, i, self.mlp_bias);
+            let mut many = |projections: Projections, outs: &[usize], bias: bool| match projections
+            {
+                Projections::Apart(parts) => {
+                    for (part, &out) in parts.iter().zip(outs) {
+                        linear(part, out, h, bias);
+                    }
+                }
+                Projections::Stacked(part) | Projections::ByHead(part) => {
+                    linear(part, outs.iter().sum(), h, bias);
+                }
+            };
+            many(names.query_key_value, &[query, key, key], self.qkv_bias);
+            many(names.gate_up, &[i, i], self.mlp_bias);
+            linear(names.output, h, query, self.output_bias);
+            linear(names.down, h, i, self.mlp_bias);
             let normed = match self.query_key_norm {
                 QueryKeyNorm::None => None,
                 QueryKeyNorm::EachHead => Some((self.head_dim, self.head_dim)),
                 QueryKeyNorm::AllHeads => Some((query, key)),
             };
             if let Some((query, key)) = normed {
-                tensors.push((name("self_attn.q_norm.weight"), vec![query]));
-                tensors.push((name("self_attn.k_norm.weight"), vec![key]));
+                self.norm(&mut tensors, name(names.query_norm), query);
+                self.norm(&mut tensors, name(names.key_norm), key);
             }
             for norm in self.norm_places.modules().into_iter().flatten() {
-                tensors.push((name(&format!("{norm}.weight")), vec![h]));
+                self.norm(&mut tensors, name(norm), h);
             }
         }
-        tensors.push((format!("{prefix}norm.weight"), vec![h]));
+        self.norm(&mut tensors, format!("{prefix}{}", names.norm), h);
         if !self.tied {
-            tensors.push(("lm_head.weight".into(), vec![self.vocabulary, h]));
+            tensors.push((format!("{}.weight", names.head), vec![self.vocabulary, h]));
         }
         tensors
+    }
+
+    fn norm(&self, tensors: &mut Vec<(String, Vec<usize>)>, module: String, side: usize) {
+        tensors.push((format!("{module}.weight"), vec![side]));
+        if self.norm == NormKind::Layer {
+            tensors.push((format!("{module}.bias"), vec![side]));
+        }
     }
 }
 
@@ -560,7 +684,7 @@ fn ropes(key: &Keys, family: &Family, head_dim: usize, positions_max: usize) -> 
         }
         one => (one, &Value::Null),
     };
-    let theta = |parameters: &Value, spelled: &str, usual: f64| {
+    let theta = |parameters: &Value, (spelled, usual): (&str, f64)| {
         let theta = parameters["rope_theta"].as_f64();
         theta.or(json[spelled].as_f64()).unwrap_or(usual)
     };
@@ -568,12 +692,12 @@ fn ropes(key: &Keys, family: &Family, head_dim: usize, positions_max: usize) -> 
         key,
         family,
         all,
-        theta(all, "rope_theta", family.rope_theta),
+        theta(all, family.rope_theta),
         head_dim,
         positions_max,
     )?];
     if let Some(usual) = family.rope_of_windows {
-        let theta = theta(windows, "rope_local_base_freq", usual);
+        let theta = theta(windows, ("rope_local_base_freq", usual));
         ropes.push(rope(key, family, windows, theta, head_dim, positions_max)?);
     }
     Ok(ropes)
@@ -589,15 +713,13 @@ fn rope(
     positions_max: usize,
 ) -> Result<Rope> {
     let json = key.json;
+    let (spelled, usual) = family.rope_share;
     let share = scaling["partial_rotary_factor"]
         .as_f64()
-        .or(json["partial_rotary_factor"].as_f64())
-        .unwrap_or(1.0);
+        .or(json[spelled].as_f64())
+        .unwrap_or(usual);
     if !(share > 0.0 && share <= 1.0) {
-        return Err(key.refuse(
-            "partial_rotary_factor",
-            &format!("is {share}, not a share of a head"),
-        ));
+        return Err(key.refuse(spelled, &format!("is {share}, not a share of a head")));
     }
     let dim = (head_dim as f64 * share) as usize;
     let kind = scaling["rope_type"]
@@ -636,7 +758,7 @@ fn rope(
             original: number("original_max_position_embeddings")?,
         },
         // Phi-3 once called it `su`, and `yarn`
-        "longrope" | "su" | "yarn" if kind != "yarn" || family.fused => {
+        "longrope" | "su" | "yarn" if kind != "yarn" || family.model_type == "phi3" => {
             let original = json["original_max_position_embeddings"]
                 .as_u64()
                 .or(scaling["original_max_position_embeddings"].as_u64())
@@ -666,14 +788,10 @@ fn rope(
 }
 
 /// Language models that no row of the table could describe, and why.
-const KNOWN_TO_DIFFER: [(&str, &str); 3] = [
+const KNOWN_TO_DIFFER: [(&str, &str); 2] = [
     (
         "gpt2",
         "stores its linear weights transposed and learns its positions, and this decoder does neither",
-    ),
-    (
-        "gpt_neox",
-        "has no gate in its MLP, biased norms, and queries, keys and values interleaved by head, and this decoder has none of these",
     ),
     (
         "gemma3",

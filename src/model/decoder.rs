@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 
-use super::config::{Activation, Attention, ModelConfig, QueryKeyNorm, Scaling};
+use super::config::{self, Activation, Attention, ModelConfig, NormKind, QueryKeyNorm, Scaling};
 use super::layers::{Head, Linear, Norm};
 use super::ops::{self, Scores};
 use super::rope::Angles;
@@ -20,8 +20,8 @@ pub trait Tensors: Sync {
     fn tensor(&self, name: &str) -> Result<Elements>;
     /// The triplets of a module and its current Δσ, if it is decomposed.
     fn spectrum(&self, module: &str) -> Result<Option<(Factors, Vec<f32>)>>;
-    /// `model.` or nothing.
-    fn prefix(&self) -> &'static str;
+    /// Whether there is a tensor of this name.
+    fn has(&self, name: &str) -> bool;
     /// The file a tensor lies in, for error messages.
     fn path_of(&self, name: &str) -> PathBuf;
 }
@@ -59,18 +59,24 @@ struct Block {
     sees: Attention,
 }
 
-/// Several projections of one input, stored apart or fused into one matrix.
+/// The layers of [`config::Projections`].
 enum Projections {
     Apart(Vec<Linear>),
-    Fused(Linear),
+    Stacked(Linear),
+    ByHead(Linear),
 }
 
 impl Projections {
-    /// The outputs, split to `sides` where they are fused.
-    fn forward(&self, x: &Tensor, sides: &[usize]) -> candle_core::Result<Vec<Tensor>> {
+    /// The outputs `(b, t, side)`, cut apart where they come out of one matrix.
+    fn forward(
+        &self,
+        x: &Tensor,
+        sides: &[usize],
+        head_dim: usize,
+    ) -> candle_core::Result<Vec<Tensor>> {
         match self {
             Self::Apart(layers) => layers.iter().map(|layer| layer.forward(x)).collect(),
-            Self::Fused(layer) => {
+            Self::Stacked(layer) => {
                 let y = layer.forward(x)?;
                 let mut start = 0;
                 sides
@@ -80,6 +86,14 @@ impl Projections {
                         start += side;
                         part
                     })
+                    .collect()
+            }
+            Self::ByHead(layer) => {
+                let (b, t, _) = x.dims3()?;
+                let y = layer.forward(x)?;
+                let y = y.reshape((b, t, (), sides.len(), head_dim))?;
+                (sides.iter().enumerate())
+                    .map(|(at, &side)| y.narrow(3, at, 1)?.contiguous()?.reshape((b, t, side)))
                     .collect()
             }
         }
@@ -126,6 +140,8 @@ impl Decoder {
         dtype: DType,
     ) -> Result<Self> {
         refuse_unknown(config)?;
+        let prefix = config.prefix(|name| tensors.has(name));
+        let names = config.names;
         let mut loader = Loader {
             tensors,
             trained,
@@ -133,21 +149,17 @@ impl Decoder {
             dtype,
             variables: BTreeMap::new(),
             config,
-            shapes: config.tensors(tensors.prefix()).into_iter().collect(),
+            shapes: config.tensors(prefix).into_iter().collect(),
         };
-        let prefix = tensors.prefix();
         let blocks = (config.attention.iter().enumerate())
             .map(|(layer, &sees)| loader.block(&format!("{prefix}layers.{layer}"), sees))
             .collect::<Result<_>>()?;
-        let norm = loader.norm(&format!("{prefix}norm"))?;
-        let embedding = loader.weight(
-            &format!("{prefix}embed_tokens.weight"),
-            loader.trained.embeddings,
-        )?;
+        let norm = loader.norm(&format!("{prefix}{}", names.norm))?;
+        let embedding = loader.weight(&config.embedding(prefix), trained.embeddings)?;
         let linear = if config.tied {
             Linear::frozen(embedding.clone(), None)
         } else {
-            loader.linear("lm_head", false)?
+            loader.linear(names.head, false)?
         };
         let head = Head {
             linear,
@@ -232,10 +244,11 @@ impl Block {
         let [before_attention, after_attention, before_mlp, after_mlp] = &self.norms;
         let attended = self.attention(config, &normed(before_attention, x)?, angles, mask)?;
         let attended = normed(after_attention, &attended)?;
-        let x = (x + scaled(attended, config.residual_scale)?)?;
-        let mixed = self.mlp(config, &normed(before_mlp, &x)?)?;
+        let y = (x + scaled(attended, config.residual_scale)?)?;
+        let read = if config.parallel { x } else { &y };
+        let mixed = self.mlp(config, &normed(before_mlp, read)?)?;
         let mixed = normed(after_mlp, &mixed)?;
-        x + scaled(mixed, config.residual_scale)?
+        y + scaled(mixed, config.residual_scale)?
     }
 
     fn attention(
@@ -249,7 +262,7 @@ impl Block {
         let (heads, kv, d) = (config.heads, config.kv_heads, config.head_dim);
         let projected = self
             .query_key_value
-            .forward(x, &[heads * d, kv * d, kv * d])?;
+            .forward(x, &[heads * d, kv * d, kv * d], d)?;
         let [q, k, v] = &projected[..] else {
             candle_core::bail!("queries, keys and values are three");
         };
@@ -285,10 +298,13 @@ impl Block {
     }
 
     fn mlp(&self, config: &ModelConfig, x: &Tensor) -> candle_core::Result<Tensor> {
-        let wide = self
-            .gate_up
-            .forward(x, &[config.intermediate, config.intermediate])?;
-        let mixed = ops::gated(&wide[0], &wide[1], &config.activation)?;
+        let (i, d) = (config.intermediate, config.head_dim);
+        let wide = self.gate_up.forward(x, &[i, i], d)?;
+        let mixed = match &wide[..] {
+            [gate, up] if config.gated => ops::gated(gate, up, &config.activation)?,
+            [alone] if !config.gated => ops::activated(alone, &config.activation)?,
+            _ => candle_core::bail!("a gate is one projection more"),
+        };
         self.down.forward(&mixed)
     }
 }
@@ -411,42 +427,37 @@ impl Loader<'_> {
 
     fn norm(&mut self, module: &str) -> Result<Norm> {
         let weight = self.weight(&format!("{module}.weight"), self.trained.norms)?;
-        Ok(Norm::new(
-            weight,
-            self.config.norm_eps,
-            self.config.norm_offset,
-        ))
+        Ok(match self.config.norm {
+            NormKind::RootMeanSquare => {
+                Norm::root_mean_square(weight, self.config.norm_eps, self.config.norm_offset)
+            }
+            NormKind::Layer => {
+                let bias = self.tensor(&format!("{module}.bias"))?;
+                Norm::layer(weight, bias, self.config.norm_eps)
+            }
+        })
     }
 
     fn block(&mut self, name: &str, sees: Attention) -> Result<Block> {
         let config = self.config;
-        let mut many = |modules: &[&str], bias: bool| -> Result<Projections> {
-            let mut layers = modules
-                .iter()
-                .map(|module| self.linear(&format!("{name}.{module}"), bias))
-                .collect::<Result<Vec<_>>>()?;
-            Ok(match layers.len() {
-                1 => Projections::Fused(layers.remove(0)),
-                _ => Projections::Apart(layers),
+        let names = config.names;
+        let mut many = |projections: config::Projections, bias: bool| -> Result<Projections> {
+            let mut one = |part: &str| self.linear(&format!("{name}.{part}"), bias);
+            Ok(match projections {
+                config::Projections::Apart(parts) => {
+                    Projections::Apart(parts.iter().map(|part| one(part)).collect::<Result<_>>()?)
+                }
+                config::Projections::Stacked(part) => Projections::Stacked(one(part)?),
+                config::Projections::ByHead(part) => Projections::ByHead(one(part)?),
             })
         };
-        let (query_key_value, gate_up) = if config.fused {
-            (
-                many(&["self_attn.qkv_proj"], config.qkv_bias)?,
-                many(&["mlp.gate_up_proj"], config.mlp_bias)?,
-            )
-        } else {
-            let separate = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
-            (
-                many(&separate, config.qkv_bias)?,
-                many(&["mlp.gate_proj", "mlp.up_proj"], config.mlp_bias)?,
-            )
-        };
+        let query_key_value = many(names.query_key_value, config.qkv_bias)?;
+        let gate_up = many(names.gate_up, config.mlp_bias)?;
         let query_key_norms = match config.query_key_norm {
             QueryKeyNorm::None => None,
             QueryKeyNorm::EachHead | QueryKeyNorm::AllHeads => Some((
-                self.norm(&format!("{name}.self_attn.q_norm"))?,
-                self.norm(&format!("{name}.self_attn.k_norm"))?,
+                self.norm(&format!("{name}.{}", names.query_norm))?,
+                self.norm(&format!("{name}.{}", names.key_norm))?,
             )),
         };
         let mut norms = [const { None }; 4];
@@ -459,9 +470,9 @@ impl Loader<'_> {
             norms,
             query_key_value,
             query_key_norms,
-            output: self.linear(&format!("{name}.self_attn.o_proj"), config.output_bias)?,
+            output: self.linear(&format!("{name}.{}", names.output), config.output_bias)?,
             gate_up,
-            down: self.linear(&format!("{name}.mlp.down_proj"), config.mlp_bias)?,
+            down: self.linear(&format!("{name}.{}", names.down), config.mlp_bias)?,
             sees,
         })
     }

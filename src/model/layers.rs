@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor, Var};
 
 use super::fused;
-use super::ops::{capped, rms_norm, rows, times, times_transposed};
+use super::ops::{capped, layer_norm, rms_norm, rows, times, times_transposed};
 use super::vjp::attach;
 
 /// A linear layer whose singular values are trainable: `y = x·Mᵀ + ((x·vᵀ) ∘ δ)·u + b`.
@@ -236,21 +236,33 @@ fn composed_cross_entropy(logits: &Tensor, wanted: &Tensor) -> Result<(f64, Tens
     Ok((loss, gradient))
 }
 
-/// Root mean square norm with a weight that may be trained.
+/// A norm with a weight that may be trained.
 #[derive(Debug, Clone)]
 pub struct Norm {
     weight: Tensor,
     eps: f64,
     /// Added to the weight: 1 where a checkpoint stores the distance from one.
     offset: f64,
+    /// Of a layer norm; without one it is by the root mean square.
+    bias: Option<Tensor>,
 }
 
 impl Norm {
-    pub fn new(weight: Tensor, eps: f64, offset: f64) -> Self {
+    pub fn root_mean_square(weight: Tensor, eps: f64, offset: f64) -> Self {
         Self {
             weight,
             eps,
             offset,
+            bias: None,
+        }
+    }
+
+    pub fn layer(weight: Tensor, bias: Tensor, eps: f64) -> Self {
+        Self {
+            weight,
+            eps,
+            offset: 0.0,
+            bias: Some(bias),
         }
     }
 
@@ -265,7 +277,11 @@ impl Norm {
             return rms_norm(&wide(x)?, &weight, self.eps)?.to_dtype(x.dtype());
         }
         // a trained norm is kept in f32 beside a model in 16 bits
-        rms_norm(x, &self.weight.to_dtype(x.dtype())?, self.eps)
+        let weight = self.weight.to_dtype(x.dtype())?;
+        match &self.bias {
+            Some(bias) => layer_norm(x, &weight, bias, self.eps),
+            None => rms_norm(x, &weight, self.eps),
+        }
     }
 }
 
@@ -325,7 +341,8 @@ mod tests {
     fn norm_gradient_with_and_without_an_offset() {
         for offset in [0.0, 1.0] {
             let inputs = [random(&[3, 5, 8], DType::F32), random(&[8], DType::F32)];
-            let f = |t: &[Tensor]| Norm::new(t[1].clone(), 1e-5, offset).forward(&t[0]);
+            let f =
+                |t: &[Tensor]| Norm::root_mean_square(t[1].clone(), 1e-5, offset).forward(&t[0]);
             assert_gradient(&inputs, f, 1e-2, 1e-2);
         }
     }

@@ -60,6 +60,31 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     })
 }
 
+/// Layer norm over the last side (Ba, Kiros & Hinton 2016): y = (x − mean x) / √(var x + ε) ∘ w + b.
+///
+/// `x (…, n), w and b (n,) → (…, n)`; b gets no gradient.
+pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
+    let (xd, wd) = (x.detach().contiguous()?, w.detach());
+    let y = candle_nn::ops::layer_norm(&xd, &wd, &b.detach(), eps as f32)?;
+    let wants_weight = w.track_op();
+    attach(&[x, w], y, move |g| {
+        let centred = xd.broadcast_sub(&xd.mean_keepdim(D::Minus1)?)?;
+        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+        let inverse = (variance + eps)?.sqrt()?.recip()?;
+        let normed = centred.broadcast_mul(&inverse)?;
+        let dw = if wants_weight {
+            Some(rows(&(g * &normed)?)?.sum(0)?)
+        } else {
+            None
+        };
+        let gw = g.broadcast_mul(&wd)?;
+        let along = (&gw * &normed)?.mean_keepdim(D::Minus1)?;
+        let dx = gw.broadcast_sub(&gw.mean_keepdim(D::Minus1)?)?;
+        let dx = (dx - normed.broadcast_mul(&along)?)?.broadcast_mul(&inverse)?;
+        Ok(vec![Some(dx), dw])
+    })
+}
+
 /// Rotates pairs of elements by their position's angle (Su et al. 2021, half-split layout). `x (b, h, t, d)`
 ///
 /// The gradient of a rotation is the rotation back.
@@ -74,21 +99,30 @@ pub fn gated(gate: &Tensor, up: &Tensor, activation: &Activation) -> Result<Tens
     let (a, b, activation) = (gate.detach(), up.detach(), activation.clone());
     let y = match fused::gated(&a, &b, &activation)? {
         Some(y) => y,
-        None => (activated(&a, &activation)?.0 * &b)?,
+        None => (value_and_slope(&a, &activation)?.0 * &b)?,
     };
     attach(&[gate, up], y, move |g| {
         if let Some((da, db)) = fused::gated_gradient(&a, &b, &g.contiguous()?, &activation)? {
             return Ok(vec![Some(da), Some(db)]);
         }
-        let (value, slope) = activated(&a, &activation)?;
+        let (value, slope) = value_and_slope(&a, &activation)?;
         let db = (g * value)?;
         let da = ((g * &b)? * slope)?;
         Ok(vec![Some(da), Some(db)])
     })
 }
 
+/// The activation alone, of an MLP without a gate.
+pub fn activated(x: &Tensor, activation: &Activation) -> Result<Tensor> {
+    let (xd, activation) = (x.detach(), activation.clone());
+    let y = value_and_slope(&xd, &activation)?.0;
+    attach(&[x], y, move |g| {
+        Ok(vec![Some((g * value_and_slope(&xd, &activation)?.1)?)])
+    })
+}
+
 /// An activation and its derivative, from tensor operations. All are a·s(a), of slope s + a·s′.
-fn activated(a: &Tensor, activation: &Activation) -> Result<(Tensor, Tensor)> {
+fn value_and_slope(a: &Tensor, activation: &Activation) -> Result<(Tensor, Tensor)> {
     let (s, rest) = match activation {
         Activation::Silu => {
             let s = candle_nn::ops::sigmoid(a)?;
@@ -297,6 +331,17 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn layer_norm_gradient() {
+        let bias = random(&[8], DType::F32);
+        assert_gradient(
+            &[random(&[3, 5, 8], DType::F32), random(&[8], DType::F32)],
+            |t| layer_norm(&t[0], &t[1], &bias, 1e-5),
+            1e-2,
+            1e-2,
+        );
+    }
+
+    #[test]
     fn gated_gradient() {
         for (activation, tolerance) in [
             (Activation::Silu, 1e-6),
@@ -306,6 +351,8 @@ pub(super) mod tests {
             let inputs = [random(&[4, 7], DType::F64), random(&[4, 7], DType::F64)];
             let f = |t: &[Tensor]| gated(&t[0], &t[1], &activation);
             assert_gradient(&inputs, f, 1e-5, tolerance);
+            let f = |t: &[Tensor]| activated(&t[0], &activation);
+            assert_gradient(&inputs[..1], f, 1e-5, tolerance);
         }
     }
 
@@ -337,7 +384,7 @@ pub(super) mod tests {
             (Activation::GeluTanh, GELU_TANH),
             (Activation::Gelu, GELU),
         ] {
-            let (y, _) = activated(&x, &activation).expect("computes");
+            let (y, _) = value_and_slope(&x, &activation).expect("computes");
             for (y, wanted) in y.to_vec1::<f64>().expect("values").iter().zip(wanted) {
                 assert!(
                     (y - wanted).abs() < 1e-12,

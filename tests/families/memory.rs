@@ -32,8 +32,8 @@ impl Tensors for Memory {
         Ok(Some(factors(module, &stored)))
     }
 
-    fn prefix(&self) -> &'static str {
-        "model."
+    fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
     }
 
     fn path_of(&self, _: &str) -> std::path::PathBuf {

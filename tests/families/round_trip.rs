@@ -26,7 +26,7 @@ fn write(dir: &Path, golden: &Value, dtype: Dtype) -> Base {
     std::fs::write(dir.join("config.json"), golden["config"].to_string()).expect("writes");
     let config = ModelConfig::read(dir).expect("parses");
     let tensors: BTreeMap<String, Elements> = config
-        .tensors("model.")
+        .tensors(config.names.prefix)
         .into_iter()
         .map(|(name, shape)| {
             let elements = weight(&name, &shape).cast(dtype);
@@ -74,11 +74,9 @@ fn moved(dir: &Path, artifact: &Artifact) -> Adapter {
         (module.clone(), sigma.iter().map(|s| -0.3 * s).collect())
     });
     let mut tensors = BTreeMap::new();
-    for (name, shape) in ModelConfig::read(&artifact.dir)
-        .expect("parses")
-        .tensors("model.")
-    {
-        if name.contains("norm.weight") || name.contains("embed_tokens") {
+    let config = ModelConfig::read(&artifact.dir).expect("parses");
+    for (name, shape) in config.tensors(config.names.prefix) {
+        if name.contains("norm.weight") || name == config.embedding(config.names.prefix) {
             let stored = artifact.base_tensor(&name).expect("reads").to_f32();
             let values: Vec<f32> = stored.iter().map(|x| 0.9 * x + 0.02).collect();
             tensors.insert(name, Elements::from_f32(&shape, &values));
@@ -202,4 +200,5 @@ round_trip! {
     smollm3_returns: "smollm3" in BF16;
     olmo2_returns: "olmo2" in F16;
     granite_returns: "granite" in BF16;
+    pythia_returns: "gpt-neox" in F16;
 }

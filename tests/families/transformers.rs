@@ -35,7 +35,7 @@ fn numbers(name: &str, count: usize) -> impl Iterator<Item = f64> + use<> {
 /// A weight of the script's models.
 pub fn weight(name: &str, shape: &[usize]) -> Elements {
     let matrix = shape.len() == 2;
-    let embedding = name.contains("embed_tokens");
+    let embedding = name.contains("embed_tokens") || name.contains("embed_in");
     let norm = name.contains("norm") && name.ends_with(".weight");
     let values: Vec<f32> = numbers(name, shape.iter().product())
         .map(|x| {
@@ -99,7 +99,7 @@ fn assert_parity(name: &str) {
     let golden = golden(name);
     let config = ModelConfig::parse(Path::new("config.json"), &golden["config"]).expect("parses");
     let tensors = config
-        .tensors("model.")
+        .tensors(config.names.prefix)
         .into_iter()
         .map(|(name, shape)| {
             let elements = weight(&name, &shape);
@@ -197,4 +197,6 @@ parity! {
     smollm3_with_windows: "smollm3-windows";
     olmo2_with_norms_behind: "olmo2";
     granite_with_multipliers: "granite";
+    pythia_with_attention_beside_the_mlp: "gpt-neox";
+    pythia_with_attention_before_the_mlp: "gpt-neox-serial";
 }
