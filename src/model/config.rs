@@ -4,6 +4,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::family::{
+    Activation, AttentionScale, Biases, Cap, EmbeddingScale, FAMILIES, Family, KNOWN_TO_DIFFER,
+    Names, NormKind, NormPlaces, Projections, QueryKeyNorm, Windows,
+};
 use crate::error::{Error, IoContext, Result};
 
 /// The hyper-parameters of a decoder-only model, and what sets its family apart.
@@ -55,76 +59,6 @@ pub struct ModelConfig {
     pub eos: Option<u32>,
 }
 
-/// What a family calls its modules.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Names {
-    /// In front of all but the head's; a checkpoint of the inner model alone goes without.
-    pub prefix: &'static str,
-    pub embedding: &'static str,
-    pub norm: &'static str,
-    pub head: &'static str,
-    pub query_key_value: Projections,
-    pub output: &'static str,
-    pub gate_up: Projections,
-    pub down: &'static str,
-    pub query_norm: &'static str,
-    pub key_norm: &'static str,
-}
-
-/// Several projections of one input.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Projections {
-    Apart(&'static [&'static str]),
-    /// One matrix, with one projection's rows after the other's.
-    Stacked(&'static str),
-    /// One matrix, with the rows of each head together.
-    ByHead(&'static str),
-}
-
-const APART: Names = Names {
-    prefix: "model.",
-    embedding: "embed_tokens",
-    norm: "norm",
-    head: "lm_head",
-    query_key_value: Projections::Apart(&[
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-    ]),
-    output: "self_attn.o_proj",
-    gate_up: Projections::Apart(&["mlp.gate_proj", "mlp.up_proj"]),
-    down: "mlp.down_proj",
-    query_norm: "self_attn.q_norm",
-    key_norm: "self_attn.k_norm",
-};
-
-const FUSED: Names = Names {
-    query_key_value: Projections::Stacked("self_attn.qkv_proj"),
-    gate_up: Projections::Stacked("mlp.gate_up_proj"),
-    ..APART
-};
-
-const NEOX: Names = Names {
-    prefix: "gpt_neox.",
-    embedding: "embed_in",
-    norm: "final_layer_norm",
-    head: "embed_out",
-    query_key_value: Projections::ByHead("attention.query_key_value"),
-    output: "attention.dense",
-    gate_up: Projections::Apart(&["mlp.dense_h_to_4h"]),
-    down: "mlp.dense_4h_to_h",
-    ..APART
-};
-
-/// What a norm makes of its input before the weight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NormKind {
-    /// x over the root of its mean square.
-    RootMeanSquare,
-    /// x less its mean, over its standard deviation; a bias follows the weight.
-    Layer,
-}
-
 /// What one layer's attention sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attention {
@@ -133,266 +67,6 @@ pub struct Attention {
     /// Which of the config's ropes turns queries and keys; none leaves them as they are.
     pub rope: Option<usize>,
 }
-
-/// Where a block has its norms.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NormPlaces {
-    /// Before attention and before the MLP.
-    Before,
-    /// After both.
-    After,
-    /// Before and after both.
-    Around,
-}
-
-impl NormPlaces {
-    /// The modules before attention, after it, before the MLP, after it.
-    pub fn modules(self) -> [Option<&'static str>; 4] {
-        let (input, attention) = ("input_layernorm", "post_attention_layernorm");
-        let (before, after) = ("pre_feedforward_layernorm", "post_feedforward_layernorm");
-        match self {
-            Self::Before => [Some(input), None, Some(attention), None],
-            Self::After => [None, Some(attention), None, Some(after)],
-            Self::Around => [Some(input), Some(attention), Some(before), Some(after)],
-        }
-    }
-}
-
-/// What `q_norm` and `k_norm` take the mean over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum QueryKeyNorm {
-    None,
-    EachHead,
-    AllHeads,
-}
-
-/// What the gate of an MLP goes through.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Activation {
-    Silu,
-    /// x·Φ(x) by its approximation with a hyperbolic tangent.
-    GeluTanh,
-    /// x·Φ(x)
-    Gelu,
-    /// Not known to this decoder: plan and decompose work, training refuses.
-    Unsupported(String),
-}
-
-impl Activation {
-    fn named(name: &str) -> Self {
-        match name {
-            "silu" | "swish" => Self::Silu,
-            "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" => Self::GeluTanh,
-            "gelu" => Self::Gelu,
-            other => Self::Unsupported(other.into()),
-        }
-    }
-}
-
-/// What a `model_type` stands for: which switches of the decoder it sets, and what transformers takes where a config
-/// says nothing.
-struct Family {
-    model_type: &'static str,
-    head_dim: Option<usize>,
-    tied: bool,
-    norm: NormKind,
-    // these are a key and its value
-    norm_eps: (&'static str, f64),
-    rope_theta: (&'static str, f64),
-    rope_share: (&'static str, f64),
-    activation: (&'static str, &'static str),
-    gated: bool,
-    norm_offset: f64,
-    norm_places: NormPlaces,
-    query_key_norm: QueryKeyNorm,
-    windows: Windows,
-    window: Option<usize>,
-    biases: Biases,
-    names: &'static Names,
-    /// Layers of a regular kind do not turn queries and keys.
-    rope_skips_layers: bool,
-    /// Layers with a window turn by a rope of their own: its θ, unscaled.
-    rope_of_windows: Option<f64>,
-    embedding_scale: EmbeddingScale,
-    attention_scale: AttentionScale,
-    attention_cap: Cap,
-    logits_cap: Cap,
-    /// `residual_multiplier`, `logits_scaling`.
-    multipliers: bool,
-    /// Attention and MLP side by side, unless `use_parallel_residual` says no.
-    parallel: bool,
-}
-
-/// Which layers of a family have windows.
-enum Windows {
-    Nowhere,
-    Everywhere,
-    /// Where `use_sliding_window` is set: from `max_window_layers` on.
-    Later,
-    /// Where `use_sliding_window` is set: in the layers without a rope.
-    WithoutRope,
-    /// In all but every n-th.
-    AllBut(usize),
-}
-
-enum Biases {
-    /// Where `attention_bias` and `mlp_bias` say so.
-    Configured,
-    /// Of queries, keys and values.
-    QueryKeyValue,
-    /// In the MLP, and unless `attention_bias` says no in attention.
-    Everywhere,
-}
-
-enum EmbeddingScale {
-    One,
-    RootOfHidden,
-    Multiplier,
-}
-
-enum AttentionScale {
-    RootOfHead,
-    /// One over the root of `query_pre_attn_scalar`.
-    QueryScalar(f64),
-    /// `attention_multiplier`
-    Multiplier,
-}
-
-/// A soft cap: whether its key counts, and what stands for an absent one.
-enum Cap {
-    Never,
-    OrElse(Option<f64>),
-}
-
-const LLAMA: Family = Family {
-    model_type: "llama",
-    head_dim: None,
-    tied: false,
-    norm: NormKind::RootMeanSquare,
-    norm_eps: ("rms_norm_eps", 1e-6),
-    rope_theta: ("rope_theta", 10_000.0),
-    rope_share: ("partial_rotary_factor", 1.0),
-    activation: ("hidden_act", "silu"),
-    gated: true,
-    norm_offset: 0.0,
-    norm_places: NormPlaces::Before,
-    query_key_norm: QueryKeyNorm::None,
-    windows: Windows::Nowhere,
-    window: None,
-    biases: Biases::Configured,
-    names: &APART,
-    rope_skips_layers: false,
-    rope_of_windows: None,
-    embedding_scale: EmbeddingScale::One,
-    attention_scale: AttentionScale::RootOfHead,
-    attention_cap: Cap::Never,
-    logits_cap: Cap::Never,
-    multipliers: false,
-    parallel: false,
-};
-
-const GEMMA: Family = Family {
-    model_type: "gemma",
-    head_dim: Some(256),
-    tied: true,
-    activation: ("hidden_act", "gelu_pytorch_tanh"),
-    norm_offset: 1.0,
-    embedding_scale: EmbeddingScale::RootOfHidden,
-    ..LLAMA
-};
-
-const GEMMA_2: Family = Family {
-    model_type: "gemma2",
-    activation: ("hidden_activation", "gelu_pytorch_tanh"),
-    norm_places: NormPlaces::Around,
-    windows: Windows::AllBut(2),
-    window: Some(4096),
-    attention_scale: AttentionScale::QueryScalar(256.0),
-    attention_cap: Cap::OrElse(Some(50.0)),
-    logits_cap: Cap::OrElse(Some(30.0)),
-    ..GEMMA
-};
-
-/// The families. A new Llama-like one is a row here.
-const FAMILIES: [Family; 12] = [
-    LLAMA,
-    Family {
-        model_type: "mistral",
-        windows: Windows::Everywhere,
-        window: Some(4096),
-        ..LLAMA
-    },
-    Family {
-        model_type: "qwen2",
-        windows: Windows::Later,
-        window: Some(4096),
-        biases: Biases::QueryKeyValue,
-        ..LLAMA
-    },
-    Family {
-        model_type: "qwen3",
-        head_dim: Some(128),
-        query_key_norm: QueryKeyNorm::EachHead,
-        windows: Windows::Later,
-        window: Some(4096),
-        ..LLAMA
-    },
-    Family {
-        model_type: "phi3",
-        norm_eps: ("rms_norm_eps", 1e-5),
-        windows: Windows::Everywhere,
-        names: &FUSED,
-        ..LLAMA
-    },
-    Family {
-        model_type: "smollm3",
-        tied: true,
-        rope_theta: ("rope_theta", 2_000_000.0),
-        windows: Windows::WithoutRope,
-        rope_skips_layers: true,
-        ..LLAMA
-    },
-    GEMMA,
-    GEMMA_2,
-    Family {
-        model_type: "gemma3_text",
-        rope_theta: ("rope_theta", 1_000_000.0),
-        query_key_norm: QueryKeyNorm::EachHead,
-        windows: Windows::AllBut(6),
-        rope_of_windows: Some(10_000.0),
-        // transformers reads the cap of scores and does not use it
-        attention_cap: Cap::Never,
-        logits_cap: Cap::OrElse(None),
-        ..GEMMA_2
-    },
-    Family {
-        model_type: "olmo2",
-        norm_eps: ("rms_norm_eps", 1e-5),
-        norm_places: NormPlaces::After,
-        query_key_norm: QueryKeyNorm::AllHeads,
-        ..LLAMA
-    },
-    Family {
-        model_type: "granite",
-        embedding_scale: EmbeddingScale::Multiplier,
-        attention_scale: AttentionScale::Multiplier,
-        multipliers: true,
-        ..LLAMA
-    },
-    Family {
-        model_type: "gpt_neox",
-        norm: NormKind::Layer,
-        norm_eps: ("layer_norm_eps", 1e-5),
-        rope_theta: ("rotary_emb_base", 10_000.0),
-        rope_share: ("rotary_pct", 0.25),
-        activation: ("hidden_act", "gelu"),
-        gated: false,
-        parallel: true,
-        biases: Biases::Everywhere,
-        names: &NEOX,
-        ..LLAMA
-    },
-];
 
 /// Rotary position embedding.
 #[derive(Debug, Clone, PartialEq)]
@@ -421,6 +95,22 @@ pub enum Scaling {
         long: Vec<f64>,
         original: usize,
         attention: f64,
+    },
+    /// Slow turns are stretched, fast ones are not, and between `slow` and `fast` turns in the original window it changes
+    /// gradually (Peng et al. 2023).
+    Yarn {
+        factor: f64,
+        attention: f64,
+        fast: f64,
+        slow: f64,
+        original: f64,
+        /// The two bounds are rounded to whole elements.
+        truncate: bool,
+    },
+    /// θ grows with a sequence that is longer than the original window.
+    Dynamic {
+        factor: f64,
+        original: f64,
     },
     /// Known to exist, not to this decoder: plan and decompose work, training refuses.
     Unsupported(String),
@@ -697,7 +387,7 @@ fn ropes(key: &Keys, family: &Family, head_dim: usize, positions_max: usize) -> 
         positions_max,
     )?];
     if let Some(usual) = family.rope_of_windows {
-        let theta = theta(windows, ("rope_local_base_freq", usual));
+        let theta = theta(windows, usual);
         ropes.push(rope(key, family, windows, theta, head_dim, positions_max)?);
     }
     Ok(ropes)
@@ -727,12 +417,17 @@ fn rope(
         .or(scaling["type"].as_str())
         .unwrap_or("default");
     let number = |name: &str| {
-        scaling[name].as_f64().ok_or_else(|| {
+        let number = scaling[name].as_f64().filter(|&x| x > 0.0);
+        number.ok_or_else(|| {
             key.refuse(
                 &format!("rope_scaling.{name}"),
-                "is missing or not a number",
+                "is missing or not a positive number",
             )
         })
+    };
+    let number_or = |name: &str, usual: f64| match &scaling[name] {
+        Value::Null => Ok(usual),
+        _ => number(name),
     };
     let list = |name: &str| -> Result<Vec<f64>> {
         let values: Option<Vec<f64>> = scaling[name]
@@ -778,6 +473,32 @@ fn rope(
                 attention,
             }
         }
+        "yarn" => {
+            let factor = number("factor")?;
+            let temperature = |slope: f64| match factor > 1.0 {
+                true => 0.1 * slope * factor.ln() + 1.0,
+                false => 1.0,
+            };
+            let slopes = ["mscale", "mscale_all_dim"].map(|name| scaling[name].as_f64());
+            let usual = match slopes {
+                [Some(one), Some(all)] if one != 0.0 && all != 0.0 => {
+                    temperature(one) / temperature(all)
+                }
+                _ => temperature(1.0),
+            };
+            Scaling::Yarn {
+                factor,
+                attention: number_or("attention_factor", usual)?,
+                fast: number_or("beta_fast", 32.0)?,
+                slow: number_or("beta_slow", 1.0)?,
+                original: number_or("original_max_position_embeddings", positions_max as f64)?,
+                truncate: scaling["truncate"].as_bool().unwrap_or(true),
+            }
+        }
+        "dynamic" => Scaling::Dynamic {
+            factor: number("factor")?,
+            original: positions_max as f64,
+        },
         other => Scaling::Unsupported(other.into()),
     };
     Ok(Rope {
@@ -786,18 +507,6 @@ fn rope(
         scaling,
     })
 }
-
-/// Language models that no row of the table could describe, and why.
-const KNOWN_TO_DIFFER: [(&str, &str); 2] = [
-    (
-        "gpt2",
-        "stores its linear weights transposed and learns its positions, and this decoder does neither",
-    ),
-    (
-        "gemma3",
-        "has a vision tower beside the language model, and only language models are known (gemma3_text)",
-    ),
-];
 
 /// The longest side: far beyond any model, and the bits of a matrix with two such sides still count in 64.
 const SIDE_MAX: usize = 1 << 28;
@@ -867,7 +576,6 @@ impl Keys<'_> {
 
     /// The row that `model_type` names.
     fn family(&self) -> Result<&'static Family> {
-        const FAMILIES: &[Family] = &self::FAMILIES;
         let found = self.json["model_type"].as_str().unwrap_or_default();
         if let Some(family) = FAMILIES.iter().find(|f| f.model_type == found) {
             return Ok(family);

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 
-use super::config::{self, Activation, Attention, ModelConfig, NormKind, QueryKeyNorm, Scaling};
+use super::config::{Attention, ModelConfig, Scaling};
+use super::family::{self, Activation, NormKind, QueryKeyNorm};
 use super::layers::{Head, Linear, Norm};
 use super::ops::{self, Scores};
 use super::rope::Angles;
@@ -59,7 +60,7 @@ struct Block {
     sees: Attention,
 }
 
-/// The layers of [`config::Projections`].
+/// The layers of [`family::Projections`].
 enum Projections {
     Apart(Vec<Linear>),
     Stacked(Linear),
@@ -337,7 +338,7 @@ fn refuse_unknown(config: &ModelConfig) -> Result<()> {
             return Err(refuse(
                 "rope_scaling",
                 format!(
-                    "is of the type `{kind}`, this decoder knows default, linear, llama3 and longrope"
+                    "is of the type `{kind}`, this decoder knows default, linear, dynamic, yarn, llama3 and longrope"
                 ),
             ));
         }
@@ -441,14 +442,14 @@ impl Loader<'_> {
     fn block(&mut self, name: &str, sees: Attention) -> Result<Block> {
         let config = self.config;
         let names = config.names;
-        let mut many = |projections: config::Projections, bias: bool| -> Result<Projections> {
+        let mut many = |projections: family::Projections, bias: bool| -> Result<Projections> {
             let mut one = |part: &str| self.linear(&format!("{name}.{part}"), bias);
             Ok(match projections {
-                config::Projections::Apart(parts) => {
+                family::Projections::Apart(parts) => {
                     Projections::Apart(parts.iter().map(|part| one(part)).collect::<Result<_>>()?)
                 }
-                config::Projections::Stacked(part) => Projections::Stacked(one(part)?),
-                config::Projections::ByHead(part) => Projections::ByHead(one(part)?),
+                family::Projections::Stacked(part) => Projections::Stacked(one(part)?),
+                family::Projections::ByHead(part) => Projections::ByHead(one(part)?),
             })
         };
         let query_key_value = many(names.query_key_value, config.qkv_bias)?;

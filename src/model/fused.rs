@@ -6,7 +6,7 @@
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
-use super::config::Activation;
+use super::family::Activation;
 use super::ops::TANH_GELU;
 
 /// Rows are handed to threads in groups of about this many numbers: enough to pay for the hand-over.

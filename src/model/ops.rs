@@ -3,7 +3,7 @@
 use candle_core::{D, Result, Tensor, bail};
 use candle_nn::ops::softmax_last_dim;
 
-use super::config::Activation;
+use super::family::Activation;
 use super::fused;
 use super::rope::Angles;
 use super::vjp::attach;

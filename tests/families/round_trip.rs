@@ -18,20 +18,16 @@ use svdhub::source::{Source, load};
 use svdhub::weights::{Dtype, Elements, Header, ShardWriter};
 use svdhub::{decompose, merge, verify};
 
-use crate::transformers::{golden, weight};
+use crate::transformers::{golden, model};
 
 /// Writes the golden model of a family as a repository of one file.
 fn write(dir: &Path, golden: &Value, dtype: Dtype) -> Base {
     std::fs::create_dir_all(dir).expect("a directory");
     std::fs::write(dir.join("config.json"), golden["config"].to_string()).expect("writes");
-    let config = ModelConfig::read(dir).expect("parses");
-    let tensors: BTreeMap<String, Elements> = config
-        .tensors(config.names.prefix)
+    let tensors: BTreeMap<String, Elements> = model(golden)
+        .1
         .into_iter()
-        .map(|(name, shape)| {
-            let elements = weight(&name, &shape).cast(dtype);
-            (name, elements)
-        })
+        .map(|(name, elements)| (name, elements.cast(dtype)))
         .collect();
     let header = Header::compose(
         tensors
@@ -199,6 +195,7 @@ round_trip! {
     gemma3_returns: "gemma3" in BF16;
     smollm3_returns: "smollm3" in BF16;
     olmo2_returns: "olmo2" in F16;
+    olmo3_returns: "olmo3" in BF16;
     granite_returns: "granite" in BF16;
     pythia_returns: "gpt-neox" in F16;
 }

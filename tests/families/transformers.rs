@@ -1,5 +1,6 @@
 //! Against transformers: logits, losses and the gradients of autograd (`fixtures/make_families.py`).
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -33,7 +34,7 @@ fn numbers(name: &str, count: usize) -> impl Iterator<Item = f64> + use<> {
 }
 
 /// A weight of the script's models.
-pub fn weight(name: &str, shape: &[usize]) -> Elements {
+fn weight(name: &str, shape: &[usize]) -> Elements {
     let matrix = shape.len() == 2;
     let embedding = name.contains("embed_tokens") || name.contains("embed_in");
     let norm = name.contains("norm") && name.ends_with(".weight");
@@ -95,8 +96,8 @@ pub fn golden(name: &str) -> Value {
     serde_json::from_slice(&std::fs::read(path).expect("golden file")).expect("golden JSON")
 }
 
-fn assert_parity(name: &str) {
-    let golden = golden(name);
+/// Its config, and the weights that the script computed too.
+pub fn model(golden: &Value) -> (ModelConfig, BTreeMap<String, Elements>) {
     let config = ModelConfig::parse(Path::new("config.json"), &golden["config"]).expect("parses");
     let tensors = config
         .tensors(config.names.prefix)
@@ -106,6 +107,20 @@ fn assert_parity(name: &str) {
             (name, elements)
         })
         .collect();
+    (config, tensors)
+}
+
+/// The tokens it reads.
+pub fn ids(golden: &Value) -> Tensor {
+    let rows = golden["input_ids"].as_array().expect("rows");
+    let ids: Vec<u32> = rows.iter().flat_map(list).map(|id| id as u32).collect();
+    let length = ids.len() / rows.len();
+    Tensor::from_vec(ids, (rows.len(), length), &Device::Cpu).expect("ids")
+}
+
+fn assert_parity(name: &str) {
+    let golden = golden(name);
+    let (config, tensors) = model(&golden);
     let memory = Memory {
         tensors,
         factors: Some(Box::new(factors)),
@@ -117,11 +132,7 @@ fn assert_parity(name: &str) {
     };
     let decoder =
         Decoder::load(&config, &memory, trained, &Device::Cpu, DType::F32).expect("loads");
-    let rows = golden["input_ids"].as_array().expect("rows");
-    let ids: Vec<u32> = rows.iter().flat_map(list).map(|id| id as u32).collect();
-    let length = ids.len() / rows.len();
-    let ids = Tensor::from_vec(ids, (rows.len(), length), &Device::Cpu).expect("ids");
-
+    let ids = ids(&golden);
     let logits = decoder.logits(&ids).expect("forward");
     for place in golden["logits"].as_array().expect("places") {
         let at = list(&place["at"]);
@@ -185,6 +196,8 @@ parity! {
     llama_with_biases_and_wide_heads: "llama";
     llama_3_beyond_its_original_window: "llama3";
     llama_with_linear_rope_scaling: "llama-linear";
+    llama_with_a_rope_that_grows_with_the_sequence: "llama-dynamic";
+    llama_with_yarn: "llama-yarn";
     mistral_beyond_its_window: "mistral";
     qwen2_with_windows_in_later_layers: "qwen2";
     qwen3_with_query_and_key_norms: "qwen3";
@@ -196,6 +209,7 @@ parity! {
     smollm3_with_layers_without_rope: "smollm3";
     smollm3_with_windows: "smollm3-windows";
     olmo2_with_norms_behind: "olmo2";
+    olmo3_with_a_rope_stretched_in_full_layers_only: "olmo3";
     granite_with_multipliers: "granite";
     pythia_with_attention_beside_the_mlp: "gpt-neox";
     pythia_with_attention_before_the_mlp: "gpt-neox-serial";
