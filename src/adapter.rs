@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::format::Pin;
 use crate::json::{self, Tool};
 use crate::weights::element::is_float;
+use crate::weights::place::refuse_links_outside;
 use crate::weights::shard::{sha256_file, write_atomically};
 use crate::weights::{Checkpoint, Dtype, Elements, Header, ShardWriter};
 
@@ -137,6 +138,7 @@ impl Adapter {
                 reason: format!("no adapter is here: {CONFIG_FILE} is missing"),
             });
         }
+        refuse_links_outside(dir)?;
         let config: AdapterConfig = json::read(&config_path)?;
         if config.schema > SCHEMA {
             return Err(Error::Adapter {

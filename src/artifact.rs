@@ -15,6 +15,7 @@ use crate::format::{
 use crate::json;
 use crate::split::{Factors, Residual};
 use crate::weights::checkpoint::Index;
+use crate::weights::place::refuse_links_outside;
 use crate::weights::shard::sha256_hex;
 use crate::weights::{Checkpoint, Dtype, Elements, Header, Layout, dtype_name};
 
@@ -52,6 +53,7 @@ impl Artifact {
                 missing: "config.json".into(),
             });
         }
+        refuse_links_outside(dir)?;
         let config: Value = json::read(&config_path)?;
         if config["svd"].is_null() {
             return Err(Error::NotAnArtifact { path: dir.into() });

@@ -66,6 +66,14 @@ pub enum Error {
         before: String,
         now: String,
     },
+    #[error("{} is a link that leads out of its directory, to {}", path.display(), target.display())]
+    LinkOutside { path: PathBuf, target: PathBuf },
+    #[error("{} has {found} bytes, at most {most} are read of such a file", path.display())]
+    TooLarge {
+        path: PathBuf,
+        found: u64,
+        most: u64,
+    },
     #[error("{} is there already, and svdhub did not write it", path.display())]
     ForeignFile { path: PathBuf },
 
