@@ -80,7 +80,8 @@ impl Hub {
             .filter(|file| !cache.blob(&file.oid).exists())
             .cloned()
             .collect();
-        let bytes = missing.iter().map(|file| file.size).sum();
+        let sizes = missing.iter().map(|file| file.size);
+        let bytes = sizes.fold(0, u64::saturating_add);
         if !missing.is_empty() {
             check_free_space(&cache.root, bytes)?;
             observer.start(Stage::Download, bytes, Unit::Bytes);
@@ -109,7 +110,7 @@ impl Hub {
             if named(&layout.single_file()).is_some() {
                 weights.push(layout.single_file());
             } else if let Some(file) = named(&index_file) {
-                let bytes = self.range(repo, commit, &index_file, 0, file.size)?;
+                let bytes = self.whole(repo, commit, file)?;
                 weights.extend(Index::parse(&Path::new(repo).join(&index_file), &bytes)?.files());
             }
         }
@@ -126,7 +127,7 @@ impl Hub {
         let files = self.files(repo, &commit)?;
         let named = |name: &str| files.iter().find(|f| f.path == name);
         let whole = |name: &str| match named(name) {
-            Some(file) => self.range(repo, &commit, name, 0, file.size),
+            Some(file) => self.whole(repo, &commit, file),
             None => Err(Error::EntryNotFound {
                 repo: repo.into(),
                 revision: commit.clone(),
@@ -166,6 +167,18 @@ impl Hub {
             index.check(&root.join(&index_file), &inventory)?;
         }
         Ok((config, inventory, commit))
+    }
+
+    /// A file that is read without being kept: what has no place in memory is none of these.
+    fn whole(&self, repo: &str, commit: &str, file: &RemoteFile) -> Result<Vec<u8>> {
+        if file.size > HEADER_BYTES_MAX {
+            return Err(Error::TooLarge {
+                path: PathBuf::from(repo).join(&file.path),
+                found: file.size,
+                most: HEADER_BYTES_MAX,
+            });
+        }
+        self.range(repo, commit, &file.path, 0, file.size)
     }
 
     fn header(&self, repo: &str, commit: &str, file: &RemoteFile) -> Result<Header> {
@@ -334,7 +347,7 @@ impl Hub {
         let mut buffer = vec![0u8; 256 << 10];
         loop {
             let n = response.read(&mut buffer).map_err(|_| cut(received))?;
-            if n == 0 {
+            if n == 0 || received > file.size {
                 break;
             }
             out.write_all(&buffer[..n])
