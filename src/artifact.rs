@@ -217,6 +217,15 @@ impl Artifact {
             self.recompose(module, record, factors)?
         };
         self.check_sum(&tensor, &matrix, Some(&record.sha256))?;
+        let dtype = self.dtype_of(module, record)?;
+        if matrix.dtype != dtype {
+            return Err(Error::Dtype {
+                path: self.need_base()?.checkpoint.path_of(&tensor),
+                tensor,
+                expected: dtype_name(dtype),
+                found: dtype_name(matrix.dtype),
+            });
+        }
         if matrix.shape != record.shape {
             return Err(Error::Shape {
                 tensor,

@@ -92,6 +92,14 @@ impl Shares {
             match places.get(module) {
                 Some((dir, header_sha256)) => {
                     let part = read_part(&dir.join(MATRICES), module, header_sha256)?;
+                    if part.record.shape != *tensor.shape {
+                        return Err(Error::Shape {
+                            tensor: tensor.name.clone(),
+                            path: crate::part::path_of(&dir.join(MATRICES), module),
+                            expected: tensor.shape.clone(),
+                            found: part.record.shape.to_vec(),
+                        });
+                    }
                     parts.insert(module.to_string(), part);
                 }
                 None => missing.push(format!("the matrix `{module}`")),
@@ -164,8 +172,9 @@ pub fn run(shares: &Shares, base: &Base, out: &Path, observer: &dyn Observer) ->
         Claim::Fresh => {}
     }
     base.check(&job.base, observer)?;
-    let matrices: u64 = shares.shares.iter().map(|(_, record)| record.bytes).sum();
-    let needed = matrices + plan.disk_bytes_copied();
+    // a record may claim any number
+    let claimed = shares.shares.iter().map(|(_, record)| record.bytes);
+    let needed = claimed.fold(plan.disk_bytes_copied(), u64::saturating_add);
     check_free_space(out, needed.saturating_sub(bytes_in(out)))?;
     let join = Join {
         base,

@@ -236,20 +236,31 @@ pub fn parse_section(path: &Path, section: &Value) -> Result<SvdSection> {
         serde_json::from_value(section.clone()).map_err(|e| refuse(e.to_string()))?;
     check_pin(&section.base).map_err(&refuse)?;
     for (module, record) in &section.modules {
-        let [m, n] = record.shape;
-        if m.checked_mul(n).is_none_or(|elements| elements >= 1 << 48) {
-            return Err(refuse(format!(
-                "gives module `{module}` the shape {m} × {n}"
-            )));
-        }
-        if record.q == 0 || record.q > m.min(n) {
-            return Err(refuse(format!(
-                "gives module `{module}` ({m} × {n}) the rank {}",
-                record.q
-            )));
-        }
+        record.check(module).map_err(&refuse)?;
     }
     Ok(section)
+}
+
+impl ModuleRecord {
+    /// Refuses a shape that no weight has, a rank that its shape has not, and singular values that are none.
+    pub fn check(&self, module: &str) -> Result<(), String> {
+        let [m, n] = self.shape;
+        if m.checked_mul(n).is_none_or(|elements| elements >= 1 << 48) {
+            return Err(format!("gives module `{module}` the shape {m} × {n}"));
+        }
+        if self.q == 0 || self.q > m.min(n) {
+            let q = self.q;
+            return Err(format!("gives module `{module}` ({m} × {n}) the rank {q}"));
+        }
+        // 1e300 is a number in JSON, and infinite in 32 bits
+        let mut sigma = [self.sigma_max, self.sigma_min].into_iter();
+        if let Some(beyond) = sigma.find(|sigma| !sigma.is_finite()) {
+            return Err(format!(
+                "gives module `{module}` the singular value {beyond}"
+            ));
+        }
+        Ok(())
+    }
 }
 
 impl Pin {

@@ -148,15 +148,27 @@ impl ModelConfig {
             _ => key.optional("sliding_window")?,
         };
         let attention_bias = flag("attention_bias");
+        let intermediate = key.count("intermediate_size")?;
+        let layers = key.count("num_hidden_layers")?;
+        let vocabulary = key.count("vocab_size")?;
+        let attention = 2 * (heads + kv_heads) * head_dim;
+        let parameters = hidden as u128
+            * (layers as u128 * (attention + 3 * intermediate) as u128 + 2 * vocabulary as u128);
+        if parameters > PARAMETERS_MAX {
+            return Err(key.refuse(
+                "hidden_size",
+                &format!("is {hidden}, which makes {parameters} parameters with the other sizes"),
+            ));
+        }
         Ok(Self {
             path: path.into(),
             hidden,
-            intermediate: key.count("intermediate_size")?,
-            layers: key.count("num_hidden_layers")?,
+            intermediate,
+            layers,
             heads,
             kv_heads,
             head_dim,
-            vocabulary: key.count("vocab_size")?,
+            vocabulary,
             positions_max,
             norm_eps: json["rms_norm_eps"].as_f64().unwrap_or(1e-6),
             rope: rope(&key, head_dim, positions_max)?,
@@ -322,6 +334,12 @@ fn rope(key: &Keys, head_dim: usize, positions_max: usize) -> Result<Rope> {
 /// The longest side: far beyond any model, and the bits of a matrix with two such sides still count in 64.
 const SIDE_MAX: usize = 1 << 28;
 
+/// The most layers: each has tensors with names, from a config of a few hundred bytes.
+const LAYERS_MAX: u64 = 4096;
+
+/// The most parameters: some hundred times those of the largest model, and their bytes still count in 64 bits.
+const PARAMETERS_MAX: u128 = 1 << 50;
+
 /// Reads keys of one config and names them when they are wrong.
 struct Keys<'a> {
     path: &'a Path,
@@ -346,7 +364,7 @@ impl Keys<'_> {
             Value::Null => Ok(None),
             value => match (key, value.as_u64()) {
                 ("max_window_layers", Some(0)) => Ok(Some(0)),
-                ("num_hidden_layers", Some(n)) if n > 100_000 => Err(self.beyond(key, value)),
+                ("num_hidden_layers", Some(n)) if n > LAYERS_MAX => Err(self.beyond(key, value)),
                 (_, Some(n)) if n > SIDE_MAX as u64 => Err(self.beyond(key, value)),
                 (_, Some(n)) if n > 0 => Ok(Some(n as usize)),
                 _ => Err(self.refuse(key, &format!("is {value}, not a positive whole number"))),
