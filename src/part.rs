@@ -109,15 +109,16 @@ impl Part {
         if let Some((missing, _)) = factors.iter().find(|factor| !holds(factor)) {
             return Err(format!("it holds no f32 tensor `{missing}` that fits"));
         }
-        let (residual, exceptions) = ((names.residual, vec![m, n]), self.record.exceptions);
-        let beside = |t: &PartTensor| match usize::try_from(exceptions) {
-            _ if t.name == residual.0 => holds(&residual),
-            Ok(count) => [&names.exact_at, &names.exact].contains(&&t.name) && t.shape == [count],
-            Err(_) => false,
+        let residual = (names.residual, vec![m, n]);
+        let belongs = |t: &PartTensor| {
+            if t.name == residual.0 {
+                return holds(&residual);
+            }
+            let exact = t.name == names.exact_at || t.name == names.exact;
+            let counted = matches!(t.shape[..], [count] if count as u64 == self.record.exceptions);
+            (exact && counted) || factors.iter().any(|(name, _)| t.name == *name)
         };
-        let foreign =
-            |t: &&PartTensor| !factors.iter().any(|(name, _)| t.name == *name) && !beside(t);
-        match self.tensors.iter().find(foreign) {
+        match self.tensors.iter().find(|t| !belongs(t)) {
             Some(tensor) => Err(format!(
                 "it holds `{}`, which does not belong there",
                 tensor.name

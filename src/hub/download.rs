@@ -367,8 +367,18 @@ fn digest(path: &Path, file: &RemoteFile) -> Result<String> {
     if file.lfs {
         return crate::weights::shard::sha256_file(path, |_| {});
     }
-    let bytes = std::fs::read(path).context("read", path)?;
-    Ok(git_blob_id(&bytes))
+    let mut opened = File::open(path).context("open", path)?;
+    let length = opened.metadata().context("read", path)?.len();
+    let mut hash = Sha1::new_with_prefix(format!("blob {length}\0"));
+    let mut buffer = vec![0u8; 1 << 20];
+    loop {
+        // a listing may call any file a regular one: it need not fit into memory
+        let n = opened.read(&mut buffer).context("read", path)?;
+        if n == 0 {
+            return Ok(crate::weights::shard::hex(&hash.finalize()));
+        }
+        hash.update(&buffer[..n]);
+    }
 }
 
 /// The id git gives to a file's contents.

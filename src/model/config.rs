@@ -337,8 +337,8 @@ const SIDE_MAX: usize = 1 << 28;
 /// The most layers: each has tensors with names, from a config of a few hundred bytes.
 const LAYERS_MAX: u64 = 4096;
 
-/// The most parameters: some hundred times those of the largest model, and their bytes still count in 64 bits.
-const PARAMETERS_MAX: u128 = 1 << 50;
+/// The most parameters: some hundred times those of the largest model, and sums of their bytes still count in 64 bits.
+const PARAMETERS_MAX: u128 = 1 << 48;
 
 /// Reads keys of one config and names them when they are wrong.
 struct Keys<'a> {

@@ -23,7 +23,9 @@ pub fn all() -> Vec<(&'static str, String, Vec<u8>)> {
     let mut seeds = Seeds::default();
     for (name, dtype, tied) in [("bf16", Dtype::BF16, false), ("f32", Dtype::F32, true)] {
         let dir = room.path().join(name);
-        model(&dir, dtype, tied);
+        let config = json!({"model_type": "llama", "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 5, "tie_word_embeddings": tied, "torch_dtype": "bfloat16"});
+        model(&dir, &config, dtype);
         seeds.model(name, &dir);
         for layout in [ArtifactLayout::Residual, ArtifactLayout::Sidecar] {
             seeds.decomposition(&format!("{name}-{layout:?}"), &dir, layout, tied);
@@ -34,10 +36,8 @@ pub fn all() -> Vec<(&'static str, String, Vec<u8>)> {
 }
 
 /// Writes a model of a few hundred numbers.
-fn model(dir: &Path, dtype: Dtype, tied: bool) {
+fn model(dir: &Path, config: &Value, dtype: Dtype) {
     fs::create_dir_all(dir).expect("creates");
-    let config = json!({"model_type": "llama", "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 5, "tie_word_embeddings": tied, "torch_dtype": "bfloat16"});
     fs::write(dir.join("config.json"), config.to_string()).expect("writes");
     fs::write(dir.join("README.md"), README).expect("writes");
     fs::write(dir.join("LICENSE"), "free").expect("writes");
@@ -83,6 +83,7 @@ impl Seeds {
         self.add("header", name, &weights[..8 + length]);
         self.add("header", &format!("{name}-json"), &weights[8..8 + length]);
         self.add("checkpoint", name, piece("model.safetensors", &weights));
+        self.add("model", name, folder(dir, ""));
         let header: Value = serde_json::from_slice(&weights[8..8 + length]).expect("JSON");
         let names = header.as_object().expect("an object").keys();
         let names: Vec<&String> = names.filter(|n| *n != "__metadata__").collect();
@@ -218,12 +219,16 @@ impl Seeds {
             "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 16}});
         let budget = json!({"rank": {"mode": "budget", "value": 40}, "include": [], "exclude": ["*down*"], "untie_head": false, "layout": "sidecar"});
+        let room = tempfile::tempdir().expect("a temporary directory");
         for (name, config) in [("longrope", longrope), ("llama3", llama3)] {
             let both = [
                 piece("config", config.to_string()),
                 piece("plan", budget.to_string()),
             ];
             self.add("config", name, both.concat());
+            let dir = room.path().join(name);
+            model(&dir, &config, Dtype::F16);
+            self.add("model", name, folder(&dir, ""));
         }
         self.hub();
         self.server();

@@ -26,16 +26,17 @@ use svdhub::job::{MATRICES, Share, ShareRecord};
 use svdhub::model::ModelConfig;
 use svdhub::part::{self, Part};
 use svdhub::plan::{Pattern, Plan, PlanOptions, expected_inventory};
+use svdhub::source::Source;
 use svdhub::train::data::Corpus;
 use svdhub::weights::checkpoint::{Index, WeightFile};
 use svdhub::weights::shard::sha256_hex;
 use svdhub::weights::{Checkpoint, Dtype, Header, Inventory, Layout};
-use svdhub::{html, inspect, merge, plot, report, verify};
+use svdhub::{evaluate, html, inspect, merge, plot, report, verify};
 
 /// Whether the input is what the target reads, rather than refused.
 pub type Target = fn(&[u8]) -> bool;
 
-pub static ALL: [(&str, Target); 14] = [
+pub static ALL: [(&str, Target); 15] = [
     ("header", header),
     ("index", index),
     ("checkpoint", checkpoint),
@@ -43,6 +44,7 @@ pub static ALL: [(&str, Target); 14] = [
     ("artifact", artifact),
     ("adapter", adapter),
     ("config", config),
+    ("model", model),
     ("part", part),
     ("spectrum", spectrum),
     ("model_card", model_card),
@@ -283,6 +285,26 @@ pub fn config(bytes: &[u8]) -> bool {
     true
 }
 
+/// A model's config and weights: loaded, and run on a few tokens.
+pub fn model(bytes: &[u8]) -> bool {
+    let dir = laid_out(bytes);
+    fs::write(dir.join("tokenizer.json"), TOKENIZER).expect("writes");
+    let data = dir.join("data.txt");
+    fs::write(&data, "a b a a b c a a b a").expect("writes");
+    let Ok(base) = Base::open(&dir, None, None) else {
+        return false;
+    };
+    let options = evaluate::Options {
+        length: 6,
+        ..evaluate::Options::default()
+    };
+    let facts = evaluate::run(&Source::Model(base), &data, &options, &Silent);
+    if let Ok(facts) = &facts {
+        assert!(facts.loss.is_finite() && facts.tokens == 8);
+    }
+    facts.is_ok()
+}
+
 /// A part of a decomposition (`part.json`, `matrices/MODULE`, and the base): read, and assembled.
 pub fn part(bytes: &[u8]) -> bool {
     let dir = laid_out(bytes);
@@ -461,11 +483,13 @@ fn stars(pattern: &[u8], name: &[u8]) -> bool {
     fits[name.len()]
 }
 
+/// Every word but `a` is the same.
+const TOKENIZER: &str = r##"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+    "pre_tokenizer":{"type":"Whitespace"},"post_processor":null,"decoder":null,
+    "model":{"type":"WordLevel","vocab":{"#":0,"a":1},"unk_token":"#"}}"##;
+
 /// Training data: the ending of its name in the first line, then the text.
 pub fn data(bytes: &[u8]) -> bool {
-    const TOKENIZER: &str = r##"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
-        "pre_tokenizer":{"type":"Whitespace"},"post_processor":null,"decoder":null,
-        "model":{"type":"WordLevel","vocab":{"#":0,"a":1},"unk_token":"#"}}"##;
     let (ending, text) = match bytes.iter().position(|&b| b == b'\n') {
         Some(at) => (&bytes[..at], &bytes[at + 1..]),
         None => (&b"txt"[..], bytes),
