@@ -84,6 +84,7 @@ impl Seeds {
         self.add("header", &format!("{name}-json"), &weights[8..8 + length]);
         self.add("checkpoint", name, piece("model.safetensors", &weights));
         self.add("model", name, folder(dir, ""));
+        self.add("round_trip", name, folder(dir, ""));
         let header: Value = serde_json::from_slice(&weights[8..8 + length]).expect("JSON");
         let names = header.as_object().expect("an object").keys();
         let names: Vec<&String> = names.filter(|n| *n != "__metadata__").collect();
@@ -229,6 +230,7 @@ impl Seeds {
             let dir = room.path().join(name);
             model(&dir, &config, Dtype::F16);
             self.add("model", name, folder(&dir, ""));
+            self.add("round_trip", name, folder(&dir, ""));
         }
         self.hub();
         self.server();

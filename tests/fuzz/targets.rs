@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
@@ -22,7 +23,7 @@ use svdhub::event::Silent;
 use svdhub::format::{Rank, is_plain_name, parse_section};
 use svdhub::hub::server::{Server, ServerOptions};
 use svdhub::hub::{Hub, HubOptions, ModelRef};
-use svdhub::job::{MATRICES, Share, ShareRecord};
+use svdhub::job::{MATRICES, Options, Share, ShareRecord};
 use svdhub::model::ModelConfig;
 use svdhub::part::{self, Part};
 use svdhub::plan::{Pattern, Plan, PlanOptions, expected_inventory};
@@ -31,12 +32,12 @@ use svdhub::train::data::Corpus;
 use svdhub::weights::checkpoint::{Index, WeightFile};
 use svdhub::weights::shard::sha256_hex;
 use svdhub::weights::{Checkpoint, Dtype, Header, Inventory, Layout};
-use svdhub::{evaluate, html, inspect, merge, plot, report, verify};
+use svdhub::{decompose, evaluate, html, inspect, merge, plot, report, verify};
 
 /// Whether the input is what the target reads, rather than refused.
 pub type Target = fn(&[u8]) -> bool;
 
-pub static ALL: [(&str, Target); 15] = [
+pub static ALL: [(&str, Target); 16] = [
     ("header", header),
     ("index", index),
     ("checkpoint", checkpoint),
@@ -45,6 +46,7 @@ pub static ALL: [(&str, Target); 15] = [
     ("adapter", adapter),
     ("config", config),
     ("model", model),
+    ("round_trip", round_trip),
     ("part", part),
     ("spectrum", spectrum),
     ("model_card", model_card),
@@ -303,6 +305,36 @@ pub fn model(bytes: &[u8]) -> bool {
         assert!(facts.loss.is_finite() && facts.tokens == 8);
     }
     facts.is_ok()
+}
+
+/// A model with any numbers in it: decomposed, and merged back to the same bytes.
+pub fn round_trip(bytes: &[u8]) -> bool {
+    let dir = laid_out(bytes);
+    let Ok(base) = Base::open(&dir, None, None) else {
+        return false;
+    };
+    let options = Options {
+        plan: PlanOptions {
+            rank: Rank::Fixed(NonZeroUsize::MIN.saturating_add(1)),
+            threads: 1,
+            ..PlanOptions::default()
+        },
+        ..Options::default()
+    };
+    let (split, out) = (emptied("cache"), emptied("out"));
+    if decompose::run(&base, &split, &options, &Silent).is_err() {
+        return false;
+    }
+    let artifact = Artifact::open(&split, None).expect("what was written opens");
+    let (untrained, options) = (Mixture::default(), merge::Options::default());
+    let merged = merge::run(&artifact, &untrained, &out, &options, &Silent);
+    let merged = merged.expect("an untrained decomposition merges");
+    assert!(merged.identical_to_base);
+    for file in &base.checkpoint.inventory.files {
+        let before = fs::read(dir.join(&file.name)).expect("reads");
+        assert_eq!(fs::read(out.join(&file.name)).expect("reads"), before);
+    }
+    true
 }
 
 /// A part of a decomposition (`part.json`, `matrices/MODULE`, and the base): read, and assembled.
