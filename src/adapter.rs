@@ -149,6 +149,12 @@ impl Adapter {
                 ),
             });
         }
+        if let Err(reason) = config.base.check() {
+            return Err(Error::Pin {
+                path: config_path,
+                reason,
+            });
+        }
         let path = dir.join(WEIGHTS_FILE);
         let checkpoint = Checkpoint::single(dir, WEIGHTS_FILE)?;
         let (mut delta, mut tensors) = (BTreeMap::new(), BTreeMap::new());

@@ -10,6 +10,7 @@ use std::time::Instant;
 use crate::base::Base;
 use crate::error::{Error, Result};
 use crate::event::Observer;
+use crate::format::{ArtifactLayout, ModuleTensors};
 use crate::job::{Job, MATRICES, ShareRecord};
 use crate::join::{self, Facts, Join};
 use crate::model::ModelConfig;
@@ -98,6 +99,14 @@ impl Shares {
                             path: crate::part::path_of(&dir.join(MATRICES), module),
                             expected: tensor.shape.clone(),
                             found: part.record.shape.to_vec(),
+                        });
+                    }
+                    let residual = ModuleTensors::of(module).residual;
+                    let holds = part.tensors.iter().any(|t| t.name == residual);
+                    if plan.layout == ArtifactLayout::Residual && !holds {
+                        return Err(Error::TensorMissing {
+                            tensor: residual,
+                            path: crate::part::path_of(&dir.join(MATRICES), module),
                         });
                     }
                     parts.insert(module.to_string(), part);

@@ -157,6 +157,8 @@ pub enum Error {
         expected: String,
         found: String,
     },
+    #[error("{}: the pin of its base {reason}", path.display())]
+    Pin { path: PathBuf, reason: String },
     #[error("{}: {reason}", path.display())]
     Adapter { path: PathBuf, reason: String },
     #[error("{} needs its base model {base}", artifact.display())]

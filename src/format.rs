@@ -234,7 +234,7 @@ pub fn parse_section(path: &Path, section: &Value) -> Result<SvdSection> {
     }
     let section: SvdSection =
         serde_json::from_value(section.clone()).map_err(|e| refuse(e.to_string()))?;
-    check_pin(&section.base).map_err(&refuse)?;
+    section.base.check().map_err(&refuse)?;
     for (module, record) in &section.modules {
         record.check(module).map_err(&refuse)?;
     }
@@ -272,34 +272,34 @@ impl Pin {
             _ => "(a local directory)".into(),
         }
     }
-}
 
-/// A pin comes from strangers: its file names become files, its repository a request.
-fn check_pin(pin: &Pin) -> Result<(), String> {
-    let hex = |text: &str, digits: usize| {
-        text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit())
-    };
-    if pin.sha256.is_empty() {
-        return Err("names no file of its base".into());
-    }
-    for (file, sum) in &pin.sha256 {
-        if !is_plain_file_name(file) {
+    /// A pin comes from strangers: its file names become files, its repository a request.
+    pub fn check(&self) -> Result<(), String> {
+        let hex = |text: &str, digits: usize| {
+            text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit())
+        };
+        if self.sha256.is_empty() {
+            return Err("names no file of its base".into());
+        }
+        for (file, sum) in &self.sha256 {
+            if !is_plain_file_name(file) {
+                return Err(format!(
+                    "names the base file `{file}`, which is not a plain file name"
+                ));
+            }
+            if !hex(sum, 64) {
+                return Err(format!("gives `{file}` the sha256 `{sum}`"));
+            }
+        }
+        if let Some(revision) = self.revision.as_ref().filter(|r| !hex(r, 40)) {
             return Err(format!(
-                "names the base file `{file}`, which is not a plain file name"
+                "pins its base at `{revision}`, which is not a commit"
             ));
         }
-        if !hex(sum, 64) {
-            return Err(format!("gives `{file}` the sha256 `{sum}`"));
+        match &self.repo {
+            Some(repo) if !is_repo_id(repo) => Err(format!("names the base `{repo}`")),
+            _ => Ok(()),
         }
-    }
-    if let Some(revision) = pin.revision.as_ref().filter(|r| !hex(r, 40)) {
-        return Err(format!(
-            "pins its base at `{revision}`, which is not a commit"
-        ));
-    }
-    match &pin.repo {
-        Some(repo) if !is_repo_id(repo) => Err(format!("names the base `{repo}`")),
-        _ => Ok(()),
     }
 }
 

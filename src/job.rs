@@ -182,7 +182,10 @@ impl ShareRecord {
         if !path.exists() {
             return Err(Error::NotAPart { path: dir.into() });
         }
-        json::read(&path)
+        let record: Self = json::read(&path)?;
+        let pin = record.job.base.check();
+        pin.map_err(|reason| Error::Pin { path, reason })?;
+        Ok(record)
     }
 
     /// What must be equal in all shares of a job.
