@@ -474,10 +474,11 @@ impl Plan {
             .iter()
             .map(|t| match t.q {
                 // the spectrum decides on q, and the matrix is then decomposed
-                None => t.flops() + t.spectrum_flops(),
+                None => t.flops().saturating_add(t.spectrum_flops()),
                 Some(_) => t.flops(),
             })
-            .sum();
+            // s³ of a side that only a config needs to claim
+            .fold(0, u64::saturating_add);
         Self {
             model_type,
             rank,

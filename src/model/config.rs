@@ -178,16 +178,27 @@ impl ModelConfig {
         };
         let (activation_key, activation) = family.activation;
         let ropes = ropes(&key, family, head_dim, positions_max)?;
+        let intermediate = key.count("intermediate_size")?;
+        let vocabulary = key.count("vocab_size")?;
+        let attention = 2 * (heads + kv_heads) * head_dim;
+        let parameters = hidden as u128
+            * (layers as u128 * (attention + 3 * intermediate) as u128 + 2 * vocabulary as u128);
+        if parameters > PARAMETERS_MAX {
+            return Err(key.refuse(
+                "hidden_size",
+                &format!("is {hidden}, which makes {parameters} parameters with the other sizes"),
+            ));
+        }
         Ok(Self {
             path: path.into(),
             model_type: family.model_type.into(),
             hidden,
-            intermediate: key.count("intermediate_size")?,
+            intermediate,
             layers,
             heads,
             kv_heads,
             head_dim,
-            vocabulary: key.count("vocab_size")?,
+            vocabulary,
             positions_max,
             norm: family.norm,
             norm_eps: key.number(family.norm_eps.0)?.unwrap_or(family.norm_eps.1),
@@ -511,6 +522,12 @@ fn rope(
 /// The longest side: far beyond any model, and the bits of a matrix with two such sides still count in 64.
 const SIDE_MAX: usize = 1 << 28;
 
+/// The most layers: each has tensors with names, from a config of a few hundred bytes.
+const LAYERS_MAX: u64 = 4096;
+
+/// The most parameters: some hundred times those of the largest model, and sums of their bytes still count in 64 bits.
+const PARAMETERS_MAX: u128 = 1 << 48;
+
 /// Reads keys of one config and names them when they are wrong.
 struct Keys<'a> {
     path: &'a Path,
@@ -649,7 +666,7 @@ impl Keys<'_> {
             Value::Null => Ok(None),
             value => match (key, value.as_u64()) {
                 ("max_window_layers", Some(0)) => Ok(Some(0)),
-                ("num_hidden_layers", Some(n)) if n > 100_000 => Err(self.beyond(key, value)),
+                ("num_hidden_layers", Some(n)) if n > LAYERS_MAX => Err(self.beyond(key, value)),
                 (_, Some(n)) if n > SIDE_MAX as u64 => Err(self.beyond(key, value)),
                 (_, Some(n)) if n > 0 => Ok(Some(n as usize)),
                 _ => Err(self.refuse(key, &format!("is {value}, not a positive whole number"))),
