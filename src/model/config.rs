@@ -722,6 +722,61 @@ mod tests {
     }
 
     #[test]
+    fn published_models_have_their_number_of_parameters() {
+        // gemma-2b, gemma-2-2b, gemma-3-1b, SmolLM3-3B, OLMo-2-1B, pythia-160m: hidden, intermediate, layers, heads,
+        // shared heads, head_dim, vocabulary
+        let models = [
+            (
+                "gemma",
+                [2048, 16384, 18, 8, 1, 256, 256_000],
+                2_506_172_416,
+            ),
+            (
+                "gemma2",
+                [2304, 9216, 26, 8, 4, 256, 256_000],
+                2_614_341_888,
+            ),
+            (
+                "gemma3_text",
+                [1152, 6912, 26, 4, 1, 256, 262_144],
+                999_885_952,
+            ),
+            (
+                "smollm3",
+                [2048, 11008, 36, 16, 4, 128, 128_256],
+                3_075_098_624,
+            ),
+            (
+                "olmo2",
+                [2048, 8192, 16, 16, 16, 128, 100_352],
+                1_484_916_736,
+            ),
+            ("gpt_neox", [768, 3072, 12, 12, 12, 64, 50_304], 162_322_944),
+        ];
+        for (family, sides, parameters) in models {
+            let [
+                hidden,
+                intermediate,
+                layers,
+                heads,
+                shared,
+                head_dim,
+                vocabulary,
+            ] = sides;
+            let config = parse(json!({"model_type": family, "hidden_size": hidden, "intermediate_size": intermediate,
+                "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": shared,
+                "head_dim": head_dim, "vocab_size": vocabulary}))
+            .expect("parses");
+            let tensors = config.tensors(config.names.prefix);
+            let counted: usize = tensors
+                .iter()
+                .map(|(_, s)| s.iter().product::<usize>())
+                .sum();
+            assert_eq!(counted, parameters, "{family}");
+        }
+    }
+
+    #[test]
     fn both_spellings_of_rope_parameters_are_read() {
         let mut old = llama();
         old["rope_theta"] = 5e5.into();
