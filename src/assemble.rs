@@ -103,7 +103,7 @@ impl Shares {
                     }
                     let residual = ModuleTensors::of(module).residual;
                     let holds = part.tensors.iter().any(|t| t.name == residual);
-                    if plan.layout == ArtifactLayout::Residual && !holds {
+                    if plan.storing.layout == ArtifactLayout::Residual && !holds {
                         return Err(Error::TensorMissing {
                             tensor: residual,
                             path: crate::part::path_of(&dir.join(MATRICES), module),

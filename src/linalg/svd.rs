@@ -14,7 +14,7 @@ use super::krylov::{self, Growth, Pairs};
 use super::lapack::{Tridiagonal, orthonormalise_rows};
 use super::operand::{Backend, Operand};
 use super::outliers::{Outliers, outliers};
-use super::product::{gram, short_side_first};
+use super::product::{gemm, gram, short_side_first};
 use super::rows;
 use crate::error::{Error, Result};
 
@@ -396,8 +396,51 @@ impl Problem<'_> {
         // in double precision these are four matrices of the short side: completing needs that room
         drop(reduced);
         let short = vectors.mapv(|x| x as f32);
+        let small = self.small_values(&vectors);
         drop(vectors);
-        self.complete(short, Route::GramF64)
+        let mut svd = self.complete(short, Route::GramF64)?;
+        if !small.is_empty() {
+            // ‖sᵢ·M‖ loses those to the rounding of sᵢ: of σ₁ a 2⁻²⁴ is left in every vector
+            let first = svd.sigma.len() - small.len();
+            for (sigma, value) in svd.sigma.iter_mut().skip(first).zip(small) {
+                *sigma = value as f32;
+            }
+        }
+        Ok(svd)
+    }
+
+    /// Of the values so small beside the first that f32 vectors cannot give them to the tolerance: ‖sᵢ·M‖ in f64,
+    /// descending. They are the last ones.
+    fn small_values(&self, short: &Array2<f64>) -> Vec<f64> {
+        // as many columns at a time as keep the copies in f64 small
+        const COLUMNS: usize = 512;
+        let matrix = short_side_first(self.matrix);
+        let lengths = |rows: ArrayView2<f64>| {
+            let mut squares = vec![0f64; rows.nrows()];
+            for columns in matrix.axis_chunks_iter(Axis(1), COLUMNS) {
+                let columns = columns.mapv(f64::from);
+                let product = gemm(rows, false, columns.view(), false);
+                for (square, row) in squares.iter_mut().zip(product.rows()) {
+                    *square += row.dot(&row);
+                }
+            }
+            squares.into_iter().map(f64::sqrt).collect::<Vec<f64>>()
+        };
+        let largest = lengths(short.slice(s![..1, ..]))[0];
+        let least = largest * f64::from(f32::EPSILON) / self.algorithm.tolerance;
+        // the values descend: the first too small one is found by halving
+        let (mut low, mut high) = (0, short.nrows());
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if lengths(short.slice(s![middle..=middle, ..]))[0] < least {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        let mut small = lengths(short.slice(s![low.., ..]));
+        small.sort_by(|a, b| b.total_cmp(a));
+        small
     }
 
     /// σ and the long vectors from the short ones (q, s), and a look at the whole.

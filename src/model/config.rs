@@ -180,9 +180,9 @@ impl ModelConfig {
         let ropes = ropes(&key, family, head_dim, positions_max)?;
         let intermediate = key.count("intermediate_size")?;
         let vocabulary = key.count("vocab_size")?;
-        let attention = 2 * (heads + kv_heads) * head_dim;
+        let projections = 2 * (heads + kv_heads) * head_dim;
         let parameters = hidden as u128
-            * (layers as u128 * (attention + 3 * intermediate) as u128 + 2 * vocabulary as u128);
+            * (layers as u128 * (projections + 3 * intermediate) as u128 + 2 * vocabulary as u128);
         if parameters > PARAMETERS_MAX {
             return Err(key.refuse(
                 "hidden_size",

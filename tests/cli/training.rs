@@ -286,7 +286,10 @@ fn a_mixture_is_the_weighted_sum_of_the_merged_weights() {
         Checkpoint::open(&out, Layout::Model).expect("opens")
     };
     let (a, b) = (arg(&a).to_string(), arg(&b).to_string());
-    let (wa, wb) = (merged("wa", &[a.clone()]), merged("wb", &[b.clone()]));
+    let (wa, wb) = (
+        merged("wa", std::slice::from_ref(&a)),
+        merged("wb", std::slice::from_ref(&b)),
+    );
     let mixture = merged("mixture", &[format!("{a}*0.7"), format!("{b}*-0.3")]);
     let original = Checkpoint::open(&base, Layout::Model).expect("opens");
     let mut moved = 0;

@@ -6,10 +6,11 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 
-use svdhub::adapter::{self, Adapter, AdapterConfig, DecompositionPin, Mixture};
+use svdhub::adapter::{self, Adapter, AdapterConfig, Mixture};
 use svdhub::artifact::Artifact;
 use svdhub::base::Base;
 use svdhub::event::Silent;
+use svdhub::format::Origin;
 use svdhub::json::Tool;
 use svdhub::linalg::single_threaded_blas;
 use svdhub::model::{ModelConfig, Trained};
@@ -85,13 +86,15 @@ fn moved(dir: &Path, artifact: &Artifact) -> Adapter {
             schema: adapter::SCHEMA,
             method: "sigma".into(),
             trained: ["sigma", "norms", "embeddings"].map(Into::into).into(),
-            decomposition: DecompositionPin {
+            decomposition: Origin {
                 repo: None,
                 revision: None,
                 content_sha256: artifact.content_sha256.clone(),
             },
             base: artifact.svd.base.clone(),
+            weights_sha256: None,
             tool: Tool::this(),
+            sha256: None,
         },
         delta: delta.collect(),
         tensors,

@@ -5,12 +5,12 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use svdhub::adapter::{Adapter, AdapterConfig, DecompositionPin};
+use svdhub::adapter::{Adapter, AdapterConfig};
 use svdhub::artifact::Artifact;
 use svdhub::base::Base;
 use svdhub::decompose;
 use svdhub::event::Silent;
-use svdhub::format::{ArtifactLayout, Rank};
+use svdhub::format::{ArtifactLayout, Origin, Rank, Storing};
 use svdhub::job::{MATRICES, Options, Share};
 use svdhub::json::Tool;
 use svdhub::model::ModelConfig;
@@ -123,7 +123,10 @@ impl Seeds {
                     "o_proj".parse().expect("a pattern"),
                     "lm_head".parse().expect("a pattern"),
                 ],
-                layout,
+                storing: Storing {
+                    layout,
+                    ..Storing::default()
+                },
                 threads: 1,
                 untie_head,
                 ..PlanOptions::default()
@@ -136,16 +139,18 @@ impl Seeds {
         let adapter = Adapter {
             dir: room.path().join("adapter"),
             config: AdapterConfig {
-                schema: 1,
+                schema: svdhub::adapter::SCHEMA,
                 method: "sigma".into(),
                 trained: vec!["sigma".into(), "norms".into()],
-                decomposition: DecompositionPin {
+                decomposition: Origin {
                     repo: None,
                     revision: None,
                     content_sha256: artifact.content_sha256.clone(),
                 },
                 base: artifact.svd.base.clone(),
+                weights_sha256: None,
                 tool: Tool::this(),
+                sha256: None,
             },
             delta: [("model.layers.0.self_attn.o_proj".into(), vec![0.5, -0.25])].into(),
             tensors: [(

@@ -31,7 +31,7 @@ use svdhub::source::Source;
 use svdhub::train::data::Corpus;
 use svdhub::weights::checkpoint::{Index, WeightFile};
 use svdhub::weights::shard::sha256_hex;
-use svdhub::weights::{Checkpoint, Dtype, Header, Inventory, Layout};
+use svdhub::weights::{Checkpoint, Dtype, Header, Inventory, Layout, Rounder, Rounding};
 use svdhub::{decompose, evaluate, html, inspect, merge, plot, report, verify};
 
 /// Whether the input is what the target reads, rather than refused.
@@ -210,7 +210,8 @@ pub fn artifact(bytes: &[u8]) -> bool {
             assert_eq!(matrix.shape, record.shape);
             assert_eq!(sha256_hex(&matrix.bytes), record.sha256);
             let delta = vec![0.0; record.q];
-            let (merged, _) = factors.merge(&matrix, &delta, matrix.dtype);
+            let rounder = Rounder::new(Rounding::Nearest, matrix.dtype, module);
+            let (merged, _) = factors.merge(&matrix, &delta, &rounder);
             assert_eq!(merged.bytes, matrix.bytes);
         }
     }
@@ -224,7 +225,11 @@ pub fn artifact(bytes: &[u8]) -> bool {
     };
     let mut merged_all = true;
     for dtype in [None, Some(Dtype::F16)] {
-        let options = merge::Options { dtype, threads: 1 };
+        let options = merge::Options {
+            dtype,
+            threads: 1,
+            ..merge::Options::default()
+        };
         let out = emptied("out");
         let merged = merge::run(&artifact, &mixture, &out, &options, &Silent);
         merged_all &= merged.is_ok();
