@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::format::{Origin, Pin};
 use crate::json::{self, Tool};
 use crate::weights::element::is_float;
+use crate::weights::place::refuse_links_outside;
 use crate::weights::shard::{sha256_file, sha256_hex, write_atomically};
 use crate::weights::{Checkpoint, Dtype, Elements, Header, ShardWriter};
 
@@ -146,6 +147,7 @@ impl Adapter {
                 reason: format!("no adapter is here: {CONFIG_FILE} is missing"),
             });
         }
+        refuse_links_outside(dir)?;
         let config: AdapterConfig = json::read(&config_path)?;
         if config.schema > SCHEMA {
             return Err(Error::Adapter {
@@ -154,6 +156,12 @@ impl Adapter {
                     "schema {} is newer than this build, which reads up to {SCHEMA}",
                     config.schema
                 ),
+            });
+        }
+        if let Err(reason) = config.base.check() {
+            return Err(Error::Pin {
+                path: config_path,
+                reason,
             });
         }
         let path = dir.join(WEIGHTS_FILE);

@@ -15,6 +15,7 @@ use crate::format::{
 use crate::json;
 use crate::split::{Factors, Residual};
 use crate::weights::checkpoint::Index;
+use crate::weights::place::refuse_links_outside;
 use crate::weights::shard::sha256_hex;
 use crate::weights::{Checkpoint, Dtype, Elements, Header, Layout, dtype_name};
 
@@ -71,6 +72,7 @@ impl Artifact {
                 missing: "config.json".into(),
             });
         }
+        refuse_links_outside(dir)?;
         let config: Value = json::read(&config_path)?;
         if config["svd"].is_null() {
             return Err(Error::NotAnArtifact { path: dir.into() });
@@ -259,6 +261,15 @@ impl Artifact {
             self.recompose(module, record, factors)?
         };
         self.check_sum(&tensor, &matrix, Some(&record.sha256))?;
+        let dtype = self.dtype_of(module, record)?;
+        if matrix.dtype != dtype {
+            return Err(Error::Dtype {
+                path: self.need_base()?.checkpoint.path_of(&tensor),
+                tensor,
+                expected: dtype_name(dtype),
+                found: dtype_name(matrix.dtype),
+            });
+        }
         if matrix.shape != record.shape {
             return Err(Error::Shape {
                 tensor,

@@ -10,6 +10,7 @@ use std::time::Instant;
 use crate::base::Base;
 use crate::error::{Error, Result};
 use crate::event::Observer;
+use crate::format::{ArtifactLayout, ModuleTensors};
 use crate::job::{Job, MATRICES, ShareRecord};
 use crate::join::{self, Facts, Frame, Join};
 use crate::model::ModelConfig;
@@ -92,6 +93,22 @@ impl Shares {
             match places.get(module) {
                 Some((dir, header_sha256)) => {
                     let part = read_part(&dir.join(MATRICES), module, header_sha256)?;
+                    if part.record.shape != *tensor.shape {
+                        return Err(Error::Shape {
+                            tensor: tensor.name.clone(),
+                            path: crate::part::path_of(&dir.join(MATRICES), module),
+                            expected: tensor.shape.clone(),
+                            found: part.record.shape.to_vec(),
+                        });
+                    }
+                    let residual = ModuleTensors::of(module).residual;
+                    let holds = part.tensors.iter().any(|t| t.name == residual);
+                    if plan.storing.layout == ArtifactLayout::Residual && !holds {
+                        return Err(Error::TensorMissing {
+                            tensor: residual,
+                            path: crate::part::path_of(&dir.join(MATRICES), module),
+                        });
+                    }
                     parts.insert(module.to_string(), part);
                 }
                 None => missing.push(format!("the matrix `{module}`")),
@@ -164,8 +181,9 @@ pub fn run(shares: &Shares, base: &Base, out: &Path, observer: &dyn Observer) ->
         Claim::Fresh => {}
     }
     base.check(&job.base, observer)?;
-    let matrices: u64 = shares.shares.iter().map(|(_, record)| record.bytes).sum();
-    let needed = matrices + plan.disk_bytes_copied();
+    // a record may claim any number
+    let claimed = shares.shares.iter().map(|(_, record)| record.bytes);
+    let needed = claimed.fold(plan.disk_bytes_copied(), u64::saturating_add);
     check_free_space(out, needed.saturating_sub(bytes_in(out)))?;
     let join = Join {
         frame: &Frame::of(base, job, &plan),

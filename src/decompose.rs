@@ -144,7 +144,10 @@ pub fn run_share(
         part: share,
         job,
         modules: modules.collect(),
-        flops: mine.iter().map(|tensor| tensor.flops()).sum(),
+        flops: mine
+            .iter()
+            .map(|tensor| tensor.flops())
+            .fold(0, u64::saturating_add),
         bytes: bytes_in(&folder),
         threads: plan.threads,
         seconds: started.elapsed().as_secs_f64(),
@@ -269,7 +272,10 @@ impl Compute<'_> {
         consume: impl FnOnce(&Receiver<(String, Part)>) -> Result<C>,
     ) -> Result<C> {
         std::fs::create_dir_all(self.folder).context("create", self.folder)?;
-        let flops = |tensors: &[&PlannedTensor]| tensors.iter().map(|t| t.flops()).sum::<u64>();
+        let flops = |tensors: &[&PlannedTensor]| {
+            let each = tensors.iter().map(|t| t.flops());
+            each.fold(0, u64::saturating_add)
+        };
         let (all, to_do) = (flops(wanted), flops(missing));
         let (observer, plan) = (self.observer, &self.options.plan);
         let bytes = |tensor: &PlannedTensor| tensor.worker_bytes(plan.storing);

@@ -75,6 +75,14 @@ pub enum Error {
     },
     #[error("the vectors of {} are stored in bf16: they cannot become f32 again", path.display())]
     FactorsRounded { path: PathBuf },
+    #[error("{} is a link that leads out of its directory, to {}", path.display(), target.display())]
+    LinkOutside { path: PathBuf, target: PathBuf },
+    #[error("{} has {found} bytes, at most {most} are read of such a file", path.display())]
+    TooLarge {
+        path: PathBuf,
+        found: u64,
+        most: u64,
+    },
     #[error("{} is there already, and svdhub did not write it", path.display())]
     ForeignFile { path: PathBuf },
 
@@ -164,6 +172,8 @@ pub enum Error {
         expected: String,
         found: String,
     },
+    #[error("{}: the pin of its base {reason}", path.display())]
+    Pin { path: PathBuf, reason: String },
     #[error("{}: {reason}", path.display())]
     Adapter { path: PathBuf, reason: String },
     #[error("{what} cannot be exported to {target}: {reason}")]
@@ -199,6 +209,8 @@ pub enum Error {
         columns: usize,
         info: i32,
     },
+    #[error("the singular values of `{module}` do not fit f32: its norm is {norm:.1e}")]
+    BeyondSingle { module: String, norm: f64 },
     #[error(
         "no algorithm reached the tolerance on `{module}`: residual {residual:.1e}, orthogonality {orthogonality:.1e}, wanted {tolerance:.1e}"
     )]

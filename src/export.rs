@@ -15,9 +15,11 @@ use crate::adapter::Mixture;
 use crate::artifact::Artifact;
 use crate::error::Result;
 use crate::event::Observer;
-use crate::plan::HEAD;
 use crate::workspace::{Claim, Workspace};
 use crate::{linalg, report};
+
+/// The head of the families whose inner model is called `model`.
+const HEAD: &str = "lm_head";
 
 pub use lora::{LoraFacts, LoraModule, SERVED_RANKS};
 pub use svd_training::SvdTrainingFacts;

@@ -359,31 +359,40 @@ pub fn parse_section(path: &Path, section: &Value) -> Result<SvdSection> {
     }
     let section: SvdSection =
         serde_json::from_value(section.clone()).map_err(|e| refuse(e.to_string()))?;
-    check_pin(&section.base).map_err(&refuse)?;
+    section.base.check().map_err(&refuse)?;
     if let Some(origin) = &section.nested_in {
         check_origin(origin).map_err(&refuse)?;
     }
     for (module, record) in &section.modules {
-        let [m, n] = record.shape;
-        if m.checked_mul(n).is_none_or(|elements| elements >= 1 << 48) {
-            return Err(refuse(format!(
-                "gives module `{module}` the shape {m} × {n}"
-            )));
-        }
-        if !is_hex(&record.sha256, 64) {
-            return Err(refuse(format!(
-                "gives module `{module}` the sha256 `{}`",
-                record.sha256
-            )));
-        }
-        if record.q == 0 || record.q > m.min(n) {
-            return Err(refuse(format!(
-                "gives module `{module}` ({m} × {n}) the rank {}",
-                record.q
-            )));
-        }
+        record.check(module).map_err(&refuse)?;
     }
     Ok(section)
+}
+
+impl ModuleRecord {
+    /// Refuses a shape that no weight has, a rank that its shape has not, and singular values that are none.
+    pub fn check(&self, module: &str) -> Result<(), String> {
+        let [m, n] = self.shape;
+        if m.checked_mul(n).is_none_or(|elements| elements >= 1 << 48) {
+            return Err(format!("gives module `{module}` the shape {m} × {n}"));
+        }
+        if self.q == 0 || self.q > m.min(n) {
+            let q = self.q;
+            return Err(format!("gives module `{module}` ({m} × {n}) the rank {q}"));
+        }
+        if !is_hex(&self.sha256, 64) {
+            let sum = &self.sha256;
+            return Err(format!("gives module `{module}` the sha256 `{sum}`"));
+        }
+        // 1e300 is a number in JSON, and infinite in 32 bits
+        let mut sigma = [self.sigma_max, self.sigma_min].into_iter();
+        if let Some(beyond) = sigma.find(|sigma| !sigma.is_finite()) {
+            return Err(format!(
+                "gives module `{module}` the singular value {beyond}"
+            ));
+        }
+        Ok(())
+    }
 }
 
 impl Pin {
@@ -395,31 +404,31 @@ impl Pin {
             _ => "(a local directory)".into(),
         }
     }
-}
 
-/// A pin comes from strangers: its file names become files, its repository a request.
-fn check_pin(pin: &Pin) -> Result<(), String> {
-    if pin.sha256.is_empty() {
-        return Err("names no file of its base".into());
-    }
-    for (file, sum) in &pin.sha256 {
-        if !is_plain_file_name(file) {
+    /// A pin comes from strangers: its file names become files, its repository a request.
+    pub fn check(&self) -> Result<(), String> {
+        if self.sha256.is_empty() {
+            return Err("names no file of its base".into());
+        }
+        for (file, sum) in &self.sha256 {
+            if !is_plain_file_name(file) {
+                return Err(format!(
+                    "names the base file `{file}`, which is not a plain file name"
+                ));
+            }
+            if !is_hex(sum, 64) {
+                return Err(format!("gives `{file}` the sha256 `{sum}`"));
+            }
+        }
+        if let Some(revision) = self.revision.as_ref().filter(|r| !is_hex(r, 40)) {
             return Err(format!(
-                "names the base file `{file}`, which is not a plain file name"
+                "pins its base at `{revision}`, which is not a commit"
             ));
         }
-        if !is_hex(sum, 64) {
-            return Err(format!("gives `{file}` the sha256 `{sum}`"));
+        match &self.repo {
+            Some(repo) if !is_repo_id(repo) => Err(format!("names the base `{repo}`")),
+            _ => Ok(()),
         }
-    }
-    if let Some(revision) = pin.revision.as_ref().filter(|r| !is_hex(r, 40)) {
-        return Err(format!(
-            "pins its base at `{revision}`, which is not a commit"
-        ));
-    }
-    match &pin.repo {
-        Some(repo) if !is_repo_id(repo) => Err(format!("names the base `{repo}`")),
-        _ => Ok(()),
     }
 }
 

@@ -34,7 +34,11 @@ impl FromStr for ModelRef {
             return Ok(Self::Directory(path));
         }
         let (id, revision) = text.split_once('@').unwrap_or((text, "main"));
-        if is_repo_id(id) && !revision.is_empty() {
+        // a revision becomes a file below the cache's `refs`; git knows none of these either
+        let leads_out = revision
+            .split('/')
+            .any(|part| matches!(part, "" | "." | ".."));
+        if is_repo_id(id) && !leads_out {
             Ok(Self::Repo {
                 id: id.into(),
                 revision: revision.into(),
@@ -86,7 +90,16 @@ mod tests {
             "./missing".parse::<ModelRef>().expect("a path"),
             ModelRef::Directory("./missing".into())
         );
-        for bad in ["", "a", "a/b/c", "a/..", "a/b@", "a b/c"] {
+        for bad in [
+            "",
+            "a",
+            "a/b/c",
+            "a/..",
+            "a/b@",
+            "a b/c",
+            "a/b@../../x",
+            "a/b@/x",
+        ] {
             assert!(bad.parse::<ModelRef>().is_err(), "{bad}");
         }
     }

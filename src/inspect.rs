@@ -13,6 +13,7 @@ use crate::format::{ArtifactLayout, ModuleTensors, Pin, Rank, SvdSection, parse_
 use crate::linalg::Route;
 use crate::plot::MARK;
 use crate::spectrum::{self, Spectrum};
+use crate::weights::place::refuse_links_outside;
 use crate::weights::shard::write_atomically;
 use crate::weights::{Checkpoint, Layout};
 use crate::{json, report};
@@ -58,6 +59,7 @@ pub fn run(dir: &Path, observer: &dyn Observer) -> Result<Facts> {
             missing: "config.json".into(),
         });
     }
+    refuse_links_outside(dir)?;
     let config: serde_json::Value = json::read(&config_path)?;
     if config["svd"].is_null() {
         return Err(Error::NotAnArtifact { path: dir.into() });

@@ -100,12 +100,16 @@ impl FromStr for Share {
     fn from_str(text: &str) -> Result<Self> {
         let numbers = text.split_once('/').and_then(|(number, of)| {
             let (number, of) = (number.trim().parse().ok()?, of.trim().parse().ok()?);
-            (1..=of).contains(&number).then_some(Self { number, of })
+            let sound = (1..=of).contains(&number) && of <= Self::OF_MAX;
+            sound.then_some(Self { number, of })
         });
         numbers.ok_or_else(|| Error::Parse {
             what: "a part",
             value: text.into(),
-            reason: "expected I/N with I from 1 to N, as in 2/4".into(),
+            reason: format!(
+                "expected I/N with I from 1 to N, as in 2/4, and N at most {}",
+                Self::OF_MAX
+            ),
         })
     }
 }
@@ -130,6 +134,9 @@ impl<'de> Deserialize<'de> for Share {
 }
 
 impl Share {
+    /// More machines than anybody has; what is missing of a job is told part by part.
+    const OF_MAX: usize = 10_000;
+
     /// The matrices of this share, the most expensive first.
     ///
     /// The longest goes to whoever has least (Graham 1969: at most 4/3 of the best division). Every machine divides the
@@ -142,7 +149,7 @@ impl Share {
         for tensor in tensors {
             let least = (0..self.of).min_by_key(|&i| loads[i]);
             let least = least.expect("a job has at least one share");
-            loads[least] += tensor.flops();
+            loads[least] = loads[least].saturating_add(tensor.flops());
             if least + 1 == self.number {
                 mine.push(tensor);
             }
@@ -176,7 +183,10 @@ impl ShareRecord {
         if !path.exists() {
             return Err(Error::NotAPart { path: dir.into() });
         }
-        json::read(&path)
+        let record: Self = json::read(&path)?;
+        let pin = record.job.base.check();
+        pin.map_err(|reason| Error::Pin { path, reason })?;
+        Ok(record)
     }
 
     /// What must be equal in all shares of a job.
@@ -226,7 +236,9 @@ mod tests {
         let share: Share = "2/4".parse().expect("parses");
         assert_eq!(share, Share { number: 2, of: 4 });
         assert_eq!(share.to_string().parse::<Share>().expect("parses"), share);
-        for bad in ["", "2", "0/4", "5/4", "1/0", "-1/4", "a/b", "1/2/3"] {
+        for bad in [
+            "", "2", "0/4", "5/4", "1/0", "-1/4", "a/b", "1/2/3", "1/10001",
+        ] {
             assert!(bad.parse::<Share>().is_err(), "{bad}");
         }
     }

@@ -27,7 +27,7 @@ pub fn interpret<T: DeserializeOwned>(path: &Path, value: Value) -> Result<T> {
 }
 
 /// The key under which an object of ours keeps the sha256 of itself without this key.
-const SEAL: &str = "sha256";
+pub const SEAL: &str = "sha256";
 
 /// An object as we write it, with a sum of itself: what changes it later shows.
 pub fn seal(mut object: Map<String, Value>) -> Vec<u8> {

@@ -1,5 +1,6 @@
 //! Dense linear algebra for one weight at a time, behind safe, shape-checked functions.
 
+mod algorithm;
 mod certificate;
 mod halves;
 mod krylov;
@@ -7,10 +8,12 @@ mod lapack;
 mod operand;
 mod outliers;
 mod product;
+mod rows;
 pub mod svd;
 
+pub use algorithm::{Algorithm, Refused, Route, Svd, Wanted};
 pub use certificate::{Certificate, certify, orthogonality};
 pub use lapack::single_threaded_blas;
 pub use operand::Backend;
 pub use product::gemm;
-pub use svd::{Algorithm, Route, Svd, Wanted, decompose, decompose_on, spectrum, usual_route};
+pub use svd::{decompose, decompose_on, spectrum, usual_route};

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::adapter::Mixture;
@@ -121,7 +121,8 @@ pub fn run(
     }
     check_free_space(out, total.saturating_sub(bytes_in(out)))?;
     // read before hours of work, not after
-    let config: Value = json::read(&artifact.dir.join(BASE_CONFIG))?;
+    let config: Map<String, Value> = json::read(&artifact.dir.join(BASE_CONFIG))?;
+    let config = Value::Object(config);
 
     observer.start(Stage::Merge, total, Unit::Bytes);
     let mut loss = RoundingLoss::default();
@@ -393,9 +394,9 @@ fn write_index(
         return Ok(());
     }
     let path = out.join(Layout::Model.index_file());
-    let mut index: Value = json::read(&kept)?;
+    let mut index: Map<String, Value> = json::read(&kept)?;
     let mut added = 0;
-    if let Some(map) = index["weight_map"].as_object_mut() {
+    if let Some(Value::Object(map)) = index.get_mut("weight_map") {
         for (file, header) in headers {
             for entry in &header.entries {
                 if !map.contains_key(&entry.name) {
@@ -411,11 +412,12 @@ fn write_index(
     }
     let entries = headers.iter().flat_map(|(_, header)| &header.entries);
     let total: u64 = entries.map(|entry| entry.bytes).sum();
-    if let Some(metadata) = index["metadata"].as_object_mut() {
+    if let Some(Value::Object(metadata)) = index.get_mut("metadata") {
         metadata.insert("total_size".into(), total.into());
         // newer indices count these too
         if let Some(parameters) = metadata.get("total_parameters").and_then(Value::as_u64) {
-            metadata.insert("total_parameters".into(), (parameters + added).into());
+            let parameters = parameters.saturating_add(added);
+            metadata.insert("total_parameters".into(), parameters.into());
         }
     }
     let json = serde_json::to_vec_pretty(&index).expect("a JSON value serialises");

@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod decoder;
+pub mod family;
 mod fused;
 pub mod layers;
 pub mod ops;

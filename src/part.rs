@@ -129,6 +129,41 @@ impl Part {
         Ok(part)
     }
 
+    /// What a stranger's part must be, if it is to stand among others: the tensors of this module, and none but these.
+    fn check(&self, module: &str) -> Result<(), String> {
+        self.record.check(module)?;
+        let (q, [m, n]) = (self.record.q, self.record.shape);
+        let names = ModuleTensors::of(module);
+        let factors = [
+            (names.u, vec![q, m]),
+            (names.sigma, vec![q]),
+            (names.v, vec![q, n]),
+        ];
+        let holds = |(name, shape): &(String, Vec<usize>)| {
+            let mut tensors = self.tensors.iter();
+            tensors.any(|t| (&t.name, t.dtype, &t.shape) == (name, Dtype::F32, shape))
+        };
+        if let Some((missing, _)) = factors.iter().find(|factor| !holds(factor)) {
+            return Err(format!("it holds no f32 tensor `{missing}` that fits"));
+        }
+        let residual = (names.residual, vec![m, n]);
+        let belongs = |t: &PartTensor| {
+            if t.name == residual.0 {
+                return holds(&residual);
+            }
+            let exact = t.name == names.exact_at || t.name == names.exact;
+            let counted = matches!(t.shape[..], [count] if count as u64 == self.record.exceptions);
+            (exact && counted) || factors.iter().any(|(name, _)| t.name == *name)
+        };
+        match self.tensors.iter().find(|t| !belongs(t)) {
+            Some(tensor) => Err(format!(
+                "it holds `{}`, which does not belong there",
+                tensor.name
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// Reads the header of the part of a module; the tensors are checked when they are read.
     pub fn read(folder: &Path, module: &str) -> Result<Self> {
         let path = path_of(folder, module);
@@ -150,6 +185,7 @@ impl Part {
         if !same {
             return Err(refuse("it holds other tensors than it tells of"));
         }
+        part.check(module).map_err(|reason| refuse(&reason))?;
         part.file = Some(PartFile {
             path,
             header_sha256: sha256_hex(&header.prefix),

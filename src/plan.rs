@@ -16,9 +16,6 @@ use crate::weights::element::is_float;
 use crate::weights::{Dtype, Entry, Header, Inventory, dtype_name};
 use crate::workers::Limits;
 
-/// The module of a language model's head.
-pub const HEAD: &str = "lm_head";
-
 /// A module name pattern: `*` stands for any run of characters.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -136,9 +133,14 @@ pub fn role(tensor: &str) -> Role {
     let parts: Vec<&str> = tensor.rsplit('.').collect();
     match parts.as_slice() {
         ["bias", ..] => Role::Bias,
-        ["weight", "lm_head", ..] => Role::Head,
-        ["weight", "embed_tokens", ..] => Role::Embedding,
+        ["weight", "lm_head" | "embed_out", ..] => Role::Head,
+        ["weight", "embed_tokens" | "embed_in", ..] => Role::Embedding,
         ["weight", module, ..] if module.ends_with("_proj") => Role::Linear,
+        [
+            "weight",
+            "query_key_value" | "dense" | "dense_h_to_4h" | "dense_4h_to_h",
+            ..,
+        ] => Role::Linear,
         ["weight", module, ..] if module.contains("norm") => Role::Norm,
         _ => Role::Other,
     }
@@ -472,10 +474,11 @@ impl Plan {
             .iter()
             .map(|t| match t.q {
                 // the spectrum decides on q, and the matrix is then decomposed
-                None => t.flops() + t.spectrum_flops(),
+                None => t.flops().saturating_add(t.spectrum_flops()),
                 Some(_) => t.flops(),
             })
-            .sum();
+            // s³ of a side that only a config needs to claim
+            .fold(0, u64::saturating_add);
         Self {
             model_type,
             rank,
@@ -601,7 +604,7 @@ fn costliest(tensors: &[PlannedTensor], rank: Rank) -> Vec<PlannedTensor> {
 
 /// The headers a checkpoint of this config would have, for planning without one.
 pub fn expected_inventory(config: &ModelConfig, dtype: Dtype) -> Result<Inventory> {
-    let tensors = config.tensors("model.");
+    let tensors = config.tensors(config.names.prefix);
     let header = Header::compose(
         tensors
             .iter()
@@ -614,18 +617,9 @@ pub fn expected_inventory(config: &ModelConfig, dtype: Dtype) -> Result<Inventor
     Inventory::new(&config.path, vec![file])
 }
 
-/// `model.` in most checkpoints, nothing in those saved from the inner model.
-pub fn prefix(inventory: &Inventory) -> &'static str {
-    if inventory.contains("embed_tokens.weight") {
-        ""
-    } else {
-        "model."
-    }
-}
-
 /// Refuses weights that are not those the config describes.
 pub fn check_shapes(root: &Path, config: &ModelConfig, inventory: &Inventory) -> Result<()> {
-    for (tensor, expected) in config.tensors(prefix(inventory)) {
+    for (tensor, expected) in config.tensors(config.prefix(|name| inventory.contains(name))) {
         match inventory.get(&tensor) {
             None => {
                 return Err(Error::TensorMissing {
@@ -780,24 +774,25 @@ fn untied_head(
             "it is a weight of its own already, and decomposed as such",
         ));
     }
-    let prefix = prefix(inventory);
+    let prefix = config.prefix(|name| inventory.contains(name));
     if prefix.is_empty() {
         // transformers takes such a checkpoint for the inner model, and would look for the head inside it
         return Err(refuse(
             "the checkpoint holds the inner model alone (no `model.` before its names), which has no place for a head",
         ));
     }
-    if let Some(reason) = left_out(HEAD, options) {
-        return Err(refuse(&format!("`{HEAD}` is {reason}")));
+    let head = config.names.head;
+    if let Some(reason) = left_out(head, options) {
+        return Err(refuse(&format!("`{head}` is {reason}")));
     }
-    let embedding = format!("{prefix}embed_tokens");
-    let source = format!("{embedding}.weight");
+    let embedding = format!("{prefix}{}", config.names.embedding);
+    let source = config.embedding(prefix);
     let (file, entry) = inventory.get(&source).ok_or_else(|| Error::TensorMissing {
         tensor: source.clone(),
         path: root.into(),
     })?;
     refuse_other_dtypes(root, file, entry)?;
-    let name = format!("{HEAD}.weight");
+    let name = format!("{head}.weight");
     if let Some((_, stored)) = inventory.get(&name)
         && (stored.dtype, &stored.shape) != (entry.dtype, &entry.shape)
     {

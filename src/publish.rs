@@ -7,6 +7,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::event::Observer;
 use crate::format::is_repo_id;
 use crate::hub::{Hub, PushOptions, Pushed};
+use crate::weights::place::refuse_links_outside;
 use crate::weights::shard::write_atomically;
 use crate::workspace::refuse_unfinished;
 use crate::{adapter, artifact, export, report};
@@ -28,6 +29,10 @@ pub fn kind(dir: &Path) -> Kind {
 
 /// Writes the card of `dir`, unless somebody wrote one of their own there.
 pub fn write_card(dir: &Path, repo: &str, observer: &dyn Observer) -> Result<()> {
+    if kind(dir) != Kind::Model {
+        // before anything of it is read: what is published is the directory, not what links name
+        refuse_links_outside(dir)?;
+    }
     let path = dir.join("README.md");
     if path.exists() {
         let text = std::fs::read_to_string(&path).context("read", &path)?;

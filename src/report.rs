@@ -20,7 +20,10 @@ pub fn read(dir: &Path) -> Result<Map<String, Value>> {
         return Ok(Map::new());
     }
     match json::read(&path)? {
-        Value::Object(sections) => Ok(sections),
+        Value::Object(mut sections) => {
+            sections.remove(json::SEAL);
+            Ok(sections)
+        }
         _ => Ok(Map::new()),
     }
 }

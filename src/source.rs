@@ -10,7 +10,6 @@ use crate::base::Base;
 use crate::error::Result;
 use crate::event::{Observer, Stage, Unit};
 use crate::model::{Decoder, ModelConfig, Tensors, Trained};
-use crate::plan;
 use crate::split::Factors;
 use crate::weights::Elements;
 
@@ -60,16 +59,10 @@ impl Tensors for Source {
         }
     }
 
-    fn prefix(&self) -> &'static str {
+    fn has(&self, name: &str) -> bool {
         match self {
-            Self::Model(base) => plan::prefix(&base.checkpoint.inventory),
-            Self::Decomposition { artifact, .. } => {
-                if artifact.base_entry("embed_tokens.weight").is_some() {
-                    ""
-                } else {
-                    "model."
-                }
-            }
+            Self::Model(base) => base.checkpoint.inventory.contains(name),
+            Self::Decomposition { artifact, .. } => artifact.base_entry(name).is_some(),
         }
     }
 

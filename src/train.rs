@@ -148,6 +148,7 @@ pub fn run(
     let trained = Trained {
         sigma: true,
         norms: options.norms,
+        embeddings: false,
     };
     let decoder = load(source, trained, &options.device, observer)?;
     let mut run = Run {

@@ -13,7 +13,7 @@ use crate::event::{Observer, Stage, Unit};
 use crate::format::{ArtifactLayout, ModuleRecord};
 use crate::linalg::{self, certify};
 use crate::model::ModelConfig;
-use crate::plan::{HEAD, check_shapes, prefix};
+use crate::plan::check_shapes;
 use crate::weights::shard::{sha256_file, sha256_hex};
 use crate::weights::{Checkpoint, Layout, dtype_name};
 use crate::{json, report, workers};
@@ -521,7 +521,7 @@ fn model(
     }
     if let Some(original) = against {
         let untied = !config.tied && ModelConfig::read(&original.dir)?.tied;
-        same_tensors(original, &base.checkpoint, untied, facts);
+        same_tensors(original, &base.checkpoint, &config, untied, facts);
         facts.checks.push(match untied {
             false => "names, shapes and dtypes are the base's".into(),
             true => "names, shapes and dtypes are the base's, and those of its head, untied".into(),
@@ -555,14 +555,18 @@ fn compare_sum(file: &str, tensor: Option<&str>, expected: &str, found: &str, fa
 }
 
 /// `untied`: the merged model has a head of its own, which is the embedding in the original.
-fn same_tensors(original: &Base, merged: &Checkpoint, untied: bool, facts: &mut Facts) {
+fn same_tensors(
+    original: &Base,
+    merged: &Checkpoint,
+    config: &ModelConfig,
+    untied: bool,
+    facts: &mut Facts,
+) {
     let describe = |dtype, shape: &[usize]| format!("{} {shape:?}", dtype_name(dtype));
-    let head = format!("{HEAD}.weight");
-    let embedding = format!(
-        "{}embed_tokens.weight",
-        prefix(&original.checkpoint.inventory)
-    );
-    let embedding = original.checkpoint.inventory.get(&embedding);
+    let head = format!("{}.weight", config.names.head);
+    let inventory = &original.checkpoint.inventory;
+    let embedding = config.embedding(config.prefix(|name| inventory.contains(name)));
+    let embedding = inventory.get(&embedding);
     for (file, entry) in original.checkpoint.inventory.entries() {
         let expected = describe(entry.dtype, &entry.shape);
         match merged.inventory.get(&entry.name) {

@@ -3,6 +3,7 @@
 pub mod checkpoint;
 pub mod element;
 pub mod header;
+pub mod place;
 pub mod rounding;
 pub mod shard;
 

@@ -131,6 +131,7 @@ fn first_ten_steps_match_pytorch() {
     let trained = Trained {
         sigma: true,
         norms: false,
+        embeddings: false,
     };
     let decoder = load(&source, trained, &Device::Cpu, &Silent).expect("loads");
     let mut run = Run {

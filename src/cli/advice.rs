@@ -34,6 +34,9 @@ pub fn advice(error: &Error) -> Option<String> {
             "copy it again, or remove that file and run its `svdhub decompose --part` again: only this matrix is then repeated"
         }
         Error::ForeignFile { .. } => "choose another file name; nothing there was touched",
+        Error::LinkOutside { .. } => {
+            "put the file itself in its place if the link is yours; a stranger's link is best deleted"
+        }
         Error::OutputLocked { .. } => "wait for it, or choose another --out",
         Error::Truncated { .. } | Error::Header { .. } | Error::ShardMissing { .. } => {
             "the file was cut short or damaged on its way: fetch or copy it again"
@@ -78,6 +81,9 @@ pub fn advice(error: &Error) -> Option<String> {
         }
         Error::BudgetTooSmall { .. } => {
             "give a larger --budget, or fewer matrices with --include and --exclude"
+        }
+        Error::BeyondSingle { .. } | Error::Uncertified { .. } => {
+            "leave this weight as it is with --exclude"
         }
         Error::HeadNotTied { .. } => "leave out --untie-head",
         Error::Diverged { .. } => "lower --lr",

@@ -1,6 +1,7 @@
 //! One connection to one Hub: who we are, how requests are made, and what its answers mean.
 
 use std::fmt;
+use std::io::Read;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,8 +10,10 @@ use reqwest::blocking::{Client, RequestBuilder, Response};
 use reqwest::header::{AUTHORIZATION, HeaderMap, LINK, LOCATION, RETRY_AFTER};
 use reqwest::redirect::Policy;
 use reqwest::{Method, StatusCode};
+use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
+use crate::weights::header::HEADER_BYTES_MAX;
 
 /// An access token. It shows itself nowhere but in the header it is made for.
 #[derive(Clone)]
@@ -56,6 +59,10 @@ pub struct RemoteFile {
 }
 
 const TRIES: u32 = 5;
+/// Of a listing: a thousand files are on each.
+const PAGES_MAX: usize = 1000;
+/// Of a refusal, so much is read for its message.
+const ERROR_BYTES_MAX: u64 = 64 << 10;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Without a byte for this long, a transfer is dead.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
@@ -118,11 +125,7 @@ impl Hub {
             file: String::new(),
         };
         let response = self.send(&what, &|url| self.request(Method::GET, url))?;
-        let info: serde_json::Value = response.json().map_err(|e| Error::HubStatus {
-            status: 200,
-            request: what.action.into(),
-            detail: format!("its answer is not JSON ({})", e.without_url()),
-        })?;
+        let info: serde_json::Value = self.json(&what, response)?;
         match info["sha"].as_str() {
             Some(sha) if sha.len() == 40 && sha.bytes().all(|b| b.is_ascii_hexdigit()) => {
                 Ok(sha.into())
@@ -165,14 +168,10 @@ impl Hub {
             file: String::new(),
         };
         let mut files = Vec::new();
-        loop {
+        for _ in 0..PAGES_MAX {
             let response = self.send(&what, &|url| self.request(Method::GET, url))?;
             let next = next_page(response.headers());
-            let entries: Vec<Entry> = response.json().map_err(|e| Error::HubStatus {
-                status: 200,
-                request: what.action.into(),
-                detail: format!("its answer is not a listing ({})", e.without_url()),
-            })?;
+            let entries: Vec<Entry> = self.json(&what, response)?;
             for entry in entries.into_iter().filter(|e| e.kind == "file") {
                 if !stays_inside(&entry.path) {
                     return Err(Error::HostilePath {
@@ -202,6 +201,26 @@ impl Hub {
                 _ => return Ok(files),
             }
         }
+        Err(Error::HubStatus {
+            status: 200,
+            request: what.action.into(),
+            detail: format!("its listing goes on after {PAGES_MAX} pages"),
+        })
+    }
+
+    /// The JSON of an answer.
+    pub(super) fn json<T: DeserializeOwned>(&self, what: &Asked, response: Response) -> Result<T> {
+        let refuse = |detail: String| Error::HubStatus {
+            status: 200,
+            request: what.action.into(),
+            detail,
+        };
+        let mut text = Vec::new();
+        let mut body = response.take(HEADER_BYTES_MAX);
+        body.read_to_end(&mut text)
+            .map_err(|e| refuse(format!("its answer broke off ({e})")))?;
+        serde_json::from_slice(&text)
+            .map_err(|e| refuse(format!("its answer is not what was asked for ({e})")))
     }
 
     pub(super) fn request(&self, method: Method, url: &str) -> RequestBuilder {
@@ -464,7 +483,10 @@ fn next_page(headers: &HeaderMap) -> Option<String> {
 /// The beginning of an answer's text, for messages.
 fn shortened(response: Response) -> String {
     let status = response.status();
-    let text = response.text().unwrap_or_default();
+    let mut text = Vec::new();
+    // of a page without end, the beginning too
+    let _ = response.take(ERROR_BYTES_MAX).read_to_end(&mut text);
+    let text = String::from_utf8_lossy(&text);
     let error = serde_json::from_str::<serde_json::Value>(&text)
         .ok()
         .and_then(|json| json["error"].as_str().map(str::to_string));

@@ -101,7 +101,8 @@ impl Hub {
             .filter(|file| !cache.blob(&file.oid).exists())
             .cloned()
             .collect();
-        let bytes = missing.iter().map(|file| file.size).sum();
+        let sizes = missing.iter().map(|file| file.size);
+        let bytes = sizes.fold(0, u64::saturating_add);
         if !missing.is_empty() {
             check_free_space(&cache.root, bytes)?;
             observer.start(Stage::Download, bytes, Unit::Bytes);
@@ -130,7 +131,7 @@ impl Hub {
             if named(&layout.single_file()).is_some() {
                 weights.push(layout.single_file());
             } else if let Some(file) = named(&index_file) {
-                let bytes = self.range(repo, commit, &index_file, 0, file.size)?;
+                let bytes = self.whole(repo, commit, file)?;
                 weights.extend(Index::parse(&Path::new(repo).join(&index_file), &bytes)?.files());
             }
         }
@@ -145,12 +146,12 @@ impl Hub {
     ) -> Result<(serde_json::Value, Inventory, String)> {
         let commit = self.commit_of(repo, revision)?;
         let files = self.files(repo, &commit)?;
-        let config = self.whole(repo, &commit, &files, "config.json")?;
+        let config = self.listed(repo, &commit, &files, "config.json")?;
         let config = serde_json::from_slice(&config).map_err(|source| Error::Json {
             path: PathBuf::from(repo).join("config.json"),
             source,
         })?;
-        let index = |name: &str| self.whole(repo, &commit, &files, name);
+        let index = |name: &str| self.listed(repo, &commit, &files, name);
         let (inventory, _) = self.inventory(repo, &commit, &files, Layout::Model, index)?;
         Ok((config, inventory, commit))
     }
@@ -184,9 +185,15 @@ impl Hub {
     }
 
     /// All of a file that the listing names.
-    fn whole(&self, repo: &str, commit: &str, files: &[RemoteFile], name: &str) -> Result<Vec<u8>> {
+    fn listed(
+        &self,
+        repo: &str,
+        commit: &str,
+        files: &[RemoteFile],
+        name: &str,
+    ) -> Result<Vec<u8>> {
         match files.iter().find(|file| file.path == name) {
-            Some(file) => self.range(repo, commit, name, 0, file.size),
+            Some(file) => self.whole(repo, commit, file),
             None => Err(Error::EntryNotFound {
                 repo: repo.into(),
                 revision: commit.into(),
@@ -234,6 +241,18 @@ impl Hub {
             index.check(&root.join(&index_file), &inventory)?;
         }
         Ok((inventory, index.is_some()))
+    }
+
+    /// A file that is read without being kept: what has no place in memory is none of these.
+    fn whole(&self, repo: &str, commit: &str, file: &RemoteFile) -> Result<Vec<u8>> {
+        if file.size > HEADER_BYTES_MAX {
+            return Err(Error::TooLarge {
+                path: PathBuf::from(repo).join(&file.path),
+                found: file.size,
+                most: HEADER_BYTES_MAX,
+            });
+        }
+        self.range(repo, commit, &file.path, 0, file.size)
     }
 
     fn header(&self, repo: &str, commit: &str, file: &RemoteFile) -> Result<Header> {
@@ -429,7 +448,7 @@ impl Hub {
         let mut buffer = vec![0u8; 256 << 10];
         loop {
             let n = response.read(&mut buffer).map_err(|_| cut(received))?;
-            if n == 0 {
+            if n == 0 || received > file.size {
                 break;
             }
             out.write_all(&buffer[..n])
@@ -449,8 +468,18 @@ fn digest(path: &Path, file: &RemoteFile) -> Result<String> {
     if file.lfs {
         return crate::weights::shard::sha256_file(path, |_| {});
     }
-    let bytes = std::fs::read(path).context("read", path)?;
-    Ok(git_blob_id(&bytes))
+    let mut opened = File::open(path).context("open", path)?;
+    let length = opened.metadata().context("read", path)?.len();
+    let mut hash = Sha1::new_with_prefix(format!("blob {length}\0"));
+    let mut buffer = vec![0u8; 1 << 20];
+    loop {
+        // a listing may call any file a regular one: it need not fit into memory
+        let n = opened.read(&mut buffer).context("read", path)?;
+        if n == 0 {
+            return Ok(crate::weights::shard::hex(&hash.finalize()));
+        }
+        hash.update(&buffer[..n]);
+    }
 }
 
 /// The id git gives to a file's contents.

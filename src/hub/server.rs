@@ -47,6 +47,9 @@ use store::Store;
 /// The largest body of a request that is not an LFS upload: a commit with its small files.
 const BODY_BYTES_MAX: usize = 200_000_000;
 
+/// The most lines of the journal: a Hub may serve for months.
+const JOURNAL_MAX: usize = 100_000;
+
 /// Pieces in which contents leave; the default of 4 KiB costs more system calls than copying.
 const PIECE_BYTES: usize = 256 << 10;
 
@@ -127,7 +130,7 @@ impl Server {
         self.shared.endpoint.clone()
     }
 
-    /// Everything that was asked so far, in the order in which the answers began.
+    /// What was asked so far (lately, where that was very much), in the order in which the answers began.
     pub fn requests(&self) -> Vec<Request> {
         locked(&self.shared.journal).clone()
     }
@@ -160,6 +163,16 @@ struct Shared {
     endpoint: String,
     faults: Mutex<Vec<Fault>>,
     journal: Mutex<Vec<Request>>,
+}
+
+impl Shared {
+    fn note(&self, request: Request) {
+        let mut journal = locked(&self.journal);
+        if journal.len() == JOURNAL_MAX {
+            journal.drain(..JOURNAL_MAX / 2);
+        }
+        journal.push(request);
+    }
 }
 
 /// The two origins.
@@ -238,7 +251,7 @@ async fn handle(shared: Arc<Shared>, side: Side, request: HttpRequest) -> Respon
     let text = |name| header_text(&parts.headers, name).map(str::to_owned);
     tracing::debug!(method = %parts.method, path, status = reply.status, "hub");
     // Noted before the answer goes out: whoever has the answer finds it in the journal.
-    locked(&shared.journal).push(Request {
+    shared.note(Request {
         method: parts.method.to_string(),
         path,
         status: reply.status,

@@ -221,14 +221,6 @@ impl Hub {
         Ok(())
     }
 
-    fn json(&self, what: &Asked, response: reqwest::blocking::Response) -> Result<Value> {
-        response.json().map_err(|e| Error::HubStatus {
-            status: 200,
-            request: what.action.into(),
-            detail: format!("its answer is not JSON ({})", e.without_url()),
-        })
-    }
-
     /// Sends the contents of LFS files that the Hub does not have.
     fn send_large(
         &self,
@@ -260,7 +252,7 @@ impl Hub {
                 .header("Content-Type", "application/vnd.git-lfs+json")
                 .body(body.to_string())
         })?;
-        let answer = self.json(&what, response)?;
+        let answer: Value = self.json(&what, response)?;
         observer.start(
             Stage::Upload,
             large.iter().map(|f| f.size).sum(),

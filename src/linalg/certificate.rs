@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::operand::{Backend, Operand};
 use super::product::{gemm, short_side_first};
+use super::rows;
 use crate::error::Result;
 use crate::random::{normal, random_signs};
 
@@ -38,9 +39,7 @@ impl Certificate {
     /// Whether triplets with this certificate are the leading ones to `tolerance`, relative, on each value.
     pub fn holds(&self, tolerance: f64) -> bool {
         // a NaN fails every comparison
-        let link = self.link.unwrap_or(self.residual);
         self.are_consistent(tolerance)
-            && link <= tolerance
             // twice, for the value errs by its square over a gap that is a fraction of the value
             && self.residual <= 0.5 * tolerance.sqrt()
             && self.tail.unwrap_or(1.0) <= 1.0 + tolerance
@@ -100,18 +99,21 @@ pub fn certify_operand(
     let plain = |a: &Array2<f32>, b: &Array2<f32>| gemm(a.view(), false, b.view(), false);
     let (zu, zv) = (plain(&z, u), plain(&z, v));
     // the probes of M′ ride along: one pass over the matrix serves both
-    let start = normal(PROBES, v.ncols(), seed ^ 0x7a11);
+    let mut start = normal(PROBES, v.ncols(), seed ^ 0x7a11);
+    rows::to_unit_length(&mut start);
     let there = matrix.backward(concatenate![Axis(0), zv, start].view())?;
     let right = per_row(&there.slice(s![..PROBES, ..]) - &plain(&scaled, u));
-    let tail = there.slice(s![PROBES.., ..]).to_owned() - kept(&start, v, sigma, u);
+    let mut tail = there.slice(s![PROBES.., ..]).to_owned() - kept(&start, v, sigma, u);
+    // after every pass, so that no square of a singular value has to fit f32
+    rows::to_unit_length(&mut tail);
     let back = matrix.forward(concatenate![Axis(0), zu, tail].view())?;
     let left = per_row(&back.slice(s![..PROBES, ..]) - &plain(&scaled, v));
     let mut x = back.slice(s![PROBES.., ..]).to_owned() - kept(&tail, u, sigma, v);
-    unit_rows(&mut x);
+    rows::to_unit_length(&mut x);
     let mut y = matrix.backward(x.view())? - kept(&x, v, sigma, u);
-    unit_rows(&mut y);
+    rows::to_unit_length(&mut y);
     let x = matrix.forward(y.view())? - kept(&y, u, sigma, v);
-    let tail_norm = x.rows().into_iter().map(norm).fold(0.0, max);
+    let tail_norm = x.rows().into_iter().map(rows::norm).fold(0.0, max);
 
     let largest = f64::from(sigma[0]).max(f64::MIN_POSITIVE);
     let smallest = f64::from(sigma[q - 1]);
@@ -137,22 +139,6 @@ fn kept(x: &Array2<f32>, from: &Array2<f32>, sigma: &Array1<f32>, to: &Array2<f3
     gemm(inner.view(), false, to.view(), false)
 }
 
-fn norm(row: ndarray::ArrayView1<f32>) -> f64 {
-    row.iter()
-        .map(|&x| f64::from(x).powi(2))
-        .sum::<f64>()
-        .sqrt()
-}
-
-fn unit_rows(rows: &mut Array2<f32>) {
-    for mut row in rows.rows_mut() {
-        let length = norm(row.view());
-        if length > 0.0 {
-            row.mapv_inplace(|x| (f64::from(x) / length) as f32);
-        }
-    }
-}
-
 /// The larger of two, and NaN if either is: a broken factor must not slip through a comparison.
 fn max(a: f64, b: f64) -> f64 {
     if a.is_nan() || b.is_nan() {
@@ -164,4 +150,44 @@ fn max(a: f64, b: f64) -> f64 {
 
 fn min(a: f64, b: f64) -> f64 {
     -max(-a, -b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_finding_can_refuse() {
+        let good = Certificate {
+            residual: 4e-3,
+            link: Some(1e-6),
+            orthogonality: 1e-6,
+            tail: Some(0.9),
+        };
+        let broken: [fn(&mut Certificate, f64); 4] = [
+            |c, bad| c.residual = bad,
+            |c, bad| c.link = Some(bad),
+            |c, bad| c.orthogonality = bad,
+            |c, bad| c.tail = Some(bad),
+        ];
+        assert!(good.holds(1e-4) && good.are_consistent(1e-4));
+        for (at, (spoil, bad)) in broken.iter().zip([6e-3, 2e-4, 2e-4, 1.001]).enumerate() {
+            for bad in [bad, f64::NAN] {
+                let mut certificate = good;
+                spoil(&mut certificate, bad);
+                assert!(!certificate.holds(1e-4), "{certificate:?}");
+                // whether the factors are the leading ones shows in the first and the last
+                assert_eq!(certificate.are_consistent(1e-4), at == 0 || at == 3);
+            }
+        }
+        // schema 1 knows neither link nor tail, and asked for more
+        let (link, tail) = (None, None);
+        let old = |residual| Certificate {
+            residual,
+            link,
+            tail,
+            ..good
+        };
+        assert!(old(5e-5).holds(1e-4) && !old(4e-3).holds(1e-4));
+    }
 }

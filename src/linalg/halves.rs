@@ -39,7 +39,10 @@ pub const WORTH_IT: usize = 256;
 
 /// The q largest eigenvalues, descending, and their eigenvectors, one per row, of the tridiagonal matrix (d, e).
 pub fn leading<T: Real>(d: &[T], e: &[T], q: usize) -> Result<(Vec<T>, Array2<T>)> {
-    let halves = Halves::of(d, e)?;
+    // what is negligible beside the unit vector z is told on a matrix of the size of 1; powers of two scale exactly
+    let size = power_of_two(d.iter().chain(e));
+    let scaled = |values: &[T]| values.iter().map(|&x| x / size).collect::<Vec<T>>();
+    let halves = Halves::of(&scaled(d), &scaled(e))?;
     let side = d.len();
     let deflated = halves.deflate();
     let (roots, mut gaps) = deflated.roots(halves.rho)?;
@@ -94,7 +97,17 @@ pub fn leading<T: Real>(d: &[T], e: &[T], q: usize) -> Result<(Vec<T>, Array2<T>
             basis.view(),
         );
     }
-    Ok((pairs.iter().map(|pair| pair.0).collect(), vectors))
+    Ok((pairs.iter().map(|pair| pair.0 * size).collect(), vectors))
+}
+
+/// The size of the largest of some numbers; 1 if all are zero.
+fn power_of_two<'a, T: Real>(values: impl Iterator<Item = &'a T>) -> T {
+    let largest = values.map(|&x| x.into().abs()).fold(0.0, f64::max);
+    if largest.is_normal() {
+        T::from_f64(largest.log2().floor().exp2())
+    } else {
+        T::ONE
+    }
 }
 
 impl<T: Real> Halves<T> {

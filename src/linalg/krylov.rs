@@ -7,6 +7,7 @@ use ndarray::{Array2, ArrayView2, s};
 
 use super::lapack::{Tridiagonal, cholesky_rows};
 use super::product::{gemm, multiply, zeros};
+use super::rows;
 use crate::error::Result;
 use crate::random::normal;
 
@@ -108,7 +109,7 @@ impl Space {
             return Ok(None);
         }
         let mut first = apply(normal(block, side, seed).view())?;
-        scale_rows(&mut first);
+        rows::to_unit_length(&mut first);
         if orthonormalise(&mut first).is_none() {
             return Ok(None);
         }
@@ -134,12 +135,12 @@ impl Space {
         let last = size - block;
         let known = self.basis.slice(s![..size, ..]);
         let transposed = self.transposed.slice(s![.., ..size]);
-        let mut rows = apply(self.basis.slice(s![last..size, ..]))?;
-        let large = largest_row(&rows);
+        let mut beyond = apply(self.basis.slice(s![last..size, ..]))?;
+        let large = rows::longest(&beyond);
         // first what is large: in exact arithmetic, all of it lies in the last two blocks …
         let near = last.saturating_sub(block)..size;
         let inside = gemm(
-            rows.view(),
+            beyond.view(),
             false,
             transposed.slice(s![.., near.clone()]),
             false,
@@ -150,16 +151,16 @@ impl Space {
             .slice_mut(s![last..size, last..size])
             .assign(&own);
         let near = known.slice(s![near, ..]);
-        multiply(&mut rows.view_mut(), 1.0, inside.view(), -1.0, near);
+        multiply(&mut beyond.view_mut(), 1.0, inside.view(), -1.0, near);
         // … then what rounding left of the space
-        let inside = gemm(rows.view(), false, transposed, false);
-        multiply(&mut rows.view_mut(), 1.0, inside.view(), -1.0, known);
-        if largest_row(&rows) <= EXHAUSTED * large {
+        let inside = gemm(beyond.view(), false, transposed, false);
+        multiply(&mut beyond.view_mut(), 1.0, inside.view(), -1.0, known);
+        if rows::longest(&beyond) <= EXHAUSTED * large {
             return Ok(None);
         }
-        Ok(orthonormalise(&mut rows).map(|factor| Outside {
+        Ok(orthonormalise(&mut beyond).map(|factor| Outside {
             factor,
-            directions: rows,
+            directions: beyond,
         }))
     }
 
@@ -216,43 +217,23 @@ fn largest_residual(values: &[f32], inner: &Array2<f32>, outside: &Outside) -> f
     let escaping = gemm(last, false, outside.factor.view(), false);
     let mut worst = 0f64;
     for (row, &value) in escaping.rows().into_iter().zip(values) {
-        let norm = row
-            .iter()
-            .map(|&x| f64::from(x).powi(2))
-            .sum::<f64>()
-            .sqrt();
-        worst = worst.max(norm / f64::from(value).max(f64::MIN_POSITIVE));
+        worst = worst.max(rows::norm(row) / f64::from(value).max(f64::MIN_POSITIVE));
     }
     worst
 }
 
 /// Orthonormalises independent rows; returns the factor C of rows = C·directions.
-fn orthonormalise(rows: &mut Array2<f32>) -> Option<Array2<f32>> {
+fn orthonormalise(directions: &mut Array2<f32>) -> Option<Array2<f32>> {
     // relative to the largest row, so that a matrix of tiny numbers is not mistaken for one of small rank
-    let scale = largest_row(rows);
-    if !(scale.is_normal()) {
+    let scale = rows::longest(directions) as f32;
+    if !scale.is_normal() {
         return None;
     }
-    *rows /= scale;
-    let first = cholesky_rows(rows, 1e-3)?;
-    let second = cholesky_rows(rows, 0.5)?;
+    *directions /= scale;
+    let first = cholesky_rows(directions, 1e-3)?;
+    let second = cholesky_rows(directions, 0.5)?;
     Some(first.dot(&second) * scale)
 }
 
 /// What is left of a block below this share of it is rounding: G maps the space into itself.
-const EXHAUSTED: f32 = 1e-4;
-
-fn largest_row(rows: &Array2<f32>) -> f32 {
-    let squares = rows.rows().into_iter().map(|row| row.dot(&row));
-    squares.fold(0f32, f32::max).sqrt()
-}
-
-/// Gives each row unit length; zero rows stay.
-pub fn scale_rows(rows: &mut Array2<f32>) {
-    for mut row in rows.rows_mut() {
-        let norm = row.dot(&row).sqrt();
-        if norm.is_normal() {
-            row /= norm;
-        }
-    }
-}
+const EXHAUSTED: f64 = 1e-4;

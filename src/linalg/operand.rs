@@ -154,3 +154,31 @@ fn download(tensor: &Tensor) -> Result<Array2<f32>> {
     let values = tensor.flatten_all()?.to_vec1::<f32>()?;
     Ok(Array2::from_shape_vec(sides, values).expect("a tensor has the elements of its shape"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::lapack::orthonormalise_rows;
+    use crate::random::normal;
+
+    #[test]
+    fn nothing_of_the_directions_taken_out_is_left() {
+        let matrix = normal(40, 60, 1) * 1e3;
+        let mut x = normal(3, 40, 2);
+        orthonormalise_rows(&mut x).expect("orthonormal");
+        for backend in [Backend::Cpu, Backend::Device(Device::Cpu)] {
+            let whole = Operand::new(matrix.view(), &backend).expect("uploads");
+            let rest = whole.without(&x).expect("multiplies");
+            let left = rest.forward(x.view()).expect("multiplies");
+            // ‖x·M‖ is some 8·10³; two sums of 40 roundings
+            assert!(left.iter().all(|y| y.abs() < 80.0 * 6e-8 * 8e3), "{left}");
+            // and nothing else has gone
+            let y = normal(1, 40, 3);
+            let y = &y - &y.dot(&x.t()).dot(&x);
+            let before = whole.forward(y.view()).expect("multiplies");
+            let after = rest.forward(y.view()).expect("multiplies");
+            let off = after - before;
+            assert!(off.iter().all(|y| y.abs() < 80.0 * 6e-8 * 8e3), "{off}");
+        }
+    }
+}

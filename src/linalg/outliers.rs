@@ -2,10 +2,10 @@
 
 use ndarray::{Array2, s};
 
-use super::krylov::scale_rows;
 use super::lapack::{Tridiagonal, orthonormalise_rows};
 use super::operand::Operand;
 use super::product::gemm;
+use super::rows;
 use crate::error::Result;
 use crate::random::normal;
 
@@ -49,7 +49,7 @@ pub fn outliers(
     let start = matrix.forward(normal(width, side, seed).view())?;
     let mut x = matrix.backward(start.view())?;
     for _ in 0..ROUNDS {
-        scale_rows(&mut x);
+        rows::to_unit_length(&mut x);
         orthonormalise_rows(&mut x)?;
         let mut y = matrix.forward(x.view())?;
         // Rayleigh–Ritz on the rows of x
@@ -73,7 +73,7 @@ pub fn outliers(
         let converged = (0..count)
             .take_while(|&i| {
                 let off = &back.row(i) - &(&x.row(i) * (squares[i] as f32));
-                f64::from(off.dot(&off)).sqrt() <= 3e-6 * (squares[0] * squares[i]).sqrt()
+                rows::norm(off.view()) <= 3e-6 * (squares[0] * squares[i]).sqrt()
             })
             .count();
         found = Outliers {

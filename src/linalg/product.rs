@@ -233,6 +233,18 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_in_row_major_order_has_the_same_elements() {
+        for (rows, columns) in [(48, 32), (48, 33), (7, 5)] {
+            let a = normal(columns, rows, 5);
+            for a in [a.t(), a.view()] {
+                let copy = row_major::<f64>(a);
+                assert!(copy.is_standard_layout());
+                assert_eq!(copy, a.mapv(f64::from));
+            }
+        }
+    }
+
+    #[test]
     fn the_gram_matrix_is_that_of_the_short_side_whatever_the_layout() {
         for (m, n) in [(300, 1700), (1700, 300), (7, 5)] {
             let matrix = normal(m, n, 5);

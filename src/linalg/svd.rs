@@ -4,146 +4,19 @@
 //! product with M gives the values and the long vectors. Single precision squares the condition number κ = σ₁/σ_q, so
 //! that values which dwarf the rest are taken out first, and what remains too wide is done in double precision.
 
-use std::fmt;
+use std::ops::{Range, RangeInclusive};
 
 use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
-use serde::{Deserialize, Serialize};
 
-use super::certificate::{Certificate, certify_operand};
+use super::algorithm::{Algorithm, Refused, Route, Svd, Wanted};
+use super::certificate::certify_operand;
 use super::krylov::{self, Growth, Pairs};
 use super::lapack::{Tridiagonal, orthonormalise_rows};
 use super::operand::{Backend, Operand};
 use super::outliers::{Outliers, outliers};
-use super::product::{gram, short_side_first};
+use super::product::{gemm, gram, short_side_first};
+use super::rows;
 use crate::error::{Error, Result};
-
-/// How a matrix is decomposed, and what the result promises.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Algorithm {
-    pub name: String,
-    /// Largest relative error of each kept singular value.
-    pub tolerance: f64,
-    /// Seed of the starting vectors and of the probes that check the result.
-    pub seed: u64,
-    pub backend: String,
-    /// Rather fast than exact: the values err by up to 15 %, as those of `torch.svd_lowrank` do. Not in schema 1.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub fast: bool,
-}
-
-impl Default for Algorithm {
-    fn default() -> Self {
-        Self {
-            name: "gram".into(),
-            tolerance: 1e-4,
-            seed: 0,
-            backend: "cpu".into(),
-            fast: false,
-        }
-    }
-}
-
-impl Algorithm {
-    /// Whether triplets with this certificate are what was asked for.
-    pub fn accepts(&self, certificate: &Certificate) -> bool {
-        if self.fast {
-            certificate.are_consistent(self.tolerance)
-        } else {
-            certificate.holds(self.tolerance)
-        }
-    }
-}
-
-/// Which way the triplets were computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Route {
-    /// A block Krylov space of the Gram matrix, not grown until convergence: asked for by [`Algorithm::fast`].
-    Fast,
-    /// A block Krylov space of the Gram matrix in f32.
-    Krylov,
-    /// The same, after the values that dwarf the rest were taken out.
-    DeflatedKrylov,
-    /// The whole Gram matrix in f32.
-    GramF32,
-    /// The same, after the values that dwarf the rest were taken out.
-    DeflatedGramF32,
-    /// The whole Gram matrix in f64: the guaranteed route.
-    GramF64,
-    /// LAPACK's full decomposition in f64: for small matrices, and should the certificate ever refuse the others.
-    Full,
-}
-
-impl Route {
-    /// The route in words.
-    pub fn describe(self) -> &'static str {
-        match self {
-            Self::Fast => "a small Krylov space",
-            Self::Krylov => "a Krylov space in f32",
-            Self::DeflatedKrylov => "a Krylov space in f32 without the largest values",
-            Self::GramF32 => "the Gram matrix in f32",
-            Self::DeflatedGramF32 => "the Gram matrix in f32 without the largest values",
-            Self::GramF64 => "the Gram matrix in f64",
-            Self::Full => "a full decomposition in f64",
-        }
-    }
-
-    /// Whether nothing but small sides was computed in double precision.
-    pub fn is_single(self) -> bool {
-        !matches!(self, Self::GramF64 | Self::Full)
-    }
-}
-
-/// The q leading singular triplets of a matrix M (m, n), vectors in rows.
-#[derive(Debug, Clone)]
-pub struct Svd {
-    /// (q, m)
-    pub u: Array2<f32>,
-    /// (q,), descending
-    pub sigma: Array1<f32>,
-    /// (q, n)
-    pub v: Array2<f32>,
-    pub route: Route,
-    pub certificate: Certificate,
-    /// A cheaper route whose result was not good enough, if one was tried.
-    pub refused: Option<Refused>,
-}
-
-/// A route that was tried and left.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Refused {
-    pub route: Route,
-    /// σ₁/σ_q of the matrix that was squared in f32.
-    pub kappa: f64,
-    /// `None` if κ alone decided.
-    pub certificate: Option<Certificate>,
-}
-
-impl fmt::Display for Refused {
-    fn fmt(&self, out: &mut fmt::Formatter) -> fmt::Result {
-        let (route, kappa) = (self.route.describe(), self.kappa);
-        match self.certificate {
-            None => write!(out, "{route} is not precise enough at κ = {kappa:.0}"),
-            Some(c) => write!(
-                out,
-                "the certificate refused {route} (residual {:.1e}, orthogonality {:.1e}, ‖M′‖ {:.4} × σ_q)",
-                c.residual,
-                c.orthogonality,
-                c.tail.unwrap_or(f64::NAN)
-            ),
-        }
-    }
-}
-
-/// How many of the leading singular triplets are asked for.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Wanted {
-    /// This many, 1 ≤ q ≤ min(m, n).
-    Triplets(usize),
-    /// As few as hold this share of ‖M‖², 0 < share ≤ 1.
-    Energy(f64),
-}
 
 /// Where one way becomes cheaper, or safer, than another. Tests lower them.
 #[derive(Debug, Clone, PartialEq)]
@@ -202,6 +75,12 @@ const F32_ERROR_PER_KAPPA2: f64 = 4.0 * 5.96e-8;
 /// What single precision may add to the errors of [`Algorithm::fast`], which are ten times as large.
 const FAST_TOLERANCE: f64 = 1e-2;
 
+/// ‖M‖ ≥ σ₁ with which σ fits f32, and the products with M are not all denormal.
+const F32_NORMS: RangeInclusive<f64> = f32::MIN_POSITIVE as f64..=f32::MAX as f64;
+
+/// ‖M‖² within which f32 holds M·Mᵀ, and what is made of it, with room to spare.
+const F32_SQUARES: Range<f64> = 1e-20..1e30;
+
 /// Above this share of the energy the tail that decides q is below single precision's noise.
 const F64_ENERGY: f64 = 0.9999;
 
@@ -217,7 +96,8 @@ pub fn spectrum(matrix: ArrayView2<f32>) -> Result<Vec<f32>> {
 /// The leading singular triplets of `matrix` (m, n), to `algorithm.tolerance`.
 ///
 /// # Errors
-/// [`Error::Uncertified`] if even the last route fails the check: NaN or Inf in the matrix, in practice.
+/// [`Error::BeyondSingle`] if σ does not fit f32, or an element is undefined; [`Error::Uncertified`] if even the last
+/// route fails the check.
 pub fn decompose(
     module: &str,
     matrix: ArrayView2<f32>,
@@ -260,17 +140,25 @@ fn decompose_with(
             "1 ≤ q ≤ min(m, n), q = {q}, min = {side}"
         );
     }
-    let uncertified = |certificate: Option<Certificate>| Error::Uncertified {
-        module: module.into(),
-        residual: certificate.map_or(f64::NAN, |c| c.residual),
-        orthogonality: certificate.map_or(f64::NAN, |c| c.orthogonality),
-        tolerance: algorithm.tolerance,
-    };
     let total = norm_squared(matrix);
-    // an infinite or undefined element shows in the sum, and so does a sum of squares beyond f32's range
-    if !total.is_finite() {
-        return Err(uncertified(None));
+    // an infinite or undefined element shows in the sum; the squares of finite ones fit f64
+    if !(total == 0.0 || F32_NORMS.contains(&total.sqrt())) {
+        return Err(Error::BeyondSingle {
+            module: module.into(),
+            norm: total.sqrt(),
+        });
     }
+    let certified = |svd: Svd| {
+        if svd.certificate.holds(algorithm.tolerance) {
+            return Ok(svd);
+        }
+        Err(Error::Uncertified {
+            module: module.into(),
+            residual: svd.certificate.residual,
+            orthogonality: svd.certificate.orthogonality,
+            tolerance: algorithm.tolerance,
+        })
+    };
     let problem = Problem {
         matrix,
         short: Operand::new(short_side_first(matrix), backend)?,
@@ -279,12 +167,7 @@ fn decompose_with(
         thresholds,
     };
     if side <= thresholds.full_side {
-        let svd = problem.in_full(wanted)?;
-        return if svd.certificate.holds(algorithm.tolerance) {
-            Ok(svd)
-        } else {
-            Err(uncertified(Some(svd.certificate)))
-        };
+        return certified(problem.in_full(wanted)?);
     }
     let refused = match problem.in_single(wanted)? {
         Attempt::Accepted(svd) => return Ok(svd),
@@ -295,10 +178,7 @@ fn decompose_with(
     if !svd.certificate.holds(algorithm.tolerance) {
         svd = problem.in_full(wanted)?;
     }
-    if !svd.certificate.holds(algorithm.tolerance) {
-        return Err(uncertified(Some(svd.certificate)));
-    }
-    Ok(Svd { refused, ..svd })
+    certified(Svd { refused, ..svd })
 }
 
 /// One matrix and what is asked of it.
@@ -328,11 +208,11 @@ impl Problem<'_> {
             self.algorithm.tolerance
         };
         let limit = (tolerance / F32_ERROR_PER_KAPPA2).sqrt();
-        let unsuitable = match wanted {
+        let needs_double = match wanted {
             Wanted::Triplets(q) => self.thresholds.needs_double(side, q),
             Wanted::Energy(share) => share > F64_ENERGY || side <= self.thresholds.f64_side,
         };
-        if unsuitable {
+        if needs_double || !F32_SQUARES.contains(&self.norm_squared) {
             return Ok(Attempt::Unsuitable);
         }
         // σ_q is not known yet. Spectra without a gap have it above the root mean square up to a quarter of the rank, and
@@ -516,25 +396,59 @@ impl Problem<'_> {
         // in double precision these are four matrices of the short side: completing needs that room
         drop(reduced);
         let short = vectors.mapv(|x| x as f32);
+        let small = self.small_values(&vectors);
         drop(vectors);
-        self.complete(short, Route::GramF64)
+        let mut svd = self.complete(short, Route::GramF64)?;
+        if !small.is_empty() {
+            // ‖sᵢ·M‖ loses those to the rounding of sᵢ: of σ₁ a 2⁻²⁴ is left in every vector
+            let first = svd.sigma.len() - small.len();
+            for (sigma, value) in svd.sigma.iter_mut().skip(first).zip(small) {
+                *sigma = value as f32;
+            }
+        }
+        Ok(svd)
+    }
+
+    /// Of the values so small beside the first that f32 vectors cannot give them to the tolerance: ‖sᵢ·M‖ in f64,
+    /// descending. They are the last ones.
+    fn small_values(&self, short: &Array2<f64>) -> Vec<f64> {
+        // as many columns at a time as keep the copies in f64 small
+        const COLUMNS: usize = 512;
+        let matrix = short_side_first(self.matrix);
+        let lengths = |rows: ArrayView2<f64>| {
+            let mut squares = vec![0f64; rows.nrows()];
+            for columns in matrix.axis_chunks_iter(Axis(1), COLUMNS) {
+                let columns = columns.mapv(f64::from);
+                let product = gemm(rows, false, columns.view(), false);
+                for (square, row) in squares.iter_mut().zip(product.rows()) {
+                    *square += row.dot(&row);
+                }
+            }
+            squares.into_iter().map(f64::sqrt).collect::<Vec<f64>>()
+        };
+        let largest = lengths(short.slice(s![..1, ..]))[0];
+        let least = largest * f64::from(f32::EPSILON) / self.algorithm.tolerance;
+        // the values descend: the first too small one is found by halving
+        let (mut low, mut high) = (0, short.nrows());
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if lengths(short.slice(s![middle..=middle, ..]))[0] < least {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        let mut small = lengths(short.slice(s![low.., ..]));
+        small.sort_by(|a, b| b.total_cmp(a));
+        small
     }
 
     /// σ and the long vectors from the short ones (q, s), and a look at the whole.
     fn complete(&self, mut short: Array2<f32>, route: Route) -> Result<Svd> {
         // one exact pass over the matrix: σᵢ = ‖sᵢ·M‖ is a Rayleigh quotient, quadratically better than sᵢ
         let mut long = self.short.forward(short.view())?;
-        let sigma: Vec<f32> = long
-            .rows_mut()
-            .into_iter()
-            .map(|mut row| {
-                let norm = row_norm_squared(row.view()).sqrt();
-                if norm > 0.0 {
-                    row /= norm as f32;
-                }
-                norm as f32
-            })
-            .collect();
+        let sigma = rows::to_unit_length(&mut long);
+        let sigma: Vec<f32> = sigma.into_iter().map(|x| x as f32).collect();
         // equal values may come out of order by a rounding error; the file promises that they descend
         let mut order: Vec<usize> = (0..sigma.len()).collect();
         order.sort_by(|&a, &b| sigma[b].total_cmp(&sigma[a]));
@@ -617,7 +531,7 @@ impl Problem<'_> {
 }
 
 /// The fewest leading squares that add up to `enough`, at least one.
-pub fn rank_of_energy(squares: impl Iterator<Item = f64>, enough: f64) -> usize {
+fn rank_of_energy(squares: impl Iterator<Item = f64>, enough: f64) -> usize {
     let (mut kept, mut count) = (0.0, 0);
     for square in squares {
         kept += square;
@@ -630,7 +544,7 @@ pub fn rank_of_energy(squares: impl Iterator<Item = f64>, enough: f64) -> usize 
 }
 
 /// ‖M‖² (Frobenius), in f64.
-pub fn norm_squared(matrix: ArrayView2<f32>) -> f64 {
+fn norm_squared(matrix: ArrayView2<f32>) -> f64 {
     let short = short_side_first(matrix);
     // along the memory, whichever way the matrix lies
     let along = if short.is_standard_layout() {
@@ -638,23 +552,7 @@ pub fn norm_squared(matrix: ArrayView2<f32>) -> f64 {
     } else {
         short.reversed_axes()
     };
-    along.rows().into_iter().map(row_norm_squared).sum()
-}
-
-/// Several sums side by side, since one alone waits for each addition to end.
-fn row_norm_squared(row: ndarray::ArrayView1<f32>) -> f64 {
-    const LANES: usize = 16;
-    let Some(values) = row.as_slice() else {
-        return row.iter().map(|&x| f64::from(x).powi(2)).sum();
-    };
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    let mut sums = [0f64; LANES];
-    for chunk in chunks {
-        for (sum, &x) in sums.iter_mut().zip(chunk) {
-            *sum += f64::from(x) * f64::from(x);
-        }
-    }
-    sums.iter().sum::<f64>() + rest.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>()
+    along.rows().into_iter().map(rows::norm_squared).sum()
 }
 
 /// Share of ‖M‖² in the kept triplets, and the norm of what is left.
@@ -766,6 +664,8 @@ mod tests {
             (1, 1, 1),
             (1, 9, 1),
             (9, 1, 1),
+            (1, 5000, 1),
+            (5000, 1, 1),
             (300, 260, 26),
             (260, 300, 130),
         ] {
@@ -822,12 +722,84 @@ mod tests {
 
     #[test]
     fn rank_deficient_zero_and_repeated_spectra_decompose() {
-        let low = normal(150, 3, 1).dot(&normal(3, 170, 2));
+        // beyond the rank, vectors must be orthonormal all the same
+        for (m, n, q) in [
+            (150, 170, 10),
+            (20, 30, 20),
+            (60, 70, 30),
+            (300, 320, 150),
+            (320, 300, 300),
+            (420, 400, 40),
+        ] {
+            let low = normal(m, 3, 1).dot(&normal(3, n, 2));
+            for thresholds in [Thresholds::default(), lowered()] {
+                assert_triplets(&low, q, &thresholds);
+                let zero = assert_triplets(&Array2::zeros((m, n)), q, &thresholds);
+                assert!(zero.sigma.iter().all(|&x| x == 0.0) && zero.refused.is_none());
+            }
+        }
         for thresholds in [Thresholds::default(), lowered()] {
-            assert_triplets(&low, 10, &thresholds);
-            assert_triplets(&Array2::zeros((112, 130)), 4, &thresholds);
             assert_triplets(&Array2::eye(124), 124, &thresholds);
             assert_triplets(&Array2::eye(124), 12, &thresholds);
+            // values equal but for their rounding descend all the same
+            let mut equal = normal(112, 130, 5);
+            orthonormalise_rows(&mut equal).expect("orthonormal");
+            assert_triplets(&equal, 90, &thresholds);
+        }
+    }
+
+    #[test]
+    fn numbers_whose_squares_f32_cannot_hold_decompose() {
+        for exponent in [-100, -70, 70, 100, 115] {
+            let scale = 2f32.powi(exponent);
+            for (m, n, q) in [(20, 30, 4), (60, 70, 6), (260, 300, 26), (420, 400, 200)] {
+                let svd = assert_triplets(&(normal(m, n, 1) * scale), q, &lowered());
+                assert!(svd.route >= Route::GramF64, "{:?}", svd.route);
+                assert_eq!(svd.refused, None, "single precision was not tried");
+            }
+        }
+        // one of them is enough, and it hides whatever is 2²⁴ times smaller
+        for size in [1e6, 1e12, 1e25, 3.3e38] {
+            for q in [1, 2, 30, 150] {
+                let mut matrix = normal(300, 320, 1);
+                matrix[(7, 9)] = size;
+                let svd = assert_triplets(&matrix, q, &lowered());
+                assert!((svd.sigma[0] / size - 1.0).abs() < 1e-6, "{}", svd.sigma[0]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_power_of_two_scales_sigma_and_nothing_else() {
+        let gauss = normal(300, 330, 1);
+        let few = with_outliers(300, 330, 3, 40.0);
+        for (matrix, q, route) in [
+            (&gauss, 20, Route::Krylov),
+            (&few, 20, Route::DeflatedKrylov),
+            (&gauss, 150, Route::GramF32),
+            (&few, 150, Route::DeflatedGramF32),
+            (&gauss, 300, Route::GramF64),
+        ] {
+            let run = |exponent| {
+                let scaled = matrix * 2f32.powi(exponent);
+                let (wanted, algorithm) = (Wanted::Triplets(q), Algorithm::default());
+                let svd = decompose_with(
+                    &Backend::Cpu,
+                    "x",
+                    scaled.view(),
+                    wanted,
+                    &algorithm,
+                    &lowered(),
+                );
+                svd.expect("certified")
+            };
+            let one = run(0);
+            for exponent in [-38, -12, 5, 30] {
+                let svd = run(exponent);
+                assert_eq!((svd.route, svd.refused), (route, None), "2^{exponent}");
+                assert_eq!(svd.sigma, &one.sigma * 2f32.powi(exponent));
+                assert!(svd.u == one.u && svd.v == one.v, "2^{exponent} {route:?}");
+            }
         }
     }
 
@@ -1013,12 +985,27 @@ mod tests {
     }
 
     #[test]
-    fn a_matrix_with_nan_is_refused() {
-        for side in [8, 200] {
-            let mut matrix = normal(side, side, 1);
-            matrix[(2, 2)] = f32::NAN;
-            let wanted = Wanted::Triplets(2);
-            assert!(decompose("bad", matrix.view(), wanted, &Algorithm::default()).is_err());
+    fn what_f32_cannot_hold_is_refused_by_name() {
+        for side in [8, 60, 300] {
+            let whole = |size: f32| normal(side, side, 1) * size;
+            let with = |element: f32| {
+                let mut matrix = whole(1.0);
+                matrix[(2, 2)] = element;
+                matrix
+            };
+            for matrix in [
+                with(f32::NAN),
+                with(f32::INFINITY),
+                with(f32::NEG_INFINITY),
+                // σ₁ overflows, and whole products are denormal
+                whole(f32::MAX / 6.0),
+                whole(1e-42),
+            ] {
+                let algorithm = Algorithm::default();
+                let refused = decompose("bad", matrix.view(), Wanted::Triplets(2), &algorithm);
+                let text = refused.expect_err("f32 cannot hold it").to_string();
+                assert!(text.contains("`bad` do not fit f32"), "{text}");
+            }
         }
     }
 

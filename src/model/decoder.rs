@@ -5,9 +5,10 @@ use std::path::PathBuf;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 
-use super::config::{ModelConfig, Scaling};
-use super::layers::{Linear, Norm};
-use super::ops;
+use super::config::{Attention, ModelConfig, Scaling};
+use super::family::{self, Activation, NormKind, QueryKeyNorm};
+use super::layers::{Head, Linear, Norm};
+use super::ops::{self, Scores};
 use super::rope::Angles;
 use crate::error::{Error, Result};
 use crate::split::Factors;
@@ -20,8 +21,8 @@ pub trait Tensors: Sync {
     fn tensor(&self, name: &str) -> Result<Elements>;
     /// The triplets of a module and its current Δσ, if it is decomposed.
     fn spectrum(&self, module: &str) -> Result<Option<(Factors, Vec<f32>)>>;
-    /// `model.` or nothing.
-    fn prefix(&self) -> &'static str;
+    /// Whether there is a tensor of this name.
+    fn has(&self, name: &str) -> bool;
     /// The file a tensor lies in, for error messages.
     fn path_of(&self, name: &str) -> PathBuf;
 }
@@ -31,6 +32,8 @@ pub trait Tensors: Sync {
 pub struct Trained {
     pub sigma: bool,
     pub norms: bool,
+    /// The embedding; a head that is tied to it moves along.
+    pub embeddings: bool,
 }
 
 /// A causal language model, ready for training and evaluation.
@@ -41,34 +44,40 @@ pub struct Decoder {
     embedding: Tensor,
     blocks: Vec<Block>,
     norm: Norm,
-    head: Linear,
-    /// Everything that training moves: `<module>.delta`, and norm weights under their own name. All f32.
+    head: Head,
+    /// Everything that training moves: `<module>.delta`, and norms and the embedding under their own name. All f32.
     pub variables: BTreeMap<String, Var>,
 }
 
 struct Block {
-    attention_norm: Norm,
+    /// Before attention, after it, before the MLP, after it.
+    norms: [Option<Norm>; 4],
     query_key_value: Projections,
     query_key_norms: Option<(Norm, Norm)>,
     output: Linear,
-    mlp_norm: Norm,
     gate_up: Projections,
     down: Linear,
-    window: Option<usize>,
+    sees: Attention,
 }
 
-/// Several projections of one input, stored apart or fused into one matrix.
+/// The layers of [`family::Projections`].
 enum Projections {
     Apart(Vec<Linear>),
-    Fused(Linear),
+    Stacked(Linear),
+    ByHead(Linear),
 }
 
 impl Projections {
-    /// The outputs, split to `sides` where they are fused.
-    fn forward(&self, x: &Tensor, sides: &[usize]) -> candle_core::Result<Vec<Tensor>> {
+    /// The outputs `(b, t, side)`, cut apart where they come out of one matrix.
+    fn forward(
+        &self,
+        x: &Tensor,
+        sides: &[usize],
+        head_dim: usize,
+    ) -> candle_core::Result<Vec<Tensor>> {
         match self {
             Self::Apart(layers) => layers.iter().map(|layer| layer.forward(x)).collect(),
-            Self::Fused(layer) => {
+            Self::Stacked(layer) => {
                 let y = layer.forward(x)?;
                 let mut start = 0;
                 sides
@@ -78,6 +87,14 @@ impl Projections {
                         start += side;
                         part
                     })
+                    .collect()
+            }
+            Self::ByHead(layer) => {
+                let (b, t, _) = x.dims3()?;
+                let y = layer.forward(x)?;
+                let y = y.reshape((b, t, (), sides.len(), head_dim))?;
+                (sides.iter().enumerate())
+                    .map(|(at, &side)| y.narrow(3, at, 1)?.contiguous()?.reshape((b, t, side)))
                     .collect()
             }
         }
@@ -124,6 +141,8 @@ impl Decoder {
         dtype: DType,
     ) -> Result<Self> {
         refuse_unknown(config)?;
+        let prefix = config.prefix(|name| tensors.has(name));
+        let names = config.names;
         let mut loader = Loader {
             tensors,
             trained,
@@ -131,18 +150,22 @@ impl Decoder {
             dtype,
             variables: BTreeMap::new(),
             config,
-            shapes: config.tensors(tensors.prefix()).into_iter().collect(),
+            shapes: config.tensors(prefix).into_iter().collect(),
         };
-        let prefix = tensors.prefix();
-        let blocks = (0..config.layers)
-            .map(|layer| loader.block(&format!("{prefix}layers.{layer}"), config.window(layer)))
+        let blocks = (config.attention.iter().enumerate())
+            .map(|(layer, &sees)| loader.block(&format!("{prefix}layers.{layer}"), sees))
             .collect::<Result<_>>()?;
-        let norm = loader.norm(&format!("{prefix}norm"))?;
-        let embedding = loader.tensor(&format!("{prefix}embed_tokens.weight"))?;
-        let head = if config.tied {
+        let norm = loader.norm(&format!("{prefix}{}", names.norm))?;
+        let embedding = loader.weight(&config.embedding(prefix), trained.embeddings)?;
+        let linear = if config.tied {
             Linear::frozen(embedding.clone(), None)
         } else {
-            loader.linear("lm_head", false)?
+            loader.linear(names.head, false)?
+        };
+        let head = Head {
+            linear,
+            divisor: config.logits_divisor,
+            cap: config.logits_cap,
         };
         Ok(Self {
             config: config.clone(),
@@ -163,14 +186,18 @@ impl Decoder {
 
     fn hidden_states(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
         let (b, t) = ids.dims2()?;
-        let angles = self.config.rope.angles(t, &self.device)?;
+        let angles = (self.config.ropes.iter())
+            .map(|rope| rope.angles(t, &self.device))
+            .collect::<candle_core::Result<Vec<_>>>()?;
         let mut masks: BTreeMap<Option<usize>, Tensor> = BTreeMap::new();
-        let mut x = self
+        let embedded = self
             .embedding
             .index_select(&ids.flatten_all()?, 0)?
-            .reshape((b, t, self.config.hidden))?;
+            .reshape((b, t, self.config.hidden))?
+            .to_dtype(self.dtype)?;
+        let mut x = scaled(embedded, self.config.embedding_scale)?;
         for block in &self.blocks {
-            let window = block.window.filter(|&window| window < t);
+            let window = block.sees.window.filter(|&window| window < t);
             let mask = match masks.get(&window) {
                 Some(mask) => mask.clone(),
                 None => {
@@ -179,7 +206,8 @@ impl Decoder {
                     mask
                 }
             };
-            x = block.forward(&self.config, &x, &angles, &mask)?;
+            let angles = block.sees.rope.map(|rope| &angles[rope]);
+            x = block.forward(&self.config, &x, angles, &mask)?;
         }
         self.norm.forward(&x)
     }
@@ -187,7 +215,7 @@ impl Decoder {
     /// The logits of every position: `ids (b, t) → (b, t, vocabulary)`, without gradients.
     pub fn logits(&self, ids: &Tensor) -> Result<Tensor> {
         let hidden = self.hidden_states(ids)?.detach();
-        Ok(self.head.apply(&hidden)?)
+        Ok(self.head.logits(&hidden)?)
     }
 
     /// Σ of the next-token losses in nats, and how many tokens were predicted.
@@ -211,40 +239,86 @@ impl Block {
         &self,
         config: &ModelConfig,
         x: &Tensor,
-        angles: &Angles,
+        angles: Option<&Angles>,
+        mask: &Tensor,
+    ) -> candle_core::Result<Tensor> {
+        let [before_attention, after_attention, before_mlp, after_mlp] = &self.norms;
+        let attended = self.attention(config, &normed(before_attention, x)?, angles, mask)?;
+        let attended = normed(after_attention, &attended)?;
+        let y = (x + scaled(attended, config.residual_scale)?)?;
+        let read = if config.parallel { x } else { &y };
+        let mixed = self.mlp(config, &normed(before_mlp, read)?)?;
+        let mixed = normed(after_mlp, &mixed)?;
+        y + scaled(mixed, config.residual_scale)?
+    }
+
+    fn attention(
+        &self,
+        config: &ModelConfig,
+        x: &Tensor,
+        angles: Option<&Angles>,
         mask: &Tensor,
     ) -> candle_core::Result<Tensor> {
         let (b, t, _) = x.dims3()?;
         let (heads, kv, d) = (config.heads, config.kv_heads, config.head_dim);
-        let normed = self.attention_norm.forward(x)?;
         let projected = self
             .query_key_value
-            .forward(&normed, &[heads * d, kv * d, kv * d])?;
+            .forward(x, &[heads * d, kv * d, kv * d], d)?;
+        let [q, k, v] = &projected[..] else {
+            candle_core::bail!("queries, keys and values are three");
+        };
         let per_head = |y: &Tensor, n: usize| y.reshape((b, t, n, d));
-        let (mut q, mut k) = (
-            per_head(&projected[0], heads)?,
-            per_head(&projected[1], kv)?,
-        );
-        let v = per_head(&projected[2], kv)?.transpose(1, 2)?.contiguous()?;
-        if let Some((query_norm, key_norm)) = &self.query_key_norms {
-            q = query_norm.forward(&q)?;
-            k = key_norm.forward(&k)?;
-        }
-        let q = ops::rotate(&q.transpose(1, 2)?.contiguous()?, angles)?;
-        let k = ops::rotate(&k.transpose(1, 2)?.contiguous()?, angles)?;
-        let scale = 1.0 / (d as f64).sqrt();
-        let attended = ops::attention(&q, &k, &v, mask, scale)?
+        let (q, k) = match (&self.query_key_norms, config.query_key_norm) {
+            (Some((query, key)), QueryKeyNorm::AllHeads) => {
+                let (q, k) = (query.forward(q)?, key.forward(k)?);
+                (per_head(&q, heads)?, per_head(&k, kv)?)
+            }
+            (Some((query, key)), _) => {
+                let (q, k) = (per_head(q, heads)?, per_head(k, kv)?);
+                (query.forward(&q)?, key.forward(&k)?)
+            }
+            (None, _) => (per_head(q, heads)?, per_head(k, kv)?),
+        };
+        let turned = |y: &Tensor| {
+            let y = y.transpose(1, 2)?.contiguous()?;
+            match angles {
+                Some(angles) => ops::rotate(&y, angles),
+                None => Ok(y),
+            }
+        };
+        let v = per_head(v, kv)?.transpose(1, 2)?.contiguous()?;
+        let scores = Scores {
+            scale: config.attention_scale,
+            cap: config.attention_cap,
+        };
+        let attended = ops::attention(&turned(&q)?, &turned(&k)?, &v, mask, scores)?
             .transpose(1, 2)?
             .contiguous()?
             .reshape((b, t, heads * d))?;
-        let x = (x + self.output.forward(&attended)?)?;
-        let normed = self.mlp_norm.forward(&x)?;
-        let wide = self
-            .gate_up
-            .forward(&normed, &[config.intermediate, config.intermediate])?;
-        let mixed = ops::swiglu(&wide[0], &wide[1])?;
-        x + self.down.forward(&mixed)?
+        self.output.forward(&attended)
     }
+
+    fn mlp(&self, config: &ModelConfig, x: &Tensor) -> candle_core::Result<Tensor> {
+        let (i, d) = (config.intermediate, config.head_dim);
+        let wide = self.gate_up.forward(x, &[i, i], d)?;
+        let mixed = match &wide[..] {
+            [gate, up] if config.gated => ops::gated(gate, up, &config.activation)?,
+            [alone] if !config.gated => ops::activated(alone, &config.activation)?,
+            _ => candle_core::bail!("a gate is one projection more"),
+        };
+        self.down.forward(&mixed)
+    }
+}
+
+fn normed(norm: &Option<Norm>, x: &Tensor) -> candle_core::Result<Tensor> {
+    match norm {
+        Some(norm) => norm.forward(x),
+        None => Ok(x.clone()),
+    }
+}
+
+fn scaled(x: Tensor, factor: f64) -> candle_core::Result<Tensor> {
+    if factor == 1.0 { Ok(x) } else { x * factor }
 }
 
 fn refuse_unknown(config: &ModelConfig) -> Result<()> {
@@ -253,19 +327,21 @@ fn refuse_unknown(config: &ModelConfig) -> Result<()> {
         key: key.into(),
         reason,
     };
-    if config.activation != "silu" {
+    if let Activation::Unsupported(name) = &config.activation {
         return Err(refuse(
             "hidden_act",
-            format!("is `{}`, this decoder knows `silu`", config.activation),
+            format!("is `{name}`, this decoder knows silu, gelu and gelu_pytorch_tanh"),
         ));
     }
-    if let Scaling::Unsupported(kind) = &config.rope.scaling {
-        return Err(refuse(
-            "rope_scaling",
-            format!(
-                "is of the type `{kind}`, this decoder knows default, linear, llama3 and longrope"
-            ),
-        ));
+    for rope in &config.ropes {
+        if let Scaling::Unsupported(kind) = &rope.scaling {
+            return Err(refuse(
+                "rope_scaling",
+                format!(
+                    "is of the type `{kind}`, this decoder knows default, linear, dynamic, yarn, llama3 and longrope"
+                ),
+            ));
+        }
     }
     Ok(())
 }
@@ -338,62 +414,67 @@ impl Loader<'_> {
         Ok(layer)
     }
 
-    fn norm(&mut self, module: &str) -> Result<Norm> {
-        let name = format!("{module}.weight");
-        let elements = self.elements(&name)?;
-        let values = Tensor::from_vec(elements.to_f32(), elements.shape.as_slice(), self.device)?;
-        let weight = if self.trained.norms {
-            let variable = Var::from_tensor(&values)?;
-            let weight = variable.as_tensor().clone();
-            self.variables.insert(name, variable);
-            weight
-        } else {
-            values.to_dtype(self.dtype)?
-        };
-        Ok(Norm::new(weight, self.config.norm_eps))
+    /// A tensor that may be trained as it is: then in f32, whatever the model's dtype.
+    fn weight(&mut self, name: &str, trained: bool) -> Result<Tensor> {
+        if !trained {
+            return self.tensor(name);
+        }
+        let elements = self.elements(name)?;
+        let variable = Var::from_vec(elements.to_f32(), elements.shape.as_slice(), self.device)?;
+        let weight = variable.as_tensor().clone();
+        self.variables.insert(name.into(), variable);
+        Ok(weight)
     }
 
-    fn block(&mut self, name: &str, window: Option<usize>) -> Result<Block> {
+    fn norm(&mut self, module: &str) -> Result<Norm> {
+        let weight = self.weight(&format!("{module}.weight"), self.trained.norms)?;
+        Ok(match self.config.norm {
+            NormKind::RootMeanSquare => {
+                Norm::root_mean_square(weight, self.config.norm_eps, self.config.norm_offset)
+            }
+            NormKind::Layer => {
+                let bias = self.tensor(&format!("{module}.bias"))?;
+                Norm::layer(weight, bias, self.config.norm_eps)
+            }
+        })
+    }
+
+    fn block(&mut self, name: &str, sees: Attention) -> Result<Block> {
         let config = self.config;
-        let mut many = |modules: &[&str], bias: bool| -> Result<Projections> {
-            let mut layers = modules
-                .iter()
-                .map(|module| self.linear(&format!("{name}.{module}"), bias))
-                .collect::<Result<Vec<_>>>()?;
-            Ok(match layers.len() {
-                1 => Projections::Fused(layers.remove(0)),
-                _ => Projections::Apart(layers),
+        let names = config.names;
+        let mut many = |projections: family::Projections, bias: bool| -> Result<Projections> {
+            let mut one = |part: &str| self.linear(&format!("{name}.{part}"), bias);
+            Ok(match projections {
+                family::Projections::Apart(parts) => {
+                    Projections::Apart(parts.iter().map(|part| one(part)).collect::<Result<_>>()?)
+                }
+                family::Projections::Stacked(part) => Projections::Stacked(one(part)?),
+                family::Projections::ByHead(part) => Projections::ByHead(one(part)?),
             })
         };
-        let (query_key_value, gate_up) = if config.fused {
-            (
-                many(&["self_attn.qkv_proj"], config.qkv_bias)?,
-                many(&["mlp.gate_up_proj"], config.mlp_bias)?,
-            )
-        } else {
-            let separate = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
-            (
-                many(&separate, config.qkv_bias)?,
-                many(&["mlp.gate_proj", "mlp.up_proj"], config.mlp_bias)?,
-            )
+        let query_key_value = many(names.query_key_value, config.qkv_bias)?;
+        let gate_up = many(names.gate_up, config.mlp_bias)?;
+        let query_key_norms = match config.query_key_norm {
+            QueryKeyNorm::None => None,
+            QueryKeyNorm::EachHead | QueryKeyNorm::AllHeads => Some((
+                self.norm(&format!("{name}.{}", names.query_norm))?,
+                self.norm(&format!("{name}.{}", names.key_norm))?,
+            )),
         };
-        let query_key_norms = if config.qk_norm {
-            Some((
-                self.norm(&format!("{name}.self_attn.q_norm"))?,
-                self.norm(&format!("{name}.self_attn.k_norm"))?,
-            ))
-        } else {
-            None
-        };
+        let mut norms = [const { None }; 4];
+        for (norm, module) in norms.iter_mut().zip(config.norm_places.modules()) {
+            if let Some(module) = module {
+                *norm = Some(self.norm(&format!("{name}.{module}"))?);
+            }
+        }
         Ok(Block {
-            attention_norm: self.norm(&format!("{name}.input_layernorm"))?,
+            norms,
             query_key_value,
             query_key_norms,
-            output: self.linear(&format!("{name}.self_attn.o_proj"), config.output_bias)?,
-            mlp_norm: self.norm(&format!("{name}.post_attention_layernorm"))?,
+            output: self.linear(&format!("{name}.{}", names.output), config.output_bias)?,
             gate_up,
-            down: self.linear(&format!("{name}.mlp.down_proj"), config.mlp_bias)?,
-            window,
+            down: self.linear(&format!("{name}.{}", names.down), config.mlp_bias)?,
+            sees,
         })
     }
 }

@@ -6,6 +6,9 @@
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
+use super::family::Activation;
+use super::ops::TANH_GELU;
+
 /// Rows are handed to threads in groups of about this many numbers: enough to pay for the hand-over.
 const GROUP: usize = 16 << 10;
 
@@ -58,30 +61,63 @@ fn rows_per_group(row: usize) -> usize {
     (GROUP / row.max(1)).max(1)
 }
 
-/// silu(a) ∘ b
-pub fn swiglu(a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
-    if !applies(&[a, b]) {
-        return Ok(None);
+/// activation(a) ∘ b
+pub fn gated(a: &Tensor, b: &Tensor, activation: &Activation) -> Result<Option<Tensor>> {
+    match activation {
+        _ if !applies(&[a, b]) => Ok(None),
+        Activation::Silu => forward(a, b, silu).map(Some),
+        Activation::GeluTanh => forward(a, b, gelu_tanh).map(Some),
+        Activation::Gelu | Activation::Unsupported(_) => Ok(None),
     }
+}
+
+/// (da, db) of [`gated`] from the gradient of its output.
+pub fn gated_gradient(
+    a: &Tensor,
+    b: &Tensor,
+    g: &Tensor,
+    activation: &Activation,
+) -> Result<Option<(Tensor, Tensor)>> {
+    match activation {
+        _ if !applies(&[a, b, g]) => Ok(None),
+        Activation::Silu => backward(a, b, g, silu).map(Some),
+        Activation::GeluTanh => backward(a, b, g, gelu_tanh).map(Some),
+        Activation::Gelu | Activation::Unsupported(_) => Ok(None),
+    }
+}
+
+/// An activation is a·sigmoid(z): z and dz/da.
+fn silu(a: f32) -> (f32, f32) {
+    (a, 1.0)
+}
+
+fn gelu_tanh(a: f32) -> (f32, f32) {
+    const ROOT: f32 = TANH_GELU.0 as f32;
+    const CUBE: f32 = (TANH_GELU.0 * TANH_GELU.1) as f32;
+    (a * (ROOT + CUBE * a * a), ROOT + 3.0 * CUBE * a * a)
+}
+
+fn forward(a: &Tensor, b: &Tensor, inner: impl Fn(f32) -> (f32, f32) + Sync) -> Result<Tensor> {
     let y = with_slices([a, b], |[a, b]| {
         let mut y = vec![0f32; a.len()];
         y.par_chunks_mut(GROUP)
             .zip(a.par_chunks(GROUP).zip(b.par_chunks(GROUP)))
             .for_each(|(y, (a, b))| {
                 for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
-                    *y = a / (1.0 + (-a).exp()) * b;
+                    *y = a / (1.0 + (-inner(a).0).exp()) * b;
                 }
             });
         Ok(y)
     })?;
-    Ok(Some(Tensor::from_vec(y, a.shape(), a.device())?))
+    Tensor::from_vec(y, a.shape(), a.device())
 }
 
-/// (da, db) of [`swiglu`] from the gradient of its output.
-pub fn swiglu_gradient(a: &Tensor, b: &Tensor, g: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
-    if !applies(&[a, b, g]) {
-        return Ok(None);
-    }
+fn backward(
+    a: &Tensor,
+    b: &Tensor,
+    g: &Tensor,
+    inner: impl Fn(f32) -> (f32, f32) + Sync,
+) -> Result<(Tensor, Tensor)> {
     let (da, db) = with_slices([a, b, g], |[a, b, g]| {
         let (mut da, mut db) = (vec![0f32; a.len()], vec![0f32; a.len()]);
         da.par_chunks_mut(GROUP)
@@ -93,16 +129,17 @@ pub fn swiglu_gradient(a: &Tensor, b: &Tensor, g: &Tensor) -> Result<Option<(Ten
             )
             .for_each(|((da, db), ((a, b), g))| {
                 for i in 0..a.len() {
-                    let s = 1.0 / (1.0 + (-a[i]).exp());
-                    let silu = a[i] * s;
-                    db[i] = g[i] * silu;
-                    da[i] = g[i] * b[i] * (s + silu - silu * s);
+                    let (z, dz) = inner(a[i]);
+                    let s = 1.0 / (1.0 + (-z).exp());
+                    let value = a[i] * s;
+                    db[i] = g[i] * value;
+                    da[i] = g[i] * b[i] * (s + (value - value * s) * dz);
                 }
             });
         Ok((da, db))
     })?;
     let tensor = |values| Tensor::from_vec(values, a.shape(), a.device());
-    Ok(Some((tensor(da)?, tensor(db)?)))
+    Ok((tensor(da)?, tensor(db)?))
 }
 
 /// (dx, dw) of the root mean square norm over the last side.
@@ -319,16 +356,25 @@ mod tests {
     }
 
     #[test]
-    fn swiglu_is_its_composition() {
-        for shape in [vec![3, 7], vec![2, 130, 257]] {
-            let inputs = [random(&shape), (random(&shape) * 3.0).expect("scaled")];
-            assert_twins(&inputs, |t| ops::swiglu(&t[0], &t[1]), "swiglu");
+    fn gated_is_its_composition() {
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            for shape in [vec![3, 7], vec![2, 130, 257]] {
+                let inputs = [random(&shape), (random(&shape) * 3.0).expect("scaled")];
+                let f = |t: &[Tensor]| ops::gated(&t[0], &t[1], &activation);
+                assert_twins(&inputs, f, &format!("{activation:?}"));
+            }
         }
     }
 
     #[test]
     fn attention_is_its_composition() {
-        for (t, window) in [(1, None), (9, None), (67, Some(5)), (130, None)] {
+        for (t, window, cap) in [
+            (1, None, None),
+            (9, None, Some(0.8)),
+            (67, Some(5), Some(2.0)),
+            (130, None, None),
+        ] {
+            let scores = ops::Scores { scale: 0.3, cap };
             let inputs = [
                 random(&[2, 6, t, 8]),
                 random(&[2, 3, t, 8]),
@@ -337,7 +383,7 @@ mod tests {
             let f = |x: &[Tensor]| {
                 let mask =
                     super::super::decoder::causal_mask(t, window, x[0].dtype(), &Device::Cpu)?;
-                ops::attention(&x[0], &x[1], &x[2], &mask, 0.3)
+                ops::attention(&x[0], &x[1], &x[2], &mask, scores)
             };
             assert_twins(&inputs, f, "attention");
         }
@@ -395,7 +441,7 @@ mod tests {
     #[test]
     fn other_dtypes_are_left_to_tensor_operations() {
         let x = wide(&random(&[2, 3]));
-        assert!(swiglu(&x, &x).expect("asks").is_none());
+        assert!(gated(&x, &x, &Activation::Silu).expect("asks").is_none());
         assert!(!softmax_gradient(&x, &x).expect("asks"));
     }
 }

@@ -1,8 +1,9 @@
 //! The differentiable operations of a decoder block, each with its gradient written beside it.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, Result, Tensor, bail};
 use candle_nn::ops::softmax_last_dim;
 
+use super::family::Activation;
 use super::fused;
 use super::rope::Angles;
 use super::vjp::attach;
@@ -59,6 +60,31 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     })
 }
 
+/// Layer norm over the last side (Ba, Kiros & Hinton 2016): y = (x − mean x) / √(var x + ε) ∘ w + b.
+///
+/// `x (…, n), w and b (n,) → (…, n)`; b gets no gradient.
+pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
+    let (xd, wd) = (x.detach().contiguous()?, w.detach());
+    let y = candle_nn::ops::layer_norm(&xd, &wd, &b.detach(), eps as f32)?;
+    let wants_weight = w.track_op();
+    attach(&[x, w], y, move |g| {
+        let centred = xd.broadcast_sub(&xd.mean_keepdim(D::Minus1)?)?;
+        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+        let inverse = (variance + eps)?.sqrt()?.recip()?;
+        let normed = centred.broadcast_mul(&inverse)?;
+        let dw = if wants_weight {
+            Some(rows(&(g * &normed)?)?.sum(0)?)
+        } else {
+            None
+        };
+        let gw = g.broadcast_mul(&wd)?;
+        let along = (&gw * &normed)?.mean_keepdim(D::Minus1)?;
+        let dx = gw.broadcast_sub(&gw.mean_keepdim(D::Minus1)?)?;
+        let dx = (dx - normed.broadcast_mul(&along)?)?.broadcast_mul(&inverse)?;
+        Ok(vec![Some(dx), dw])
+    })
+}
+
 /// Rotates pairs of elements by their position's angle (Su et al. 2021, half-split layout). `x (b, h, t, d)`
 ///
 /// The gradient of a rotation is the rotation back.
@@ -68,32 +94,92 @@ pub fn rotate(x: &Tensor, angles: &Angles) -> Result<Tensor> {
     attach(&[x], y, move |g| Ok(vec![Some(forward.apply(g, true)?)]))
 }
 
-/// silu(gate) ∘ up (Shazeer 2020).
-pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    let (a, b) = (gate.detach(), up.detach());
-    let y = match fused::swiglu(&a, &b)? {
+/// activation(gate) ∘ up (Shazeer 2020).
+pub fn gated(gate: &Tensor, up: &Tensor, activation: &Activation) -> Result<Tensor> {
+    let (a, b, activation) = (gate.detach(), up.detach(), activation.clone());
+    let y = match fused::gated(&a, &b, &activation)? {
         Some(y) => y,
-        None => (a.silu()? * &b)?,
+        None => (value_and_slope(&a, &activation)?.0 * &b)?,
     };
     attach(&[gate, up], y, move |g| {
-        if let Some((da, db)) = fused::swiglu_gradient(&a, &b, &g.contiguous()?)? {
+        if let Some((da, db)) = fused::gated_gradient(&a, &b, &g.contiguous()?, &activation)? {
             return Ok(vec![Some(da), Some(db)]);
         }
-        let s = candle_nn::ops::sigmoid(&a)?;
-        let silu = (&a * &s)?;
-        let db = (g * &silu)?;
-        // d silu(a)/da = s·(1 + a·(1 − s)) = s + silu − silu·s
-        let slope = ((&s + &silu)? - (&silu * &s)?)?;
+        let (value, slope) = value_and_slope(&a, &activation)?;
+        let db = (g * value)?;
         let da = ((g * &b)? * slope)?;
         Ok(vec![Some(da), Some(db)])
     })
+}
+
+/// The activation alone, of an MLP without a gate.
+pub fn activated(x: &Tensor, activation: &Activation) -> Result<Tensor> {
+    let (xd, activation) = (x.detach(), activation.clone());
+    let y = value_and_slope(&xd, &activation)?.0;
+    attach(&[x], y, move |g| {
+        Ok(vec![Some((g * value_and_slope(&xd, &activation)?.1)?)])
+    })
+}
+
+/// An activation and its derivative, from tensor operations. All are a·s(a), of slope s + a·s′.
+fn value_and_slope(a: &Tensor, activation: &Activation) -> Result<(Tensor, Tensor)> {
+    let (s, rest) = match activation {
+        Activation::Silu => {
+            let s = candle_nn::ops::sigmoid(a)?;
+            // s′ = s·(1 − s)
+            let value = (a * &s)?;
+            let rest = (&value - (&value * &s)?)?;
+            (s, rest)
+        }
+        Activation::GeluTanh => {
+            // (1 + tanh z)/2 = sigmoid(2z)
+            let square = a.sqr()?;
+            let z = (a * ((&square * (TANH_GELU.0 * TANH_GELU.1))? + TANH_GELU.0)?)?;
+            let dz = ((square * (3.0 * TANH_GELU.0 * TANH_GELU.1))? + TANH_GELU.0)?;
+            let s = candle_nn::ops::sigmoid(&z)?;
+            let value = (a * &s)?;
+            let rest = ((&value - (&value * &s)?)? * dz)?;
+            (s, rest)
+        }
+        Activation::Gelu => {
+            let s = (((a * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)? * 0.5)?;
+            let density = (a.sqr()? * -0.5)?.exp()?;
+            let rest = ((a * density)? * std::f64::consts::TAU.sqrt().recip())?;
+            (s, rest)
+        }
+        Activation::Unsupported(name) => bail!("the activation {name} is refused at loading"),
+    };
+    Ok(((a * &s)?, (s + rest)?))
+}
+
+/// √(8/π) and 0.044715: GELU's approximation is x·sigmoid(√(8/π)·(x + 0.044715·x³)) (Hendrycks & Gimpel 2016).
+pub const TANH_GELU: (f64, f64) = (1.595_769_121_605_730_7, 0.044715);
+
+/// How scores are made of q·k: `cap·tanh(scale·q·k / cap)`, or without a cap `scale·q·k`.
+#[derive(Debug, Clone, Copy)]
+pub struct Scores {
+    pub scale: f64,
+    pub cap: Option<f64>,
+}
+
+/// cap·tanh(x / cap), and its derivative: 1 − tanh². No gradient: for use inside pullbacks.
+pub fn capped(x: &Tensor, cap: f64) -> Result<(Tensor, Tensor)> {
+    let bent = (x / cap)?.tanh()?;
+    let slope = bent.sqr()?.affine(-1.0, 1.0)?;
+    Ok(((bent * cap)?, slope))
 }
 
 /// Scaled dot-product attention with shared key–value heads.
 ///
 /// `q (b, h, t, d), k and v (b, kv, t, d), mask (t, t) of 0 and −∞ → (b, h, t, d)`; h is a multiple of kv, and no key or
 /// value is repeated. The probabilities are computed again in the pullback, not kept.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, scale: f64) -> Result<Tensor> {
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &Tensor,
+    scores: Scores,
+) -> Result<Tensor> {
     let (b, h, t, d) = q.dims4()?;
     let kv = k.dim(1)?;
     let shared = h / kv;
@@ -104,32 +190,44 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, scale: f64) 
         v.detach().contiguous()?,
     );
     let mask = mask.clone();
+    let Scores { scale, cap } = scores;
+    // the probabilities, and the slope of a cap
     let probabilities = {
         let (qd, kd) = (qd.clone(), kd.clone());
-        move || -> Result<Tensor> {
+        move || -> Result<(Tensor, Option<Tensor>)> {
             let scores = (&qd * scale)?.matmul(&kd.t()?)?;
             let scores = scores.reshape((b * h, t, t))?;
+            let (scores, slope) = match cap {
+                Some(cap) => {
+                    let (scores, slope) = capped(&scores, cap)?;
+                    (scores, Some(slope))
+                }
+                None => (scores, None),
+            };
             let p = if fused::masked_softmax(&scores, &mask)? {
                 scores
             } else {
                 softmax_last_dim(&scores.broadcast_add(&mask)?)?
             };
-            p.reshape((b, kv, shared * t, t))
+            Ok((p.reshape((b, kv, shared * t, t))?, slope))
         }
     };
-    let y = probabilities()?.matmul(&vd)?.reshape((b, h, t, d))?;
+    let y = probabilities()?.0.matmul(&vd)?.reshape((b, h, t, d))?;
     attach(&[q, k, v], y, move |g| {
         let g = g.contiguous()?.reshape(grouped)?;
-        let p = probabilities()?;
+        let (p, slope) = probabilities()?;
         let dv = p.t()?.matmul(&g)?;
         let dp = g.matmul(&vd.t()?)?;
         // softmax: ds = p ∘ (dp − Σ dp ∘ p)
-        let ds = if fused::softmax_gradient(&p, &dp)? {
+        let mut ds = if fused::softmax_gradient(&p, &dp)? {
             dp
         } else {
             let along = (&dp * &p)?.sum_keepdim(D::Minus1)?;
             (p * dp.broadcast_sub(&along)?)?
         };
+        if let Some(slope) = slope {
+            ds = (ds * slope.reshape((b, kv, shared * t, t))?)?;
+        }
         let dq = (ds.matmul(&kd)? * scale)?.reshape((b, h, t, d))?;
         let dk = (ds.t()?.matmul(&qd)? * scale)?;
         Ok(vec![Some(dq), Some(dk), Some(dv)])
@@ -233,13 +331,71 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn swiglu_gradient() {
-        let inputs = [random(&[4, 7], DType::F64), random(&[4, 7], DType::F64)];
-        assert_gradient(&inputs, |t| swiglu(&t[0], &t[1]), 1e-5, 1e-6);
+    fn layer_norm_gradient() {
+        let bias = random(&[8], DType::F32);
+        assert_gradient(
+            &[random(&[3, 5, 8], DType::F32), random(&[8], DType::F32)],
+            |t| layer_norm(&t[0], &t[1], &bias, 1e-5),
+            1e-2,
+            1e-2,
+        );
     }
 
     #[test]
-    fn attention_gradient_with_shared_heads_and_a_window() {
+    fn gated_gradient() {
+        for (activation, tolerance) in [
+            (Activation::Silu, 1e-6),
+            (Activation::GeluTanh, 1e-6),
+            (Activation::Gelu, 1e-6),
+        ] {
+            let inputs = [random(&[4, 7], DType::F64), random(&[4, 7], DType::F64)];
+            let f = |t: &[Tensor]| gated(&t[0], &t[1], &activation);
+            assert_gradient(&inputs, f, 1e-5, tolerance);
+            let f = |t: &[Tensor]| activated(&t[0], &activation);
+            assert_gradient(&inputs[..1], f, 1e-5, tolerance);
+        }
+    }
+
+    const SILU: [f64; 4] = [
+        -0.2736382857095345,
+        -0.1276672449565023,
+        0.46773144051771626,
+        1.7615941559557646,
+    ];
+    const GELU_TANH: [f64; 4] = [
+        -0.10042842301976707,
+        -0.11462907645724074,
+        0.5305701347051167,
+        1.954597694087775,
+    ];
+    const GELU: [f64; 4] = [
+        -0.10021080190328704,
+        -0.1146265733433142,
+        0.5306254434438489,
+        1.9544997361036416,
+    ];
+
+    #[test]
+    fn activations_have_their_published_values() {
+        // torch 2.9.1, f64: silu, gelu(approximate="tanh"), gelu at −1.5, −0.3, 0.7, 2
+        let x = Tensor::new(&[-1.5f64, -0.3, 0.7, 2.0], &Device::Cpu).expect("x");
+        for (activation, wanted) in [
+            (Activation::Silu, SILU),
+            (Activation::GeluTanh, GELU_TANH),
+            (Activation::Gelu, GELU),
+        ] {
+            let (y, _) = value_and_slope(&x, &activation).expect("computes");
+            for (y, wanted) in y.to_vec1::<f64>().expect("values").iter().zip(wanted) {
+                assert!(
+                    (y - wanted).abs() < 1e-12,
+                    "{activation:?}: {y} for {wanted}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn attention_gradient_with_shared_heads_a_window_and_a_cap() {
         let inputs = [
             random(&[2, 6, 5, 4], DType::F64),
             random(&[2, 2, 5, 4], DType::F64),
@@ -247,11 +403,10 @@ pub(super) mod tests {
         ];
         let mask =
             super::super::decoder::causal_mask(5, Some(3), DType::F64, &Device::Cpu).expect("mask");
-        assert_gradient(
-            &inputs,
-            |t| attention(&t[0], &t[1], &t[2], &mask, 0.5),
-            1e-5,
-            1e-6,
-        );
+        for cap in [None, Some(0.7)] {
+            let scores = Scores { scale: 0.5, cap };
+            let f = |t: &[Tensor]| attention(&t[0], &t[1], &t[2], &mask, scores);
+            assert_gradient(&inputs, f, 1e-5, 1e-6);
+        }
     }
 }

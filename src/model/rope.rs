@@ -20,7 +20,7 @@ impl Rope {
     pub fn angles(&self, length: usize, device: &Device) -> Result<Angles> {
         let frequencies = self.frequencies(length);
         let attention = match &self.scaling {
-            Scaling::LongRope { attention, .. } => *attention,
+            Scaling::LongRope { attention, .. } | Scaling::Yarn { attention, .. } => *attention,
             _ => 1.0,
         };
         let half = frequencies.len();
@@ -43,7 +43,9 @@ impl Rope {
 
     /// θ^(−2i/dim), stretched as the scaling says (transformers, `modeling_rope_utils`).
     fn frequencies(&self, length: usize) -> Vec<f64> {
-        let plain = (0..self.dim / 2).map(|i| self.theta.powf(-2.0 * i as f64 / self.dim as f64));
+        let (dim, half) = (self.dim as f64, self.dim / 2);
+        let turning = |theta: f64| (0..half).map(move |i| theta.powf(-2.0 * i as f64 / dim));
+        let plain = turning(self.theta);
         match &self.scaling {
             Scaling::None | Scaling::Unsupported(_) => plain.collect(),
             Scaling::Linear { factor } => plain.map(|f| f / factor).collect(),
@@ -65,6 +67,37 @@ impl Rope {
                     }
                 })
                 .collect(),
+            Scaling::Yarn {
+                factor,
+                fast,
+                slow,
+                original,
+                truncate,
+                ..
+            } => {
+                // the element that turns so many times within the original window
+                let element = |turns: &f64| {
+                    dim * (original / (turns * std::f64::consts::TAU)).ln()
+                        / (2.0 * self.theta.ln())
+                };
+                let (mut low, mut high) = (element(fast), element(slow));
+                if *truncate {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                (low, high) = (low.max(0.0), high.min(dim - 1.0));
+                if low == high {
+                    high += 0.001;
+                }
+                let stretched = |i: usize| ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                plain
+                    .enumerate()
+                    .map(|(i, f)| f / factor * stretched(i) + f * (1.0 - stretched(i)))
+                    .collect()
+            }
+            Scaling::Dynamic { factor, original } => {
+                let stretch = factor * (length as f64).max(*original) / original - (factor - 1.0);
+                turning(self.theta * stretch.powf(dim / (dim - 2.0))).collect()
+            }
             Scaling::LongRope {
                 short,
                 long,

@@ -13,6 +13,9 @@ use crate::error::{Error, IoContext, Result};
 /// The longest header that is read, as in the reference implementation.
 pub const HEADER_BYTES_MAX: u64 = 100_000_000;
 
+/// The longest data that is read: longer than any disk, and so far from 2⁶⁴ that sums of some lengths stay below it.
+const END_MAX: usize = 1 << 52;
+
 /// One tensor of a file: `offset` counts from the start of the file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Entry {
@@ -94,8 +97,17 @@ impl Header {
         }
         refuse_repeated_keys(json).map_err(refuse)?;
         let metadata: Metadata = serde_json::from_slice(json).map_err(|e| refuse(e.to_string()))?;
-        let mut entries: Vec<Entry> = metadata
-            .tensors()
+        let tensors = metadata.tensors();
+        if let Some((name, info)) = tensors
+            .iter()
+            .find(|(_, info)| info.data_offsets.1 > END_MAX)
+        {
+            return Err(refuse(format!(
+                "it ends `{name}` at byte {}, at most {END_MAX} are read",
+                info.data_offsets.1
+            )));
+        }
+        let mut entries: Vec<Entry> = tensors
             .into_iter()
             .map(|(name, info)| Entry {
                 name,

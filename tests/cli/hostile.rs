@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use svdhub::hub::server::{Effect, Fault};
 use svdhub::weights::{Checkpoint, Dtype, Elements, Layout};
 
-use crate::world::{World, arg, fixture, write_model};
+use crate::world::{World, arg, fixture, tensors, write_model};
 
 fn decomposed(world: &World, options: &[&str]) -> PathBuf {
     let base = world.model("base", Dtype::BF16, u64::MAX);
@@ -23,15 +23,6 @@ fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
         serde_json::from_slice(&std::fs::read(path).expect("reads")).expect("JSON");
     edit(&mut value);
     std::fs::write(path, value.to_string()).expect("writes");
-}
-
-/// The fixture's tensors, to be changed and written again.
-fn tensors(base: &Path) -> BTreeMap<String, Elements> {
-    let checkpoint = Checkpoint::open(base, Layout::Model).expect("opens");
-    let names = checkpoint.inventory.entries().map(|(_, e)| e.name.clone());
-    names
-        .map(|n| (n.clone(), checkpoint.read(&n).expect("reads")))
-        .collect()
 }
 
 #[test]
@@ -72,6 +63,84 @@ fn a_pin_cannot_name_files_elsewhere() {
     });
     assert_eq!(world.run(&["verify", arg(&split)]).code, Some(1));
     assert_eq!(std::fs::read_to_string(&victim).expect("reads"), "precious");
+}
+
+/// Puts a file elsewhere and a link in its place.
+fn move_behind_a_link(file: &Path, elsewhere: &Path) {
+    std::fs::rename(file, elsewhere).expect("moves");
+    std::os::unix::fs::symlink(elsewhere, file).expect("links");
+}
+
+#[test]
+fn links_lead_nowhere_out_of_a_decomposition_or_an_adapter() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let (adapter, data) = (world.path("adapter"), fixture("eighty-train.txt"));
+    let (out, elsewhere) = (world.path("merged"), world.path("elsewhere"));
+    let train = |out: &Path| {
+        let (split, data, out) = (arg(&split), arg(&data), arg(out));
+        let steps = ["--steps", "1", "--length", "32"];
+        world.run(&[&["train", split, "--data", data, "--out", out], &steps[..]].concat())
+    };
+    train(&adapter).succeeds();
+    let merge = || {
+        let (split, adapter, out) = (arg(&split), arg(&adapter), arg(&out));
+        world.run(&["merge", split, "--adapter", adapter, "--out", out])
+    };
+    for name in [
+        "svd-00001-of-00001.safetensors",
+        "svd.safetensors.index.json",
+        "config.json",
+        "base_config.json",
+        "report.json",
+        "LICENSE",
+    ] {
+        let file = split.join(name);
+        move_behind_a_link(&file, &elsewhere);
+        let words = [name, "link", arg(&elsewhere)];
+        merge().refuses(&words);
+        train(&world.path("another")).refuses(&words);
+        world.run(&["inspect", arg(&split)]).refuses(&words);
+        let publish = ["publish", arg(&split), "org/svd", "--dry-run"];
+        world.run(&publish).refuses(&words);
+        let verify = world.run(&["verify", arg(&split)]);
+        assert_eq!(verify.code, Some(1));
+        assert!(verify.stdout.contains("link"), "{}", verify.stdout);
+        std::fs::rename(&elsewhere, &file).expect("moves back");
+    }
+    for name in ["adapter.safetensors", "svd_adapter.json", "report.json"] {
+        let file = adapter.join(name);
+        move_behind_a_link(&file, &elsewhere);
+        merge().refuses(&[name, "link", arg(&elsewhere)]);
+        std::fs::rename(&elsewhere, &file).expect("moves back");
+    }
+    assert!(!out.exists(), "nothing was begun");
+    // a link that stays at home is a file like others, and a link of one's own model is one's own matter
+    move_behind_a_link(&split.join("LICENSE"), &split.join("TERMS"));
+    merge().succeeds();
+    assert!(!out.join("LICENSE").is_symlink());
+    let weights = world.path("base/model.safetensors");
+    move_behind_a_link(&weights, &elsewhere);
+    world.run(&["plan", arg(&world.path("base"))]).succeeds();
+}
+
+#[test]
+fn a_snapshot_in_the_cache_may_be_named_as_a_directory() {
+    let world = World::with_hub();
+    let split = decomposed(&world, &[]);
+    world.run(&["publish", arg(&split), "org/svd"]).succeeds();
+    world.run(&["verify", "org/svd"]).succeeds();
+    let snapshots = world.path("hf/hub/models--org--svd/snapshots");
+    let mut commits = std::fs::read_dir(snapshots).expect("lists");
+    let snapshot = commits.next().expect("one").expect("an entry").path();
+    assert!(snapshot.join("config.json").is_symlink());
+    world.run(&["verify", arg(&snapshot)]).succeeds();
+    // its neighbours are not its blobs
+    let config = snapshot.join("config.json");
+    std::fs::remove_file(&config).expect("removes");
+    std::os::unix::fs::symlink("../../refs/main", &config).expect("links");
+    let words = ["config.json", "link", "refs/main"];
+    world.run(&["inspect", arg(&snapshot)]).refuses(&words);
 }
 
 #[test]

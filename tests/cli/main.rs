@@ -12,5 +12,6 @@ mod ranks;
 mod resume;
 mod round_trip;
 mod training;
+mod untie;
 mod verify;
 mod world;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use svdhub::weights::{Checkpoint, Dtype, Layout};
 
-use crate::world::{World, arg, files, fixture};
+use crate::world::{World, arg, files, fixture, loss};
 
 fn decomposed(world: &World, options: &[&str]) -> PathBuf {
     let base = world.model("base", Dtype::BF16, u64::MAX);
@@ -32,19 +32,6 @@ fn trained(world: &World, split: &Path, name: &str, options: &[&str]) -> (PathBu
     ];
     let facts = world.json(&[&base, options].concat());
     (out, facts)
-}
-
-fn loss(world: &World, model: &[&str]) -> f64 {
-    let data = fixture("eighty-heldout.txt");
-    let facts = world.json(
-        &[
-            &["evaluate"],
-            model,
-            &["--data", arg(&data), "--length", "64"],
-        ]
-        .concat(),
-    );
-    facts["loss"].as_f64().expect("a loss")
 }
 
 #[test]

@@ -253,3 +253,49 @@ pub fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 pub fn arg(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
+
+/// What a JSON file holds.
+pub fn json_file(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).expect("reads")).expect("JSON")
+}
+
+/// The `svd` section of a decomposition.
+pub fn section(split: &Path) -> Value {
+    json_file(&split.join("config.json"))["svd"].clone()
+}
+
+/// The records of its modules.
+pub fn modules(split: &Path) -> BTreeMap<String, Value> {
+    let section = section(split);
+    let modules = section["modules"].as_object().expect("modules");
+    modules
+        .iter()
+        .map(|(m, r)| (m.clone(), r.clone()))
+        .collect()
+}
+
+/// Every tensor of a model.
+pub fn tensors(dir: &Path) -> BTreeMap<String, Elements> {
+    let checkpoint = Checkpoint::open(dir, Layout::Model).expect("opens");
+    let names = checkpoint.inventory.entries().map(|(_, e)| e.name.clone());
+    names
+        .map(|name| {
+            let elements = checkpoint.read(&name).expect("reads");
+            (name, elements)
+        })
+        .collect()
+}
+
+/// The held-out loss of a model, or of a decomposition with an adapter.
+pub fn loss(world: &World, model: &[&str]) -> f64 {
+    let data = fixture("eighty-heldout.txt");
+    let facts = world.json(
+        &[
+            &["evaluate"],
+            model,
+            &["--data", arg(&data), "--length", "64"],
+        ]
+        .concat(),
+    );
+    facts["loss"].as_f64().expect("a loss")
+}

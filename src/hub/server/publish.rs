@@ -228,14 +228,23 @@ fn tracked_by_lfs(attributes: &str, path: &str) -> bool {
     tracked
 }
 
-/// `*` stands for any bytes.
+/// `*` stands for any bytes. Whatever lies between two stars is best found where it comes first: no way back is needed.
 fn matches(pattern: &[u8], text: &[u8]) -> bool {
-    match (pattern, text) {
-        ([], []) => true,
-        ([b'*', rest @ ..], _) => (0..=text.len()).any(|skipped| matches(rest, &text[skipped..])),
-        ([p, pattern @ ..], [t, text @ ..]) => p == t && matches(pattern, text),
-        _ => false,
+    let mut pieces = pattern.split(|&byte| byte == b'*');
+    let first = pieces.next().unwrap_or_default();
+    let Some(mut text) = text.strip_prefix(first) else {
+        return false;
+    };
+    let Some(last) = pieces.next_back() else {
+        return text.is_empty();
+    };
+    for piece in pieces.filter(|piece| !piece.is_empty()) {
+        match text.windows(piece.len()).position(|found| found == piece) {
+            Some(at) => text = &text[at + piece.len()..],
+            None => return false,
+        }
     }
+    text.ends_with(last)
 }
 
 #[cfg(test)]
@@ -248,5 +257,29 @@ mod tests {
         let tracked = |path| tracked_by_lfs(attributes, path);
         assert!(tracked("a/b.safetensors") && tracked("top.txt"));
         assert!(!tracked("a/top.txt") && !tracked("small.safetensors") && !tracked("b.json"));
+    }
+
+    #[test]
+    fn stars_stand_for_any_bytes_and_cost_no_patience() {
+        let text = "a".repeat(10_000);
+        for (pattern, text, fits) in [
+            ("", "", true),
+            ("*", "", true),
+            ("a*", "a", true),
+            ("a*a", "a", false),
+            ("a*a", "aa", true),
+            ("*ab*b", "aabb", true),
+            ("*ab*b", "aab", false),
+            ("a", "ab", false),
+            // tried from every place, these would outlast everybody
+            (&"*a".repeat(200), text.as_str(), true),
+            (&("*a".repeat(200) + "b"), text.as_str(), false),
+        ] {
+            assert_eq!(
+                matches(pattern.as_bytes(), text.as_bytes()),
+                fits,
+                "{pattern}"
+            );
+        }
     }
 }

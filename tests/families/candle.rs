@@ -1,6 +1,5 @@
-//! Every family against candle-transformers' own decoder, and its gradients against finite differences.
+//! Against candle-transformers' decoders.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -8,59 +7,14 @@ use candle_nn::{VarBuilder, VarMap};
 use candle_transformers::models as theirs;
 use serde_json::{Value, json};
 
-use svdhub::error::{Error, Result};
-use svdhub::linalg::{Algorithm, Wanted, decompose};
-use svdhub::model::{Decoder, ModelConfig, Tensors, Trained};
+use svdhub::model::{Decoder, ModelConfig, Trained};
 use svdhub::plan::{Role, role};
-use svdhub::split::Factors;
 use svdhub::weights::Elements;
 
+use crate::differences::assert_gradients;
+use crate::memory::Memory;
+
 const LENGTH: usize = 24;
-
-/// A model in memory; with a share, its linear weights are decomposed.
-struct Memory {
-    tensors: BTreeMap<String, Elements>,
-    share: Option<f64>,
-}
-
-impl Tensors for Memory {
-    fn tensor(&self, name: &str) -> Result<Elements> {
-        let missing = || Error::TensorMissing {
-            tensor: name.into(),
-            path: "memory".into(),
-        };
-        self.tensors.get(name).cloned().ok_or_else(missing)
-    }
-
-    fn spectrum(&self, module: &str) -> Result<Option<(Factors, Vec<f32>)>> {
-        let Some(share) = self.share else {
-            return Ok(None);
-        };
-        let stored = self.tensor(&format!("{module}.weight"))?;
-        let shape = (stored.shape[0], stored.shape[1]);
-        let matrix =
-            ndarray::Array2::from_shape_vec(shape, stored.to_f32()).expect("the shape fits");
-        let q = ((share * shape.0.min(shape.1) as f64) as usize).max(1);
-        let svd = decompose(
-            module,
-            matrix.view(),
-            Wanted::Triplets(q),
-            &Algorithm::default(),
-        )?;
-        // not zero, so that a forward pass that forgets Δσ is seen
-        let delta = svd.sigma.iter().map(|s| 0.1 * s).collect();
-        let (u, sigma, v) = (svd.u, svd.sigma, svd.v);
-        Ok(Some((Factors { u, sigma, v }, delta)))
-    }
-
-    fn prefix(&self) -> &'static str {
-        "model."
-    }
-
-    fn path_of(&self, _: &str) -> std::path::PathBuf {
-        "memory".into()
-    }
-}
 
 fn config(family: &str, more: Value) -> Value {
     let mut config = json!({"model_type": family, "vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -106,7 +60,7 @@ fn against(
         .collect();
     let memory = Memory {
         tensors,
-        share: None,
+        factors: None,
     };
     let parsed = ModelConfig::parse(Path::new("config.json"), config).expect("parses");
     let decoder = Decoder::load(
@@ -188,7 +142,7 @@ fn llama_with_stretched_rope() {
             &mut theirs::llama::Cache::new(false, DType::F32, &parsed, &Device::Cpu)?,
         )
     });
-    assert_gradients(memory, &config);
+    assert_gradients(memory, &config, &ids());
 }
 
 #[test]
@@ -198,7 +152,7 @@ fn qwen2_with_biases_and_tied_head() {
         json!({"sliding_window": 64, "max_window_layers": 2, "tie_word_embeddings": true, "use_sliding_window": false}),
     );
     let (memory, _) = theirs!(config, theirs::qwen2::ModelForCausalLM,);
-    assert_gradients(memory, &config);
+    assert_gradients(memory, &config, &ids());
 }
 
 #[test]
@@ -208,14 +162,14 @@ fn qwen3_with_query_and_key_norms() {
         json!({"head_dim": 16, "attention_bias": false, "max_window_layers": 2, "use_sliding_window": false, "sliding_window": null}),
     );
     let (memory, _) = theirs!(config, theirs::qwen3::ModelForCausalLM,);
-    assert_gradients(memory, &config);
+    assert_gradients(memory, &config, &ids());
 }
 
 #[test]
 fn phi3_with_fused_projections_and_partial_rotary() {
     let config = config("phi3", json!({"partial_rotary_factor": 0.5}));
     let (memory, _) = theirs!(config, theirs::phi3::Model,);
-    assert_gradients(memory, &config);
+    assert_gradients(memory, &config, &ids());
 }
 
 #[test]
@@ -230,77 +184,5 @@ fn mistral_with_a_sliding_window() {
         randomise(variables);
         model.forward(&ids(), 0)
     });
-    assert_gradients(memory, &ours);
-}
-
-/// Every Δσ vector, the head's included, and every norm: one random direction each.
-fn assert_gradients(mut memory: Memory, config: &Value) {
-    memory.share = Some(0.4);
-    let parsed = ModelConfig::parse(Path::new("config.json"), config).expect("parses");
-    let trained = Trained {
-        sigma: true,
-        norms: true,
-    };
-    let decoder =
-        Decoder::load(&parsed, &memory, trained, &Device::Cpu, DType::F32).expect("loads");
-    let linear = memory
-        .tensors
-        .keys()
-        .filter(|n| matches!(role(n), Role::Linear | Role::Head))
-        .count();
-    let norms = memory
-        .tensors
-        .keys()
-        .filter(|n| role(n) == Role::Norm)
-        .count();
-    assert_eq!(decoder.variables.len(), linear + norms);
-    let loss = || -> f64 {
-        let (sum, _) = decoder.loss(&ids()).expect("forward");
-        f64::from(
-            sum.flatten_all()
-                .and_then(|s| s.to_vec1::<f32>())
-                .expect("a loss")[0],
-        )
-    };
-    let (sum, _) = decoder.loss(&ids()).expect("forward");
-    let gradients = sum.backward().expect("backward");
-    for (name, variable) in &decoder.variables {
-        let gradient: Vec<f32> = gradients
-            .get(variable)
-            .unwrap_or_else(|| panic!("no gradient reaches {name}"))
-            .to_vec1()
-            .expect("values");
-        let before: Vec<f32> = variable.to_vec1().expect("values");
-        // along the gradient the change is largest beside f32's rounding of the loss
-        let length = gradient
-            .iter()
-            .map(|g| f64::from(*g).powi(2))
-            .sum::<f64>()
-            .sqrt();
-        assert!(length > 0.0, "{name} has a gradient of zero");
-        let step = 2e-2;
-        let moved = |sign: f64| -> f64 {
-            let values: Vec<f32> = before
-                .iter()
-                .zip(&gradient)
-                .map(|(x, g)| x + (sign * step * f64::from(*g) / length) as f32)
-                .collect();
-            let n = values.len();
-            variable
-                .set(&Tensor::from_vec(values, n, &Device::Cpu).expect("values"))
-                .expect("sets");
-            loss()
-        };
-        let numeric = (moved(1.0) - moved(-1.0)) / (2.0 * step);
-        let n = before.len();
-        variable
-            .set(&Tensor::from_vec(before, n, &Device::Cpu).expect("values"))
-            .expect("sets");
-        // f32: the loss of some 80 nats carries 1e-5, over twice the step; curvature adds its square
-        let allowed = 5e-3 * length + 1e-3;
-        assert!(
-            (numeric - length).abs() < allowed,
-            "{name}: {numeric} by differences, {length} by backward"
-        );
-    }
+    assert_gradients(memory, &ours, &ids());
 }

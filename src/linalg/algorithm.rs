@@ -1,0 +1,136 @@
+//! What is asked of a decomposition, and what it answers.
+
+use std::fmt;
+
+use ndarray::{Array1, Array2};
+use serde::{Deserialize, Serialize};
+
+use super::certificate::Certificate;
+
+/// How a matrix is decomposed, and what the result promises.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Algorithm {
+    pub name: String,
+    /// Largest relative error of each kept singular value.
+    pub tolerance: f64,
+    /// Seed of the starting vectors and of the probes that check the result.
+    pub seed: u64,
+    pub backend: String,
+    /// Rather fast than exact: the values err by up to 15 %, as those of `torch.svd_lowrank` do. Not in schema 1.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fast: bool,
+}
+
+impl Default for Algorithm {
+    fn default() -> Self {
+        Self {
+            name: "gram".into(),
+            tolerance: 1e-4,
+            seed: 0,
+            backend: "cpu".into(),
+            fast: false,
+        }
+    }
+}
+
+impl Algorithm {
+    /// Whether triplets with this certificate are what was asked for.
+    pub fn accepts(&self, certificate: &Certificate) -> bool {
+        if self.fast {
+            certificate.are_consistent(self.tolerance)
+        } else {
+            certificate.holds(self.tolerance)
+        }
+    }
+}
+
+/// Which way the triplets were computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Route {
+    /// A block Krylov space of the Gram matrix, not grown until convergence: asked for by [`Algorithm::fast`].
+    Fast,
+    /// A block Krylov space of the Gram matrix in f32.
+    Krylov,
+    /// The same, after the values that dwarf the rest were taken out.
+    DeflatedKrylov,
+    /// The whole Gram matrix in f32.
+    GramF32,
+    /// The same, after the values that dwarf the rest were taken out.
+    DeflatedGramF32,
+    /// The whole Gram matrix in f64: the guaranteed route.
+    GramF64,
+    /// LAPACK's full decomposition in f64: for small matrices, and should the certificate ever refuse the others.
+    Full,
+}
+
+impl Route {
+    /// The route in words.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Self::Fast => "a small Krylov space",
+            Self::Krylov => "a Krylov space in f32",
+            Self::DeflatedKrylov => "a Krylov space in f32 without the largest values",
+            Self::GramF32 => "the Gram matrix in f32",
+            Self::DeflatedGramF32 => "the Gram matrix in f32 without the largest values",
+            Self::GramF64 => "the Gram matrix in f64",
+            Self::Full => "a full decomposition in f64",
+        }
+    }
+
+    /// Whether nothing but small sides was computed in double precision.
+    pub fn is_single(self) -> bool {
+        !matches!(self, Self::GramF64 | Self::Full)
+    }
+}
+
+/// The q leading singular triplets of a matrix M (m, n), vectors in rows.
+#[derive(Debug, Clone)]
+pub struct Svd {
+    /// (q, m)
+    pub u: Array2<f32>,
+    /// (q,), descending
+    pub sigma: Array1<f32>,
+    /// (q, n)
+    pub v: Array2<f32>,
+    pub route: Route,
+    pub certificate: Certificate,
+    /// A cheaper route whose result was not good enough, if one was tried.
+    pub refused: Option<Refused>,
+}
+
+/// A route that was tried and left.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Refused {
+    pub route: Route,
+    /// σ₁/σ_q of the matrix that was squared in f32.
+    pub kappa: f64,
+    /// `None` if κ alone decided.
+    pub certificate: Option<Certificate>,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, out: &mut fmt::Formatter) -> fmt::Result {
+        let (route, kappa) = (self.route.describe(), self.kappa);
+        match self.certificate {
+            None => write!(out, "{route} is not precise enough at κ = {kappa:.0}"),
+            Some(c) => write!(
+                out,
+                "the certificate refused {route} (residual {:.1e}, orthogonality {:.1e}, ‖M′‖ {:.4} × σ_q)",
+                c.residual,
+                c.orthogonality,
+                c.tail.unwrap_or(f64::NAN)
+            ),
+        }
+    }
+}
+
+/// How many of the leading singular triplets are asked for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Wanted {
+    /// This many, 1 ≤ q ≤ min(m, n).
+    Triplets(usize),
+    /// As few as hold this share of ‖M‖², 0 < share ≤ 1.
+    Energy(f64),
+}

@@ -1,0 +1,8 @@
+//! Every family against others' decoders, and its gradients against autograd and finite differences.
+
+mod candle;
+mod differences;
+mod memory;
+mod refused;
+mod round_trip;
+mod transformers;
