@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::artifact::Artifact;
 use crate::error::{Error, Result};
@@ -84,12 +84,10 @@ impl Adapter {
             weights_sha256: Some(sum.clone()),
             ..self.config.clone()
         };
-        match serde_json::to_value(config) {
-            Ok(Value::Object(config)) => {
-                write_atomically(&self.dir.join(CONFIG_FILE), &json::seal(config))?;
-            }
-            other => panic!("invariant: a config is an object: {other:?}"),
-        }
+        let config: Map<String, Value> = serde_json::to_value(config)
+            .and_then(serde_json::from_value)
+            .expect("a config serialises to an object");
+        write_atomically(&self.dir.join(CONFIG_FILE), &json::seal(config))?;
         Ok(sum)
     }
 

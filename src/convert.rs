@@ -5,13 +5,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use ndarray::{Array1, ArrayView2, s};
 
 use crate::artifact::Artifact;
 use crate::base::remembered;
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{
     ArtifactLayout, BASE_CONFIG, BASE_INDEX, FactorsDtype, ModuleRecord, ModuleTensors, Origin,
@@ -128,7 +129,7 @@ pub fn run(
     };
     let mut joined = join.resume()?;
     let folder = workspace.state(PARTS);
-    std::fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
+    std::fs::create_dir_all(&folder).context("create", &folder)?;
     let mut missing: Vec<&str> = frame.matrices().collect();
     let all: u64 = missing
         .iter()
@@ -145,7 +146,7 @@ pub fn run(
         .map(|module| conversion.read_bytes(module))
         .sum();
     observer.resume(Stage::Convert, all - left, all, Unit::Bytes);
-    let last = std::sync::atomic::AtomicUsize::new(missing.len());
+    let waiting = AtomicUsize::new(missing.len());
     let joined = workers::run(
         &missing,
         Limits::threads(options.threads),
@@ -153,7 +154,7 @@ pub fn run(
         |module| {
             let part = conversion.part(&folder, module)?;
             observer.advance(Stage::Convert, conversion.read_bytes(module), module);
-            if last.fetch_sub(1, std::sync::atomic::Ordering::Relaxed) == 1 {
+            if waiting.fetch_sub(1, Ordering::Relaxed) == 1 {
                 observer.finish(Stage::Convert);
             }
             Ok(((*module).to_string(), part))
@@ -233,6 +234,8 @@ fn ranks_of(
 
 /// The fewest of the stored triplets that hold a share of ‖M‖², if all of them hold it.
 fn energy_kept(record: &ModuleRecord, sigma: &[f32], share: f64) -> Option<usize> {
+    // of a full decomposition all hold everything, whatever the rounding of the sums says
+    let whole = record.q == record.shape[0].min(record.shape[1]);
     let squares = || sigma.iter().map(|&x| f64::from(x).powi(2));
     let total = squares().sum::<f64>() / record.captured_energy.max(f64::MIN_POSITIVE);
     let mut sum = 0.0;
@@ -242,7 +245,7 @@ fn energy_kept(record: &ModuleRecord, sigma: &[f32], share: f64) -> Option<usize
             return Some(at + 1);
         }
     }
-    None
+    whole.then_some(record.q)
 }
 
 /// What surrounds the matrices, as the source has it.
@@ -294,7 +297,8 @@ fn frame(
         base_config: artifact.dir.join(BASE_CONFIG),
         base_index: index.exists().then_some(index),
         side_files: artifact.dir.clone(),
-        local_base: remembered(&artifact.dir).filter(|_| svd.base.repo.is_none()),
+        // one that has gone cannot be remembered, and a residual needs none
+        local_base: remembered(&artifact.dir).filter(|dir| svd.base.repo.is_none() && dir.is_dir()),
     })
 }
 

@@ -8,7 +8,7 @@
 //!                        (linalg, split, join)    (model)
 //! ```
 //!
-//! `export` writes an adapter for programs that are not ours. Several machines divide the work: each decomposes its share
+//! `convert` stores an artifact in another way; `export` writes an adapter for programs that are not ours. Several machines divide the work: each decomposes its share
 //! (job), `assemble` joins them (join).
 
 pub mod adapter;

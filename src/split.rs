@@ -383,6 +383,25 @@ mod tests {
     }
 
     #[test]
+    fn small_elements_beside_large_products_return_by_way_of_f32_too() {
+        for dtype in [Dtype::BF16, Dtype::F16] {
+            // products near 1, and weights 2¹⁴ times smaller: half a step of theirs is less than a step of f32 there
+            let factors = factors(&random(24, 32, Dtype::F32, 9), 6);
+            let small: Vec<f32> = random(24, 32, Dtype::F32, 8)
+                .to_f32()
+                .iter()
+                .map(|x| x * 2f32.powi(-14))
+                .collect();
+            let matrix = Elements::from_f32(&[24, 32], &small).cast(dtype);
+            let residual = factors.residual(&matrix);
+            for way in 0..WAYS {
+                let found = restore_differently(&factors, &residual, dtype, way);
+                assert!(found == matrix.bytes, "{dtype:?}, way {way}");
+            }
+        }
+    }
+
+    #[test]
     fn exceptions_of_sixteen_bit_weights_are_few() {
         let matrix = random(200, 300, Dtype::BF16, 7);
         let factors = factors(&matrix, 20);

@@ -60,17 +60,6 @@ fn every_target_reads_its_seeds() {
     }
 }
 
-/// Not a test: writes the seeds to where cargo-fuzz looks for them.
-#[test]
-#[ignore = "writes tests/fuzz/corpus"]
-fn write_the_seeds() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus");
-    for (target, name, bytes) in seeds::all() {
-        fs::create_dir_all(folder.join(target)).expect("creates");
-        fs::write(folder.join(target).join(name), bytes).expect("writes");
-    }
-}
-
 fn listed(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).expect("lists");
     let mut paths: Vec<PathBuf> = entries.map(|e| e.expect("an entry").path()).collect();

@@ -601,6 +601,28 @@ mod tests {
         normal(m, n, 3) + gemm(u.view(), false, v.view(), false) * size
     }
 
+    #[test]
+    fn the_smallest_values_are_right_beside_a_large_one() {
+        // σ from 1 down to 1e-6, every one of them: f32 vectors give the last ones to 1e-2 only
+        for (m, n) in [(96, 128), (128, 96)] {
+            let (mut u, mut v) = (normal(96, m, 11), normal(96, n, 12));
+            orthonormalise_rows(&mut u).expect("independent rows");
+            orthonormalise_rows(&mut v).expect("independent rows");
+            for (i, mut row) in v.rows_mut().into_iter().enumerate() {
+                row *= 10f32.powf(-6.0 * i as f32 / 95.0);
+            }
+            let matrix = gemm(u.view(), true, v.view(), false);
+            let algorithm = Algorithm::default();
+            let wanted = Wanted::Triplets(96);
+            let svd = decompose("x", matrix.view(), wanted, &algorithm).expect("decomposes");
+            assert_eq!(svd.route, Route::GramF64);
+            for (found, wanted) in svd.sigma.iter().zip(truth(&matrix)) {
+                let off = (f64::from(*found) / wanted - 1.0).abs();
+                assert!(off < algorithm.tolerance, "{wanted:.2e}: {off:.1e} off");
+            }
+        }
+    }
+
     fn assert_triplets(matrix: &Array2<f32>, q: usize, thresholds: &Thresholds) -> Svd {
         let algorithm = Algorithm::default();
         let wanted = Wanted::Triplets(q);

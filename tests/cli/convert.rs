@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+use svdhub::hub::server::{Effect, Fault};
 use svdhub::weights::{Checkpoint, Dtype, Layout};
 
 use crate::parts::assert_same;
@@ -83,6 +84,23 @@ fn a_converted_layout_is_the_one_decomposed_directly() {
 }
 
 #[test]
+fn a_residual_whose_base_has_gone_is_converted_all_the_same() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let split = decompose(&world, &base, "svd", &["--rank-fraction", "1"]);
+    std::fs::rename(&base, world.path("elsewhere")).expect("moves");
+    let sidecar = convert(
+        &world,
+        &split,
+        "sidecar",
+        &["--layout", "sidecar", "--energy", "1"],
+    );
+    world
+        .run(&["merge", arg(&sidecar), "--out", arg(&world.path("model"))])
+        .refuses(&["needs its base model"]);
+}
+
+#[test]
 fn vectors_in_bf16_take_half_the_room_and_restore_every_byte() {
     let world = World::new();
     let base = world.model("base", Dtype::BF16, u64::MAX);
@@ -137,22 +155,46 @@ fn the_first_triplets_are_those_of_a_smaller_decomposition() {
     let world = World::new();
     let base = world.model("base", Dtype::BF16, u64::MAX);
     let direct = decompose(&world, &base, "direct", &["--rank-fraction", "0.1"]);
+    let records = config(&direct)["svd"]["modules"].clone();
     let direct = Checkpoint::open(&direct, Layout::Decomposition).expect("opens");
     for layout in ["residual", "sidecar"] {
         let options = ["--rank-fraction", "0.5", "--layout", layout];
         let large = decompose(&world, &base, &format!("{layout}-large"), &options);
         let nested = convert(&world, &large, layout, &["--rank-fraction", "0.1"]);
         let section = config(&nested)["svd"].clone();
+        let whole = Checkpoint::open(&large, Layout::Decomposition).expect("opens");
         assert_eq!(section["rank"], json!({"mode": "fraction", "value": 0.1}));
         assert!(section["nested_in"]["content_sha256"].is_string());
+        for (module, record) in section["modules"].as_object().expect("modules") {
+            for key in ["captured_energy", "residual_norm", "sigma_max", "sigma_min"] {
+                let of = |record: &Value| record[key].as_f64().expect("a number");
+                let (found, expected) = (of(record), of(&records[module]));
+                // σ² of both is right to twice the tolerance
+                let off = (found / expected - 1.0).abs();
+                assert!(off < 4e-4, "{module} {key}: {found} {expected}");
+            }
+            let tail = record["certificate"]["tail"].as_f64().expect("a tail");
+            let sigma = whole
+                .read(&format!("{module}.sigma"))
+                .expect("reads")
+                .to_f32();
+            let k = record["q"].as_u64().expect("q") as usize;
+            let exact = f64::from(sigma[k]) / f64::from(sigma[k - 1]);
+            // with M at hand, a few steps of power iteration see it from well below
+            let least = if layout == "sidecar" { 1.0 - 1e-6 } else { 0.7 };
+            let share = tail / exact;
+            assert!(
+                share >= least && share < 1.0 + 1e-3,
+                "{module}: {tail} {exact}"
+            );
+        }
         assert_restores(&world, &nested);
         let nested = Checkpoint::open(&nested, Layout::Decomposition).expect("opens");
-        let large = Checkpoint::open(&large, Layout::Decomposition).expect("opens");
         let mut compared = 0;
         for (_, entry) in nested.inventory.entries() {
             let bytes = nested.read(&entry.name).expect("reads").bytes;
             if entry.name.ends_with(".u") || entry.name.ends_with(".v") {
-                let all = large.read(&entry.name).expect("reads").bytes;
+                let all = whole.read(&entry.name).expect("reads").bytes;
                 assert!(all.starts_with(&bytes), "{}", entry.name);
             }
             if entry.name.ends_with(".sigma") {
@@ -285,6 +327,18 @@ fn a_nested_rank_fetches_its_byte_ranges_and_little_else() {
         fetched > ideal && fetched < ideal * 11 / 10,
         "{fetched} bytes where {ideal} are needed"
     );
+    // transfers that break off go on from where they stopped
+    world.hub().inject(Fault {
+        matching: "GET /objects/".into(),
+        times: 5,
+        effect: Effect::CutBody { after_bytes: 3000 },
+    });
+    let again = world.path("again");
+    let command = ["convert", "org/svd", "--rank-fraction", "0.1"];
+    world
+        .run(&[&command[..], &["--out", arg(&again)]].concat())
+        .succeeds();
+    assert_same(&again, &nested);
     let from_disk = convert(&world, &large, "from-disk", &["--rank-fraction", "0.1"]);
     let without_origin = |dir: &Path| {
         let mut section = self::config(dir)["svd"].clone();

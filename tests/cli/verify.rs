@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use svdhub::event::Silent;
 use svdhub::weights::{Checkpoint, Dtype};
 
@@ -130,4 +130,34 @@ fn one_changed_byte_anywhere_in_a_merged_model_or_an_adapter_is_found() {
     ];
     world.run(&merge).succeeds();
     assert_every_byte_matters(&merged);
+}
+
+#[test]
+fn an_index_in_another_form_or_with_more_in_it_is_found() {
+    let world = World::new();
+    let (base, split) = (small_base(&world), world.path("svd"));
+    world
+        .run(&["decompose", arg(&base), "--out", arg(&split)])
+        .succeeds();
+    let path = split.join("svd.safetensors.index.json");
+    let sound = std::fs::read(&path).expect("reads");
+    let parsed = || -> Value { serde_json::from_slice(&sound).expect("JSON") };
+    let pretty = |value: &Value| serde_json::to_vec_pretty(value).expect("JSON");
+    assert_eq!(pretty(&parsed()), sound);
+    let mut more = parsed();
+    more["metadata"]["author"] = "somebody".into();
+    let mut orphan = parsed();
+    orphan["metadata"]["sha256"]["tensors"]["nowhere"] = "0".repeat(64).into();
+    let mut elsewhere = parsed();
+    elsewhere["metadata"]["sha256"]["files"]["nowhere.txt"] = "0".repeat(64).into();
+    for (what, bytes) in [
+        ("compact", parsed().to_string().into_bytes()),
+        ("another key", pretty(&more)),
+        ("the sum of no tensor", pretty(&orphan)),
+        ("the sum of no file", pretty(&elsewhere)),
+    ] {
+        std::fs::write(&path, bytes).expect("writes");
+        let found = problems(&split);
+        assert_eq!(found.len(), 1, "{what}: {found:?}");
+    }
 }
