@@ -243,7 +243,7 @@ fn settings(
     let ids: Vec<u8> = corpus.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
     BTreeMap::from([
         ("decomposition".into(), artifact.content_sha256.clone()),
-        ("data".into(), crate::weights::shard::sha256_hex(&ids)),
+        ("data".into(), crate::sum::sha256_hex(&ids)),
         ("steps".into(), steps.to_string()),
         ("batch".into(), options.batch.to_string()),
         ("length".into(), options.length.to_string()),
