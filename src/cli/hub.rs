@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use svdhub::hub::server::{Server, ServerOptions};
+use svdhub::hub::server::{Grant, Server, ServerOptions};
 use svdhub::{Error, Result};
 
 use super::session::{Session, tell};
@@ -28,18 +28,28 @@ enum Action {
         /// 0 takes any free port
         #[arg(long, value_name = "P", default_value_t = 8090)]
         port: u16,
-        /// The token that may write; without one, any token that begins with hf_ may
-        #[arg(long, value_name = "T")]
-        token: Option<String>,
+        /// A token that may write; T=read reads, T=org/name writes there alone. Without any, all that begin with hf_ write
+        #[arg(long = "token", value_name = "T")]
+        grants: Vec<Grant>,
+        /// Take larger files in parts of so many bytes
+        #[arg(long, value_name = "BYTES")]
+        part_bytes: Option<u64>,
     },
 }
 
 impl Command {
     pub fn run(&self, _: &Session) -> Result<ExitCode> {
-        let Action::Serve { dir, port, token } = &self.action;
+        let Action::Serve {
+            dir,
+            port,
+            grants,
+            part_bytes,
+        } = &self.action;
         let options = ServerOptions {
             port: *port,
-            token: token.clone(),
+            grants: grants.clone(),
+            part_bytes: *part_bytes,
+            ..ServerOptions::default()
         };
         let server = Server::start(dir, &options).map_err(|e| Error::io("serve", dir, e))?;
         tell(&format!("{}\n", server.endpoint()))?;

@@ -41,11 +41,13 @@ impl World {
 
     /// A world with a Hub in it.
     pub fn with_hub() -> Self {
+        Self::with_hub_of(ServerOptions::default())
+    }
+
+    /// A world with a Hub that serves like this, where `TOKEN` alone writes.
+    pub fn with_hub_of(mut options: ServerOptions) -> Self {
         let mut world = Self::new();
-        let options = ServerOptions {
-            port: 0,
-            token: Some(TOKEN.into()),
-        };
+        options.grants.push(TOKEN.parse().expect("a token"));
         world.server = Some(Server::start(&world.path("hub"), &options).expect("the Hub starts"));
         world
     }
