@@ -168,6 +168,11 @@ impl Server {
         locked(&self.shared.faults).push(fault);
     }
 
+    /// Forgets the faults that have not struck yet.
+    pub fn heal(&self) {
+        locked(&self.shared.faults).clear();
+    }
+
     /// Serves until the process ends.
     pub fn wait(mut self) {
         if let Some(thread) = self.thread.take() {

@@ -7,6 +7,7 @@ mod hostile;
 mod hub;
 mod inspect;
 mod parts;
+mod publishing;
 mod python;
 mod ranks;
 mod resume;
