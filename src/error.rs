@@ -77,6 +77,8 @@ pub enum Error {
     FactorsRounded { path: PathBuf },
     #[error("{} is a link that leads out of its directory, to {}", path.display(), target.display())]
     LinkOutside { path: PathBuf, target: PathBuf },
+    #[error("{} cannot be published: {reason}", path.display())]
+    NotPublishable { path: PathBuf, reason: &'static str },
     #[error("{} has {found} bytes, at most {most} are read of such a file", path.display())]
     TooLarge {
         path: PathBuf,
@@ -301,6 +303,28 @@ pub enum Error {
         request: String,
         detail: String,
     },
+    #[error("the Hub's answer to {request} broke off")]
+    AnswerCut { request: String },
+    #[error("a link that the Hub gave to {action} opens nothing ({detail})")]
+    LinkRefused { action: String, detail: String },
+    #[error("{endpoint} gives this job no token for `{resource}` ({detail})")]
+    LoginRefused {
+        endpoint: String,
+        resource: String,
+        detail: String,
+    },
+    #[error("this job is asked to log in for `{resource}` and has no identity to show")]
+    NoIdentity { resource: String },
+    #[error("`{repo}` is there already, and everybody can read it")]
+    NotPrivate { repo: String },
+    #[error("the tag `{tag}` of `{repo}` names another commit, {commit}")]
+    TagTaken {
+        repo: String,
+        tag: String,
+        commit: String,
+    },
+    #[error("the copy of `{repo}` in the cache is not whole: {} is missing", missing.join(", "))]
+    NotAllCached { repo: String, missing: Vec<String> },
     #[error("`{branch}` of `{repo}` moved while publishing ({detail})")]
     BranchMoved {
         repo: String,

@@ -1,6 +1,6 @@
 //! From a Hub and back to it.
 
-use svdhub::hub::server::{Effect, Fault};
+use svdhub::hub::server::Effect;
 use svdhub::weights::Dtype;
 
 use crate::world::{TOKEN, World, arg, files, fixture};
@@ -11,14 +11,6 @@ fn published_base(shard_bytes: u64) -> World {
     let base = world.model("base", Dtype::BF16, shard_bytes);
     world.run(&["publish", arg(&base), "org/base"]).succeeds();
     world
-}
-
-fn fault(world: &World, matching: &str, times: usize, effect: Effect) {
-    world.hub().inject(Fault {
-        matching: matching.into(),
-        times,
-        effect,
-    });
 }
 
 #[test]
@@ -131,8 +123,7 @@ fn plan_reads_headers_by_range_and_no_weights() {
 #[test]
 fn a_cut_download_goes_on_and_ends_in_the_right_bytes() {
     let world = published_base(u64::MAX);
-    fault(
-        &world,
+    world.fault(
         "GET /objects/",
         2,
         Effect::CutBody {
@@ -151,7 +142,7 @@ fn a_cut_download_goes_on_and_ends_in_the_right_bytes() {
 #[test]
 fn wrong_bytes_never_reach_the_cache() {
     let world = published_base(u64::MAX);
-    fault(&world, "GET /objects/", 1, Effect::WrongBytes);
+    world.fault("GET /objects/", 1, Effect::WrongBytes);
     world.run(&["verify", "org/base"]).refuses(&[
         "model.safetensors",
         "sha256",
@@ -181,17 +172,23 @@ fn server_trouble_passes_and_error_pages_are_no_files() {
         headers: vec![],
         body: "<html>expired</html>".into(),
     };
-    fault(&world, "/tree/", 1, page(503));
-    fault(&world, "GET /objects/", 1, page(500));
+    world.fault("/tree/", 1, page(503));
+    world.fault("GET /objects/", 1, page(500));
     world.run(&["verify", "org/base"]).succeeds();
+    // a link of the other origin that expired is asked for anew
     let other = World::new();
-    fault(&world, "GET /objects/", 1, page(403));
-    let run = other
-        .command(&["verify", "org/base"])
-        .env("HF_ENDPOINT", world.hub().endpoint())
-        .output()
-        .expect("runs");
-    crate::world::Run::of(run).refuses(&["no right to download"]);
+    let verify = || {
+        let run = other
+            .command(&["verify", "org/base"])
+            .env("HF_ENDPOINT", world.hub().endpoint())
+            .output()
+            .expect("runs");
+        crate::world::Run::of(run)
+    };
+    world.fault("GET /objects/", 9, page(403));
+    verify().refuses(&["link", "opens nothing", "expired", "again"]);
+    world.hub().heal();
+    verify().succeeds();
 }
 
 #[test]
@@ -199,8 +196,7 @@ fn a_hostile_file_name_is_refused() {
     let world = published_base(u64::MAX);
     let listing = r#"[{"type":"file","oid":"ce013625030ba8dba906f756967f9e9ca394464a","size":6,"path":"../../escaped.json"}]"#;
     let headers = vec![("content-type".to_string(), "application/json".to_string())];
-    fault(
-        &world,
+    world.fault(
         "/tree/",
         1,
         Effect::Status {
@@ -270,8 +266,7 @@ fn refusals_say_what_helps() {
         .refuses(&["does not accept the token", "HF_TOKEN"]);
     with(Some("hf_read_only"), &["publish", arg(&base), "org/new"]).refuses(&["write"]);
     with(None, &["publish", arg(&base), "org/new"]).refuses(&["HF_TOKEN"]);
-    fault(
-        &world,
+    world.fault(
         "/api/models/org/base",
         9,
         Effect::Status {
@@ -299,8 +294,7 @@ fn a_branch_that_moved_is_a_conflict() {
     let world = published_base(u64::MAX);
     let base = world.path("base");
     std::fs::write(base.join("NOTICE"), "new").expect("writes");
-    fault(
-        &world,
+    world.fault(
         "/commit/main",
         1,
         Effect::Status {

@@ -3,10 +3,12 @@
 mod bad_input;
 mod convert;
 mod export;
+mod hf_hub_defects;
 mod hostile;
 mod hub;
 mod inspect;
 mod parts;
+mod publishing;
 mod python;
 mod ranks;
 mod resume;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
-use svdhub::hub::server::{Server, ServerOptions};
+use svdhub::hub::server::{Effect, Fault, Request, Server, ServerOptions};
 use svdhub::model::ModelConfig;
 use svdhub::weights::{Checkpoint, Dtype, Elements, Header, Layout, ShardWriter};
 use tempfile::TempDir;
@@ -41,17 +41,44 @@ impl World {
 
     /// A world with a Hub in it.
     pub fn with_hub() -> Self {
+        Self::with_hub_of(ServerOptions::default())
+    }
+
+    /// A world with a Hub that serves like this, where `TOKEN` alone writes.
+    pub fn with_hub_of(mut options: ServerOptions) -> Self {
         let mut world = Self::new();
-        let options = ServerOptions {
-            port: 0,
-            token: Some(TOKEN.into()),
-        };
+        options.grants.push(TOKEN.parse().expect("a token"));
         world.server = Some(Server::start(&world.path("hub"), &options).expect("the Hub starts"));
         world
     }
 
     pub fn hub(&self) -> &Server {
         self.server.as_ref().expect("this world has a Hub")
+    }
+
+    /// What the Hub answers below `/api/models/`, asked with the token.
+    pub fn api(&self, path: &str) -> Value {
+        let url = format!("{}/api/models/{path}", self.hub().endpoint());
+        let client = reqwest::blocking::Client::new();
+        let answer = client.get(url).bearer_auth(TOKEN).send();
+        answer.expect("an answer").json().expect("JSON")
+    }
+
+    /// The next requests that match go wrong.
+    pub fn fault(&self, matching: &str, times: usize, effect: Effect) {
+        self.hub().inject(Fault {
+            matching: matching.into(),
+            times,
+            effect,
+        });
+    }
+
+    /// What was asked of the Hub since the journal had `before` lines, as far as it matches `METHOD /path`.
+    pub fn asked(&self, before: usize, matching: &str) -> Vec<Request> {
+        let requests = self.hub().requests().into_iter().skip(before);
+        requests
+            .filter(|r| format!("{} {}", r.method, r.path).contains(matching))
+            .collect()
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -195,6 +222,17 @@ pub fn write_model(dir: &Path, tensors: &BTreeMap<String, Elements>, shard_bytes
         let path = dir.join(Layout::Model.index_file());
         std::fs::write(path, serde_json::to_vec_pretty(&index).expect("JSON")).expect("writes");
     }
+}
+
+/// Waits until something is so; a test that waits in vain fails.
+pub fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    for _ in 0..6000 {
+        if is_so() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    panic!("waited in vain until {what}");
 }
 
 impl Run {

@@ -557,13 +557,7 @@ pub fn data(bytes: &[u8]) -> bool {
 pub fn hub(bytes: &[u8]) -> bool {
     static CLIENT: OnceLock<Hub> = OnceLock::new();
     let client = CLIENT.get_or_init(|| {
-        Hub::new(HubOptions {
-            endpoint: strange_hub(),
-            token: None,
-            cache: room().join("cache"),
-            offline: false,
-        })
-        .expect("a client")
+        Hub::new(HubOptions::new(strange_hub(), room().join("cache"))).expect("a client")
     });
     let answers = pieces(bytes).into_iter();
     let answers = answers.map(|(name, content)| (name.to_string(), stored(name, content)));
