@@ -3,6 +3,7 @@
 mod bad_input;
 mod convert;
 mod export;
+mod generation;
 mod hostile;
 mod hub;
 mod inspect;

@@ -66,7 +66,8 @@ fn factors(module: &str, stored: &Elements) -> (Factors, Vec<f32>) {
     (factors, vec![0.0; TRIPLETS])
 }
 
-fn list(value: &Value) -> Vec<f64> {
+/// The numbers of a list.
+pub fn list(value: &Value) -> Vec<f64> {
     let list = value.as_array().expect("a list");
     list.iter().map(|x| x.as_f64().expect("a number")).collect()
 }
