@@ -8,8 +8,8 @@
 //!                        (linalg, split, join)    (model)
 //! ```
 //!
-//! `generate` lets any of them speak. `convert` stores an artifact in another way; `export` writes an adapter for programs that are not ours. Several machines divide the work: each decomposes its share
-//! (job), `assemble` joins them (join).
+//! `convert` stores an artifact in another way; `export` writes an adapter for programs that are not ours; `generate` lets
+//! a model speak. Several machines divide the work: each decomposes its share (job), `assemble` joins them (join).
 
 pub mod adapter;
 pub mod artifact;

@@ -1,4 +1,4 @@
-//! Against transformers: logits, losses and the gradients of autograd (`fixtures/make_families.py`).
+//! Against transformers: logits, losses, the gradients of autograd and steps of AdamW (`fixtures/make_families.py`).
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,6 +8,8 @@ use serde_json::Value;
 
 use svdhub::model::{Decoder, ModelConfig, Trained};
 use svdhub::split::Factors;
+use svdhub::train::Run;
+use svdhub::train::optimizer::AdamW;
 use svdhub::weights::Elements;
 
 use crate::memory::Memory;
@@ -119,6 +121,40 @@ pub fn ids(golden: &Value) -> Tensor {
     Tensor::from_vec(ids, (rows.len(), length), &Device::Cpu).expect("ids")
 }
 
+/// The losses of the script's steps, from the forward pass to AdamW.
+fn assert_steps(name: &str) {
+    let golden = golden(name);
+    let (config, tensors) = model(&golden);
+    let memory = Memory {
+        tensors,
+        factors: Some(Box::new(factors)),
+    };
+    let trained = Trained {
+        sigma: true,
+        ..Trained::default()
+    };
+    let decoder =
+        Decoder::load(&config, &memory, trained, &Device::Cpu, DType::F32).expect("loads");
+    let number = |key: &str| golden["steps"][key].as_f64().expect("a number");
+    let mut run = Run {
+        decoder: &decoder,
+        optimizer: AdamW {
+            weight_decay: number("weight_decay"),
+            ..AdamW::default()
+        },
+        losses: Vec::new(),
+    };
+    let rows: Vec<Vec<u32>> = ids(&golden).to_vec2().expect("rows");
+    let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+    let wanted = list(&golden["steps"]["losses"]);
+    for (step, wanted) in wanted.iter().enumerate() {
+        let loss = run.step(&rows, number("lr"), step == 0).expect("steps");
+        let off = (f64::from(loss) - wanted).abs() / wanted;
+        assert!(off < TOLERANCE, "{name}: loss {step} is {off:.1e} off");
+    }
+    assert_eq!(wanted.len(), 10);
+}
+
 fn assert_parity(name: &str) {
     let golden = golden(name);
     let (config, tensors) = model(&golden);
@@ -189,6 +225,7 @@ macro_rules! parity {
         $(#[test]
         fn $test() {
             assert_parity($name);
+            assert_steps($name);
         })*
     };
 }
