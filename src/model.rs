@@ -7,7 +7,9 @@ mod fused;
 pub mod layers;
 pub mod ops;
 pub mod rope;
+pub mod segments;
 mod vjp;
 
 pub use config::ModelConfig;
-pub use decoder::{Decoder, Tensors, Trained, stacked};
+pub use decoder::{Cache, Decoder, Tensors, Trained, stacked};
+pub use segments::{Segment, Segments};

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use svdhub::hub::server::{Effect, ServerOptions};
 use svdhub::weights::Dtype;
-use svdhub::weights::shard::sha256_hex;
+use svdhub::sum::sha256_hex;
 
 use crate::world::{Run, World, arg, files, wait_until};
 

@@ -3,6 +3,7 @@
 mod bad_input;
 mod convert;
 mod export;
+mod generation;
 mod hf_hub_defects;
 mod hostile;
 mod hub;
