@@ -10,7 +10,7 @@ use crate::hub::{Hub, PushOptions, Pushed};
 use crate::weights::place::refuse_links_outside;
 use crate::weights::shard::write_atomically;
 use crate::workspace::refuse_unfinished;
-use crate::{adapter, artifact, export, report};
+use crate::{adapter, artifact, export, peft, report};
 
 /// What a directory is.
 pub fn kind(dir: &Path) -> Kind {
@@ -18,7 +18,7 @@ pub fn kind(dir: &Path) -> Kind {
         Kind::Decomposition
     } else if adapter::is_adapter(dir) {
         Kind::Adapter
-    } else if dir.join(export::LORA_CONFIG).exists() {
+    } else if dir.join(peft::LORA_CONFIG).exists() {
         Kind::Lora
     } else if dir.join(export::SVD_TRAINING_WEIGHTS).exists() {
         Kind::StateDict

@@ -6,6 +6,7 @@ mod export;
 mod hostile;
 mod hub;
 mod inspect;
+mod methods;
 mod parts;
 mod python;
 mod ranks;

@@ -6,7 +6,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
-use svdhub::model::{Decoder, ModelConfig, Trained};
+use svdhub::model::{Decoder, Method, ModelConfig, Trained};
 use svdhub::split::Factors;
 use svdhub::weights::Elements;
 
@@ -126,7 +126,7 @@ fn assert_parity(name: &str) {
         factors: Some(Box::new(factors)),
     };
     let trained = Trained {
-        sigma: true,
+        linear: Some(Method::default()),
         norms: true,
         embeddings: true,
     };
