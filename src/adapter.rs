@@ -12,10 +12,12 @@ use crate::artifact::Artifact;
 use crate::error::{Error, Result};
 use crate::format::{Origin, Pin};
 use crate::json::{self, Tool};
+use crate::linalg::ExactSum;
 use crate::split::Change;
+use crate::sum::{sha256_file, sha256_hex};
 use crate::weights::element::is_float;
 use crate::weights::place::refuse_links_outside;
-use crate::weights::shard::{sha256_file, sha256_hex, write_atomically};
+use crate::weights::shard::write_atomically;
 use crate::weights::{Checkpoint, Dtype, Elements, Header, ShardWriter};
 
 pub const WEIGHTS_FILE: &str = "adapter.safetensors";
@@ -317,22 +319,29 @@ impl Mixture {
     }
 
     /// base + Σ weight·(trained − base), or `None` where no part trained the tensor.
+    ///
+    /// Each the exact sum, rounded to odd: rounded once more it is the nearest.
     pub fn tensor(&self, name: &str, base: &Elements) -> Option<Vec<f64>> {
-        let trained = |adapter: &Adapter| adapter.tensors.get(name).map(Elements::to_f32);
-        let mut trained = self
+        let trained: Vec<(f64, Vec<f32>)> = self
             .parts
             .iter()
-            .filter_map(|(adapter, weight)| Some((trained(adapter)?, weight)))
-            .peekable();
-        trained.peek()?;
-        let original = base.to_f32();
-        let mut sum: Vec<f64> = original.iter().map(|&x| x.into()).collect();
-        for (trained, weight) in trained {
-            for ((total, &x), t) in sum.iter_mut().zip(&original).zip(trained) {
-                *total += weight * (f64::from(t) - f64::from(x));
-            }
+            .filter_map(|(adapter, weight)| Some((*weight, adapter.tensors.get(name)?.to_f32())))
+            .collect();
+        if trained.is_empty() {
+            return None;
         }
-        Some(sum)
+        let mut sum = ExactSum::default();
+        let sums = base.to_f32().into_iter().enumerate().map(|(at, x)| {
+            let x = f64::from(x);
+            sum.clear();
+            sum.add(x);
+            for (weight, trained) in &trained {
+                sum.add_product(*weight, trained[at].into());
+                sum.add_product(-weight, x);
+            }
+            sum.to_odd()
+        });
+        Some(sums.collect())
     }
 
     /// The same, rounded to f32.
@@ -343,5 +352,77 @@ impl Mixture {
             .map(|x| x as f32)
             .collect();
         Some(Elements::from_f32(&base.shape, &values))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ModelConfig;
+    use serde_json::json;
+
+    #[test]
+    fn sigma_and_norms_of_phi_3_mini_at_a_tenth_are_less_than_a_megabyte() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let phi3 = json!({"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "tie_word_embeddings": false});
+        let phi3 = ModelConfig::parse(dir.path(), &phi3).expect("a config");
+        let (mut delta, mut tensors) = (BTreeMap::new(), BTreeMap::new());
+        for (name, shape) in phi3.tensors("model.") {
+            match shape[..] {
+                [m, n] if !name.ends_with("embed_tokens.weight") => {
+                    let module = name.strip_suffix(".weight").expect("a weight");
+                    delta.insert(module.into(), vec![0.5; m.min(n) / 10]);
+                }
+                [n] => {
+                    tensors.insert(name, Elements::from_f32(&[n], &vec![1.5; n]));
+                }
+                _ => {}
+            }
+        }
+        let numbers = |counts: Vec<usize>| counts.iter().sum::<usize>();
+        let sigma = numbers(delta.values().map(Vec::len).collect());
+        let norms = numbers(tensors.values().map(Elements::len).collect());
+        assert_eq!((sigma, sigma + norms), (39_603, 239_283));
+        let commit = Some("0123456789".repeat(4));
+        let adapter = Adapter {
+            dir: dir.path().into(),
+            config: AdapterConfig {
+                schema: SCHEMA,
+                method: "sigma".into(),
+                trained: vec!["sigma".into(), "norms".into()],
+                decomposition: Origin {
+                    repo: Some("someone/Phi-3-mini-128k-instruct-svd".into()),
+                    revision: commit.clone(),
+                    content_sha256: "a".repeat(64),
+                },
+                base: Pin {
+                    repo: Some("microsoft/Phi-3-mini-128k-instruct".into()),
+                    revision: commit,
+                    sha256: (1..=2)
+                        .map(|i| {
+                            (
+                                format!("model-0000{i}-of-00002.safetensors"),
+                                "b".repeat(64),
+                            )
+                        })
+                        .collect(),
+                },
+                weights_sha256: None,
+                tool: Tool::this(),
+                sha256: None,
+            },
+            delta,
+            core: BTreeMap::new(),
+            tensors,
+        };
+        adapter.save().expect("saves");
+        let files = [WEIGHTS_FILE, CONFIG_FILE].map(|f| dir.path().join(f).metadata());
+        let bytes: u64 = files.map(|m| m.expect("is there").len()).iter().sum();
+        assert!((957_132..1_000_000).contains(&bytes), "{bytes} bytes");
+        assert_eq!(
+            Adapter::read(dir.path()).expect("reads").delta,
+            adapter.delta
+        );
     }
 }

@@ -14,9 +14,9 @@ use crate::format::{
 };
 use crate::json;
 use crate::split::{Factors, Residual};
+use crate::sum::sha256_hex;
 use crate::weights::checkpoint::Index;
 use crate::weights::place::refuse_links_outside;
-use crate::weights::shard::sha256_hex;
 use crate::weights::{Checkpoint, Dtype, Elements, Header, Layout, dtype_name};
 
 /// An opened decomposition.

@@ -4,21 +4,46 @@ use minijinja::{Environment, Value as Shown};
 use serde_json::{Map, Value, json};
 
 use crate::error::Result;
+use crate::kind::Kind;
+use crate::sum::sha256_hex;
 
-/// What a directory holds, as its card presents it.
+/// Begins a line in every card of ours. Behind it stands the sha256 of the card without that sum.
+pub const MARK: &str = "<!-- rendered by svdhub from report.json, sha256 ";
+
+/// One of these is in that line whichever of its bytes has changed.
+const SIGNS: [&str; 2] = ["rendered by svdhub", "from report.json"];
+
+/// Whose a card is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    Decomposition,
-    Adapter,
-    Model,
-    /// An export for PEFT.
-    Lora,
-    /// An export for svd-training.
-    StateDict,
+pub enum State {
+    /// As it was rendered.
+    Rendered,
+    /// Rendered once, and another since then.
+    Changed,
+    /// Somebody wrote it, or took the mark away to keep what they changed.
+    Foreign,
 }
 
-/// In every card of ours, and in no other: a README without it was written by somebody and is left alone.
-pub const MARK: &str = "<!-- rendered by svdhub from report.json";
+/// Whether a card is ours, byte for byte.
+pub fn state(text: &str) -> State {
+    if !SIGNS.iter().any(|sign| text.contains(sign)) {
+        return State::Foreign;
+    }
+    let sealed = sum_at(text).and_then(|at| {
+        let (stated, rest) = text[at..].split_at_checked(64)?;
+        Some(sha256_hex([&text[..at], rest].concat().as_bytes()) == stated)
+    });
+    match sealed {
+        Some(true) => State::Rendered,
+        _ => State::Changed,
+    }
+}
+
+/// Where the sum stands in a card, or shall.
+fn sum_at(text: &str) -> Option<usize> {
+    let line = text.find(&format!("\n{MARK}"))?;
+    Some(line + 1 + MARK.len())
+}
 
 const TEMPLATE: &str = include_str!("../templates/card.md");
 
@@ -77,13 +102,7 @@ pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<Str
     };
     let facts = json!({
         "by_method": by_method,
-        "kind": match kind {
-            Kind::Decomposition => "decomposition",
-            Kind::Adapter => "adapter",
-            Kind::Model => "model",
-            Kind::Lora => "lora",
-            Kind::StateDict => "state-dict",
-        },
+        "kind": kind.name(),
         "repo": repo,
         "title": repo.rsplit('/').next().unwrap_or(repo),
         "license": base_card["license"],
@@ -114,7 +133,10 @@ pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<Str
         "decompose": decompose,
     });
     let facts: Shown = serde_json::from_value(facts).expect("any JSON is a template value");
-    Ok(environment.get_template("card")?.render(facts)?)
+    let mut card = environment.get_template("card")?.render(facts)?;
+    let at = sum_at(&card).expect("the template has the mark in a line of its own");
+    card.insert_str(at, &sha256_hex(card.as_bytes()));
+    Ok(card)
 }
 
 fn non_null(value: Value, wanted: bool) -> Option<Value> {
@@ -206,7 +228,25 @@ mod tests {
         ] {
             assert!(card.contains(fact), "{fact} is missing from\n{card}");
         }
-        assert!(card.starts_with("---\n") && card.contains(MARK));
+        assert!(card.starts_with("---\n"));
+    }
+
+    #[test]
+    fn a_card_tells_whether_it_was_changed_and_whose_it_is() {
+        let card = render(Kind::Model, "me/tuned", &report()).expect("renders");
+        assert_eq!(state(&card), State::Rendered);
+        for at in 0..card.len() {
+            let mut changed = card.clone().into_bytes();
+            changed[at] ^= 1;
+            assert_ne!(state(&String::from_utf8_lossy(&changed)), State::Rendered);
+            assert_ne!(state(&String::from_utf8_lossy(&changed)), State::Foreign);
+        }
+        let own: String = card
+            .lines()
+            .filter(|line| !line.starts_with(MARK))
+            .collect();
+        assert_eq!(state(&own), State::Foreign);
+        assert_eq!(state("# A model of mine"), State::Foreign);
     }
 
     #[test]

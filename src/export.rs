@@ -13,8 +13,11 @@ use serde_json::{Map, Value};
 
 use crate::adapter::Mixture;
 use crate::artifact::Artifact;
+use crate::base::side_sums;
 use crate::error::{Error, Result};
 use crate::event::Observer;
+use crate::sum::Sum;
+use crate::weights::Checkpoint;
 use crate::workspace::{Claim, Workspace};
 use crate::{linalg, peft, report};
 
@@ -65,6 +68,12 @@ pub struct Facts {
     pub adapters: Vec<(String, f64)>,
     /// The sha256 of each file of weights.
     pub sha256: BTreeMap<String, String>,
+    /// Of each tensor: what is damaged later can be named.
+    #[serde(default)]
+    pub tensor_sha256: BTreeMap<String, String>,
+    /// Of every other file but the card, which is the reader's to edit.
+    #[serde(default)]
+    pub side_sha256: BTreeMap<String, String>,
     pub bytes: u64,
     pub seconds: f64,
     #[serde(flatten)]
@@ -84,6 +93,22 @@ struct File {
     name: &'static str,
     sha256: String,
     bytes: u64,
+}
+
+impl File {
+    /// The sha256 of each tensor, read back.
+    fn tensor_sums(&self, dir: &Path) -> Result<BTreeMap<String, String>> {
+        let written = Checkpoint::single(dir, self.name)?;
+        let sums = written.inventory.entries().map(|(_, entry)| {
+            let mut sum = Sum::default();
+            written.read_blocks(&entry.name, |block| {
+                sum.update(&block.bytes);
+                Ok(())
+            })?;
+            Ok((entry.name.clone(), sum.finish()))
+        });
+        sums.collect()
+    }
 }
 
 /// Writes `mixture` for another program to `out`.
@@ -140,6 +165,8 @@ pub fn run(
     };
     let facts = Facts {
         adapters,
+        tensor_sha256: file.tensor_sums(out)?,
+        side_sha256: side_sums(out)?,
         sha256: [(file.name.to_string(), file.sha256)].into(),
         bytes: file.bytes,
         seconds: started.elapsed().as_secs_f64(),

@@ -29,6 +29,7 @@ pub mod inspect;
 pub mod job;
 pub mod join;
 pub mod json;
+pub mod kind;
 pub mod linalg;
 pub mod merge;
 pub mod model;

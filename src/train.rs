@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::adapter::{self, Adapter, AdapterConfig};
 use crate::artifact::Artifact;
-use crate::base::Base;
+use crate::base::{Base, side_sums};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Event, Observer, Stage, Unit};
 use crate::format::{Origin, Pin};
@@ -22,6 +22,7 @@ use crate::model::{Decoder, Gradients, Lora, Method, Parametrisation, Tensors, T
 use crate::peft::{self, LORA_WEIGHTS};
 use crate::report;
 use crate::source::{Source, load};
+use crate::sum::sha256_hex;
 use crate::weights::{Checkpoint, Dtype, Elements, Header, ShardWriter};
 use crate::workspace::{Claim, Workspace};
 use data::{Corpus, shuffled};
@@ -117,6 +118,21 @@ pub struct Facts {
     pub seconds: f64,
     pub adapter_sha256: String,
     pub adapter_bytes: u64,
+    /// Of a LoRA, whose own files hold no sums: the file of weights, its tensors, and the files beside it.
+    #[serde(flatten)]
+    pub sums: Sums,
+}
+
+/// The sha256 of what was written, each by its name.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Sums {
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub sha256: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub tensor_sha256: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub side_sha256: BTreeMap<String, String>,
 }
 
 /// Trains on the corpus at `data` and writes what moved to `out`: an adapter of the decomposition, or with
@@ -202,7 +218,7 @@ pub fn run(
     observer.finish(Stage::Train);
     let seconds = started.elapsed().as_secs_f64();
 
-    let (weights, adapter_sha256) = kept.save(&run, out, options, observer)?;
+    let (weights, adapter_sha256, sums) = kept.save(&run, out, options, observer)?;
     let facts = Facts {
         method: options.method.name().into(),
         parametrisation: match options.method {
@@ -244,6 +260,7 @@ pub fn run(
         seconds,
         adapter_sha256,
         adapter_bytes: std::fs::metadata(&weights).context("read", &weights)?.len(),
+        sums,
     };
     report::add(out, report::inherited(source.dir())?, "train", &facts)?;
     workspace.finish()?;
@@ -283,7 +300,7 @@ fn settings(
     BTreeMap::from([
         (what.into(), content),
         ("method".into(), format!("{:?}", options.method)),
-        ("data".into(), crate::weights::shard::sha256_hex(&ids)),
+        ("data".into(), sha256_hex(&ids)),
         ("steps".into(), steps.to_string()),
         ("batch".into(), options.batch.to_string()),
         ("length".into(), options.length.to_string()),
@@ -490,14 +507,14 @@ impl<'a> Kept<'a> {
         }
     }
 
-    /// Writes it to `out`. Returns the file of the weights and its sha256.
+    /// Writes it to `out`. Returns the file of the weights, its sha256, and the sums that the report has to hold.
     fn save(
         &self,
         run: &Run,
         out: &Path,
         options: &Options,
         observer: &dyn Observer,
-    ) -> Result<(PathBuf, String)> {
+    ) -> Result<(PathBuf, String, Sums)> {
         match self {
             Self::Adapter { artifact, origin } => {
                 let config = AdapterConfig {
@@ -511,11 +528,15 @@ impl<'a> Kept<'a> {
                     sha256: None,
                 };
                 let sum = adapter(run.decoder, artifact, config, out)?.save()?;
-                Ok((out.join(adapter::WEIGHTS_FILE), sum))
+                Ok((out.join(adapter::WEIGHTS_FILE), sum, Sums::default()))
             }
             Self::Lora { source, lora, base } => {
-                let sum = save_lora(run.decoder, source, *lora, base, out, observer)?;
-                Ok((out.join(LORA_WEIGHTS), sum))
+                let sums = save_lora(run.decoder, source, *lora, base, out, observer)?;
+                Ok((
+                    out.join(LORA_WEIGHTS),
+                    sums.sha256[LORA_WEIGHTS].clone(),
+                    sums,
+                ))
             }
         }
     }
@@ -559,7 +580,7 @@ fn adapter(
     Ok(adapter)
 }
 
-/// What moved, as PEFT loads it. Returns the sha256 of the weights.
+/// What moved, as PEFT loads it.
 fn save_lora(
     decoder: &Decoder,
     source: &Source,
@@ -567,7 +588,7 @@ fn save_lora(
     base: &Pin,
     out: &Path,
     observer: &dyn Observer,
-) -> Result<String> {
+) -> Result<Sums> {
     let inner = source.has(peft::INNER_EMBEDDING);
     let in_model = |module: &str| peft::name_in_model(module, inner);
     let (mut modules, mut saved) = (Vec::new(), Vec::new());
@@ -603,8 +624,10 @@ fn save_lora(
     let header =
         Header::compose(layouts.map(|(name, e)| (name.as_str(), e.dtype, e.shape.as_slice())))?;
     let mut writer = ShardWriter::create(&out.join(LORA_WEIGHTS), header)?;
+    let mut tensor_sha256 = BTreeMap::new();
     for (name, elements) in &tensors {
         writer.put(name, &elements.bytes)?;
+        tensor_sha256.insert(name.clone(), sha256_hex(&elements.bytes));
     }
     let sum = writer.finish()?;
     let headers = source.base_headers()?;
@@ -622,7 +645,11 @@ fn save_lora(
         modules_to_save: &saved,
     }
     .write(out)?;
-    Ok(sum)
+    Ok(Sums {
+        sha256: [(LORA_WEIGHTS.into(), sum)].into(),
+        tensor_sha256,
+        side_sha256: side_sums(out)?,
+    })
 }
 
 /// A tensor's numbers in f32, row-major.

@@ -15,6 +15,7 @@ use super::client::{Asked, Hub, RemoteFile, segment, segments};
 use crate::base::is_weights_or_media;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
+use crate::json;
 use crate::weights::checkpoint::{Checkpoint, Index, Storage, WeightFile};
 use crate::weights::header::HEADER_BYTES_MAX;
 use crate::weights::{Header, Inventory, Layout};
@@ -147,10 +148,7 @@ impl Hub {
         let commit = self.commit_of(repo, revision)?;
         let files = self.files(repo, &commit)?;
         let config = self.listed(repo, &commit, &files, "config.json")?;
-        let config = serde_json::from_slice(&config).map_err(|source| Error::Json {
-            path: PathBuf::from(repo).join("config.json"),
-            source,
-        })?;
+        let config = json::parse(&PathBuf::from(repo).join("config.json"), &config)?;
         let index = |name: &str| self.listed(repo, &commit, &files, name);
         let (inventory, _) = self.inventory(repo, &commit, &files, Layout::Model, index)?;
         Ok((config, inventory, commit))
@@ -466,7 +464,7 @@ impl Hub {
 /// sha256 of an LFS file, git's blob id of a regular one.
 fn digest(path: &Path, file: &RemoteFile) -> Result<String> {
     if file.lfs {
-        return crate::weights::shard::sha256_file(path, |_| {});
+        return crate::sum::sha256_file(path, |_| {});
     }
     let mut opened = File::open(path).context("open", path)?;
     let length = opened.metadata().context("read", path)?.len();
@@ -476,7 +474,7 @@ fn digest(path: &Path, file: &RemoteFile) -> Result<String> {
         // a listing may call any file a regular one: it need not fit into memory
         let n = opened.read(&mut buffer).context("read", path)?;
         if n == 0 {
-            return Ok(crate::weights::shard::hex(&hash.finalize()));
+            return Ok(crate::sum::hex(&hash.finalize()));
         }
         hash.update(&buffer[..n]);
     }
@@ -487,7 +485,7 @@ pub(super) fn git_blob_id(bytes: &[u8]) -> String {
     let mut hash = Sha1::new();
     hash.update(format!("blob {}\0", bytes.len()));
     hash.update(bytes);
-    crate::weights::shard::hex(&hash.finalize())
+    crate::sum::hex(&hash.finalize())
 }
 
 /// Of a repository's files, those that some verb reads: `weights`, and what is small and lies at the top.
@@ -576,7 +574,7 @@ pub(super) fn local_digest(path: &Path) -> Result<(String, u64)> {
     loop {
         let n = file.read(&mut buffer).context("read", path)?;
         if n == 0 {
-            return Ok((crate::weights::shard::hex(&hash.finalize()), size));
+            return Ok((crate::sum::hex(&hash.finalize()), size));
         }
         hash.update(&buffer[..n]);
         size += n as u64;

@@ -8,7 +8,8 @@ use super::family::{
     Activation, AttentionScale, Biases, Cap, EmbeddingScale, FAMILIES, Family, KNOWN_TO_DIFFER,
     Names, NormKind, NormPlaces, Projections, QueryKeyNorm, Windows,
 };
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
+use crate::json;
 
 /// The hyper-parameters of a decoder-only model, and what sets its family apart.
 #[derive(Debug, Clone, PartialEq)]
@@ -126,12 +127,7 @@ impl ModelConfig {
                 missing: "config.json".into(),
             });
         }
-        let bytes = std::fs::read(&path).context("read", &path)?;
-        let json = serde_json::from_slice(&bytes).map_err(|source| Error::Json {
-            path: path.clone(),
-            source,
-        })?;
-        Self::parse(&path, &json)
+        Self::parse(&path, &json::read(&path)?)
     }
 
     /// Interprets the JSON of a `config.json`; `path` names it in errors.

@@ -471,8 +471,8 @@ mod tests {
                 };
                 head.cross_entropy(&t[0], &targets)
             };
-            // the loss comes back in f32
-            assert_gradient(&inputs, loss, 1e-2, 1e-3);
+            // the loss comes back in f32, and bends: a wider step errs by more than its rounding
+            assert_gradient(&inputs, loss, 4e-3, 1e-3);
         }
     }
 

@@ -7,7 +7,7 @@ use half::bf16;
 use ndarray::{Array1, Array2};
 use serde::{Deserialize, Serialize};
 use svdhub::linalg::{gemm, spectrum};
-use svdhub::weights::shard::sha256_hex;
+use svdhub::sum::sha256_hex;
 use svdhub::weights::{Checkpoint, Dtype, Elements, Header, Layout, ShardWriter};
 
 use crate::peers::Peers;

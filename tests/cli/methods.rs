@@ -327,6 +327,20 @@ fn a_lora_of_a_plain_model_or_of_its_decomposition_is_the_one_that_was_trained()
         (&json!(4), &json!(6))
     );
     assert_eq!(config["target_modules"].as_array().map(Vec::len), Some(7));
+    let verified = world.json(&["verify", arg(&plain)]);
+    assert_eq!(
+        (&verified["ok"], &verified["kind"]),
+        (&json!(true), &json!("lora"))
+    );
+    let mut bytes = weights(&from_split);
+    *bytes.last_mut().expect("a byte") ^= 1;
+    std::fs::write(from_split.join(LORA_WEIGHTS), bytes).expect("writes");
+    let damaged = world.run(&["verify", arg(&from_split)]);
+    assert!(
+        damaged.code == Some(1) && damaged.stdout.contains("lora_"),
+        "{}",
+        damaged.stdout
+    );
 
     // one step more begins with the loss of what the shorter run saved
     let (_, facts) = trained(&world, &base, "longer", &long);

@@ -247,7 +247,7 @@ impl Seeds {
     }
 
     fn hub(&mut self) {
-        use svdhub::weights::shard::sha256_hex;
+        use svdhub::sum::sha256_hex;
         let commit = "0123456789012345678901234567890123456789";
         let config = "{\"model_type\": \"llama\"}";
         // printf … | git hash-object --stdin
