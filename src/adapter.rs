@@ -1,8 +1,10 @@
-//! A trained adapter on disk: Δσ of every module, the norms or embeddings if they were trained, and what they belong to.
+//! A trained adapter on disk: what was moved of every module, of norms and embeddings, and the decomposition it belongs to.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use ndarray::{Array2, s};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -11,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::format::{Origin, Pin};
 use crate::json::{self, Tool};
 use crate::linalg::ExactSum;
+use crate::split::Change;
 use crate::sum::{sha256_file, sha256_hex};
 use crate::weights::element::is_float;
 use crate::weights::place::refuse_links_outside;
@@ -23,17 +26,17 @@ pub const CONFIG_FILE: &str = "svd_adapter.json";
 
 /// The version of the adapter config this build writes.
 ///
-/// 2: with the sha256 of the weights, and of the config itself.
-pub const SCHEMA: u32 = 2;
+/// 2: with the sha256 of the weights, and of the config itself. 3: with R, and with whole linear weights.
+pub const SCHEMA: u32 = 3;
 
 /// What an adapter was trained on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AdapterConfig {
     pub schema: u32,
-    /// `sigma`
+    /// `sigma`, `lora-xs` or `full`
     pub method: String,
-    /// Groups of numbers that moved: `sigma`, `norms`, `embeddings`.
+    /// Groups of numbers that moved: the method's own, under its name, then `norms`, `embeddings`.
     pub trained: Vec<String>,
     pub decomposition: Origin,
     pub base: Pin,
@@ -53,7 +56,9 @@ pub struct Adapter {
     pub config: AdapterConfig,
     /// Δσ (q,) by module: trained minus original.
     pub delta: BTreeMap<String, Vec<f32>>,
-    /// Trained tensors by their checkpoint name, in f32.
+    /// R (r, r) by module, between the first r ≤ q rows of u and v, in f32.
+    pub core: BTreeMap<String, Elements>,
+    /// Trained tensors by their checkpoint name, in f32: norms, the embedding, linear weights as a whole.
     pub tensors: BTreeMap<String, Elements>,
 }
 
@@ -65,12 +70,18 @@ pub fn is_adapter(dir: &Path) -> bool {
 impl Adapter {
     /// Writes `adapter.safetensors` and then its config. Returns the sha256 of the weights.
     pub fn save(&self) -> Result<String> {
-        let mut tensors: BTreeMap<String, Elements> = self.tensors.clone();
+        let whole = self.tensors.iter();
+        let mut tensors: BTreeMap<String, Cow<Elements>> = whole
+            .map(|(name, elements)| (name.clone(), Cow::Borrowed(elements)))
+            .collect();
         for (module, delta) in &self.delta {
             let stored = Elements::from_f32(&[delta.len()], delta);
-            tensors.insert(format!("{module}.delta"), stored);
+            tensors.insert(format!("{module}.delta"), Cow::Owned(stored));
         }
-        let digests: String = tensors.values().map(digest).collect();
+        for (module, core) in &self.core {
+            tensors.insert(format!("{module}.core"), Cow::Borrowed(core));
+        }
+        let digests: String = tensors.values().map(|elements| digest(elements)).collect();
         let header = Header::compose_with(
             &[(DIGESTS, &digests)],
             tensors
@@ -119,12 +130,27 @@ impl Adapter {
                 });
             }
         }
+        for (module, core) in &adapter.core {
+            let q = artifact.svd.modules.get(module).map(|record| record.q);
+            if q.is_none_or(|q| core.shape[0] > q) {
+                return Err(Error::Adapter {
+                    path: dir.join(WEIGHTS_FILE),
+                    reason: match q {
+                        Some(q) => {
+                            format!("`{module}.core` is {:?}, and q is {q}", core.shape)
+                        }
+                        None => format!("`{module}` is not a module of the decomposition"),
+                    },
+                });
+            }
+        }
         for (name, trained) in &adapter.tensors {
-            let found = artifact.base_entry(name);
-            let fits = artifact.module_of(name).is_none()
-                && found
-                    .as_ref()
-                    .is_some_and(|(dtype, shape)| is_float(*dtype) && *shape == trained.shape);
+            let fits = match artifact.module_of(name) {
+                Some((_, record)) => *trained.shape == record.shape,
+                None => artifact
+                    .base_entry(name)
+                    .is_some_and(|(dtype, shape)| is_float(dtype) && shape == trained.shape),
+            };
             if !fits {
                 return Err(Error::Adapter {
                     path: dir.join(WEIGHTS_FILE),
@@ -166,7 +192,13 @@ impl Adapter {
         }
         let path = dir.join(WEIGHTS_FILE);
         let checkpoint = Checkpoint::single(dir, WEIGHTS_FILE)?;
-        let (mut delta, mut tensors) = (BTreeMap::new(), BTreeMap::new());
+        let mut adapter = Self {
+            dir: dir.into(),
+            config,
+            delta: BTreeMap::new(),
+            core: BTreeMap::new(),
+            tensors: BTreeMap::new(),
+        };
         for (_, entry) in checkpoint.inventory.entries() {
             if entry.dtype != Dtype::F32 {
                 return Err(Error::Dtype {
@@ -177,21 +209,45 @@ impl Adapter {
                 });
             }
             let elements = checkpoint.read_finite(&entry.name)?;
-            match entry.name.strip_suffix(".delta") {
-                Some(module) => {
-                    delta.insert(module.to_string(), elements.to_f32());
-                }
-                None => {
-                    tensors.insert(entry.name.clone(), elements);
-                }
+            if let Some(module) = entry.name.strip_suffix(".core")
+                && !matches!(elements.shape[..], [r, s] if r == s)
+            {
+                return Err(Error::Adapter {
+                    path,
+                    reason: format!("`{module}.core` is {:?}, not square", elements.shape),
+                });
             }
+            adapter.insert(&entry.name, elements);
         }
-        Ok(Self {
-            dir: dir.into(),
-            config,
-            delta,
-            tensors,
-        })
+        Ok(adapter)
+    }
+
+    /// Takes in what training moved, under the name it has in the file.
+    pub fn insert(&mut self, name: &str, elements: Elements) {
+        if let Some(module) = name.strip_suffix(".delta") {
+            self.delta.insert(module.into(), elements.to_f32());
+        } else if let Some(module) = name.strip_suffix(".core") {
+            self.core.insert(module.into(), elements);
+        } else {
+            self.tensors.insert(name.into(), elements);
+        }
+    }
+
+    /// Tensors in its file.
+    pub fn len(&self) -> usize {
+        self.delta.len() + self.core.len() + self.tensors.len()
+    }
+
+    /// Whether its file holds no tensor at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether the model with it is the model without it.
+    pub fn moves_nothing(&self) -> bool {
+        let cores = self.core.values().flat_map(Elements::to_f32);
+        let mut moved = self.delta.values().flatten().copied().chain(cores);
+        self.tensors.is_empty() && moved.all(|x| x == 0.0)
     }
 
     /// The tensors whose bytes are not those that were written.
@@ -222,7 +278,7 @@ fn digest(elements: &Elements) -> String {
     sha256_hex(&elements.bytes)[..8].into()
 }
 
-/// A weighted sum of adapters of one decomposition: exactly linear in Δσ.
+/// A weighted sum of adapters of one decomposition: exactly linear in Δσ and R.
 #[derive(Debug, Clone, Default)]
 pub struct Mixture {
     pub parts: Vec<(Adapter, f64)>,
@@ -240,6 +296,26 @@ impl Mixture {
             }
         }
         sum.into_iter().map(|x| x as f32).collect()
+    }
+
+    /// What stands between the vectors of a module with q triplets.
+    pub fn change(&self, module: &str, q: usize) -> Change {
+        let cores = || {
+            let parts = self.parts.iter();
+            parts.filter_map(|(adapter, weight)| Some((adapter.core.get(module)?, weight)))
+        };
+        let r = cores().map(|(core, _)| core.shape[0]).max().unwrap_or(0);
+        let mut sum = Array2::<f64>::zeros((r, r));
+        for (core, weight) in cores() {
+            let r = core.shape[0];
+            let values = Array2::from_shape_vec((r, r), core.to_f32()).expect("a core is square");
+            let mut first = sum.slice_mut(s![..r, ..r]);
+            first.scaled_add(*weight, &values.mapv(f64::from));
+        }
+        Change {
+            delta: self.delta(module, q),
+            core: sum.mapv(|x| x as f32),
+        }
     }
 
     /// base + Σ weight·(trained − base), or `None` where no part trained the tensor.
@@ -337,6 +413,7 @@ mod tests {
                 sha256: None,
             },
             delta,
+            core: BTreeMap::new(),
             tensors,
         };
         adapter.save().expect("saves");

@@ -156,6 +156,12 @@ impl Artifact {
         Ok(Factors { u, sigma, v })
     }
 
+    /// The singular values of a module, descending.
+    pub fn sigma(&self, module: &str) -> Result<Vec<f32>> {
+        let stored = self.checkpoint.read(&ModuleTensors::of(module).sigma)?;
+        Ok(stored.to_f32())
+    }
+
     /// As [`Artifact::factors`]; bytes that are not what the index says are refused.
     pub fn checked_factors(&self, module: &str) -> Result<Factors> {
         let names = ModuleTensors::of(module);

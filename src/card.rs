@@ -79,7 +79,15 @@ pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<Str
         Some(repo) => repo.to_string(),
         None => "DECOMPOSITION".into(),
     };
+    // reports of older versions name no method
+    let by_method = match train["method"].as_str() {
+        Some("lora") => "by a LoRA",
+        Some("lora-xs") => "by small matrices between its singular vectors (LoRA-XS)",
+        Some("full") => "in all its linear weights",
+        _ => "by its singular values",
+    };
     let facts = json!({
+        "by_method": by_method,
         "kind": kind.name(),
         "repo": repo,
         "title": repo.rsplit('/').next().unwrap_or(repo),
@@ -267,6 +275,25 @@ mod tests {
             !card.contains("AutoModelForCausalLM.from_pretrained"),
             "{card}"
         );
+    }
+
+    #[test]
+    fn a_card_tells_what_moved_by_which_method() {
+        for (kind, method, words) in [
+            (Kind::Adapter, "lora-xs", "fine-tuned by small matrices"),
+            (Kind::Model, "full", "fine-tuned in all its linear weights"),
+            (Kind::Lora, "lora", "fine-tuned by a LoRA of rank 16."),
+        ] {
+            let mut report = report();
+            report["train"]["method"] = method.into();
+            report["train"]["rank"] = 16.into();
+            report["train"]["alpha"] = 32.into();
+            let card = render(kind, "me/tuned", &report).expect("renders");
+            for words in [words, "| method | sigma, rank 16, α 32 |"] {
+                assert!(card.contains(words), "{words} is missing from\n{card}");
+            }
+            assert!(!card.contains("## Export"), "{card}");
+        }
     }
 
     #[test]

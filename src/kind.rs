@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::{adapter, artifact, export};
+use crate::{adapter, artifact, export, peft};
 
 /// What a directory holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -10,7 +10,7 @@ pub enum Kind {
     Decomposition,
     Adapter,
     Model,
-    /// An export for PEFT.
+    /// For PEFT: an export, or trained as one.
     Lora,
     /// An export for svd-training.
     StateDict,
@@ -23,7 +23,7 @@ impl Kind {
             Self::Decomposition
         } else if adapter::is_adapter(dir) {
             Self::Adapter
-        } else if dir.join(export::LORA_CONFIG).exists() {
+        } else if dir.join(peft::LORA_CONFIG).exists() {
             Self::Lora
         } else if dir.join(export::SVD_TRAINING_WEIGHTS).exists() {
             Self::StateDict

@@ -35,6 +35,7 @@ pub mod linalg;
 pub mod merge;
 pub mod model;
 pub mod part;
+pub mod peft;
 pub mod plan;
 pub mod plot;
 pub mod publish;

@@ -146,10 +146,10 @@ pub fn run(
         sha256_of_base.insert(file.clone(), base_sum);
     }
     observer.finish(Stage::Merge);
-    let untrained = mixture.parts.iter().all(|(adapter, weight)| {
-        *weight == 0.0
-            || (adapter.tensors.is_empty() && adapter.delta.values().flatten().all(|&d| d == 0.0))
-    });
+    let untrained = mixture
+        .parts
+        .iter()
+        .all(|(adapter, weight)| *weight == 0.0 || adapter.moves_nothing());
     let identical = sha256 == artifact.svd.base.sha256;
     let tensors_identical = sha256_of_base == artifact.svd.base.sha256;
     if untrained && options.dtype.is_none() && !tensors_identical {
@@ -292,10 +292,11 @@ fn merged(
         cast.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
         return Ok((cast, RoundingLoss::default()));
     };
-    let delta = mixture.delta(module, record.q);
     let factors = artifact.factors(module)?;
     let matrix = artifact.restore(module, record, &factors)?;
-    let (merged, loss) = factors.merge(&matrix, &delta, &rounder);
+    let whole = mixture.tensor(&entry.name, &matrix);
+    let change = mixture.change(module, record.q);
+    let (merged, loss) = factors.merge(&matrix, whole.as_deref(), &change, &rounder);
     merged.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
     Ok((merged, loss))
 }

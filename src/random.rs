@@ -20,6 +20,12 @@ impl SplitMix {
     }
 }
 
+/// (rows, columns) of numbers that are uniform in (0, 1].
+pub fn uniform(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
+    let mut random = SplitMix(seed);
+    Array2::from_shape_simple_fn((rows, columns), || random.uniform())
+}
+
 /// (rows, columns) of normal numbers, by Box and Muller.
 pub fn normal(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
     let mut random = SplitMix(seed);

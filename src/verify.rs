@@ -101,7 +101,7 @@ pub fn run(dir: &Path, against: Option<&Base>, observer: &dyn Observer) -> Resul
 fn adapter(dir: &Path, facts: &mut Facts) -> Result<()> {
     let adapter = Adapter::read(dir)?;
     facts.files = 1;
-    facts.tensors = adapter.delta.len() + adapter.tensors.len();
+    facts.tensors = adapter.len();
     let path = dir.join(adapter::WEIGHTS_FILE);
     facts.bytes = std::fs::metadata(&path).map(|m| m.len()).unwrap_or(0);
     facts

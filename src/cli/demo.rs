@@ -404,7 +404,7 @@ impl Walk<'_> {
             artifact,
             mixture: Mixture::default(),
         };
-        train::run(&source, pin, data, out, &options, self.observer)
+        train::run(&source, Some(pin), data, out, &options, self.observer)
     }
 }
 

@@ -8,11 +8,12 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use super::config::{Attention, ModelConfig, Scaling};
 use super::family::{self, Activation, NormKind, QueryKeyNorm};
 use super::layers::{Head, Linear, Norm};
+use super::method::{self, Method, Place, Updates};
 use super::ops::{self, Scores};
 use super::rope::Angles;
 use super::segments::{Segments, mask, reach};
 use crate::error::{Error, Result};
-use crate::split::Factors;
+use crate::split::{Change, Factors};
 use crate::weights::element::is_float;
 use crate::weights::{Elements, dtype_name};
 
@@ -20,8 +21,8 @@ use crate::weights::{Elements, dtype_name};
 pub trait Tensors: Sync {
     /// A tensor under its checkpoint name: M itself, for a decomposed weight.
     fn tensor(&self, name: &str) -> Result<Elements>;
-    /// The triplets of a module and its current Δσ, if it is decomposed.
-    fn spectrum(&self, module: &str) -> Result<Option<(Factors, Vec<f32>)>>;
+    /// The triplets of a module and what stands between its vectors by now, if it is decomposed.
+    fn spectrum(&self, module: &str) -> Result<Option<(Factors, Change)>>;
     /// Whether there is a tensor of this name.
     fn has(&self, name: &str) -> bool;
     /// The file a tensor lies in, for error messages.
@@ -29,9 +30,9 @@ pub trait Tensors: Sync {
 }
 
 /// What shall receive gradients.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Trained {
-    pub sigma: bool,
+    pub linear: Option<Method>,
     pub norms: bool,
     /// The embedding; a head that is tied to it moves along.
     pub embeddings: bool,
@@ -46,7 +47,8 @@ pub struct Decoder {
     blocks: Vec<Block>,
     norm: Norm,
     head: Head,
-    /// Everything that training moves: `<module>.delta`, and norms and the embedding under their own name. All f32.
+    /// Everything that training moves: of linear layers under the names of [`super::method`], norms and the embedding
+    /// under their own. All f32.
     pub variables: BTreeMap<String, Var>,
 }
 
@@ -138,7 +140,7 @@ impl Decoder {
         let norm = loader.norm(&format!("{prefix}{}", names.norm))?;
         let embedding = loader.weight(&config.embedding(prefix), trained.embeddings)?;
         let linear = if config.tied {
-            Linear::frozen(embedding.clone(), None)
+            Linear::new(embedding.clone(), None, Vec::new())
         } else {
             loader.linear(names.head, false)?
         };
@@ -494,29 +496,23 @@ impl Loader<'_> {
     }
 
     fn linear(&mut self, module: &str, bias: bool) -> Result<Linear> {
-        let weight = self.tensor(&format!("{module}.weight"))?;
+        let method = self.trained.linear;
+        let name = format!("{module}.weight");
+        let weight = self.weight(&name, method == Some(Method::Full))?;
         let bias = if bias {
             Some(self.tensor(&format!("{module}.bias"))?)
         } else {
             None
         };
-        let layer = Linear::frozen(weight, bias);
-        let Some((factors, delta)) = self.tensors.spectrum(module)? else {
-            return Ok(layer);
+        let spectrum = self.tensors.spectrum(module)?;
+        let place = Place {
+            device: self.device,
+            dtype: self.dtype,
         };
-        if !self.trained.sigma && delta.iter().all(|&d| d == 0.0) {
-            return Ok(layer);
-        }
-        let matrix = |a: &ndarray::Array2<f32>| -> Result<Tensor> {
-            let values = a.iter().copied().collect::<Vec<f32>>();
-            Ok(Tensor::from_vec(values, a.dim(), self.device)?.to_dtype(self.dtype)?)
-        };
-        let (u, v) = (matrix(&factors.u)?, matrix(&factors.v)?);
-        let q = delta.len();
-        let delta = Var::from_vec(delta, q, self.device)?;
-        let layer = layer.with_spectrum(u, v, &delta);
-        self.variables.insert(format!("{module}.delta"), delta);
-        Ok(layer)
+        let Updates { updates, variables } =
+            method::updates(method, module, weight.dims2()?, spectrum, &place)?;
+        self.variables.extend(variables);
+        Ok(Linear::new(weight, bias, updates))
     }
 
     /// A tensor that may be trained as it is: then in f32, whatever the model's dtype.

@@ -7,8 +7,10 @@ use super::Facts;
 use super::sums::Sums;
 use crate::error::Result;
 use crate::event::Observer;
-use crate::export::{LORA_WEIGHTS, SVD_TRAINING_WEIGHTS};
+use crate::export::SVD_TRAINING_WEIGHTS;
 use crate::kind::Kind;
+use crate::peft::LORA_WEIGHTS;
+use crate::report;
 use crate::weights::{Checkpoint, Inventory};
 
 pub fn export(kind: Kind, dir: &Path, observer: &dyn Observer, facts: &mut Facts) -> Result<()> {
@@ -22,7 +24,10 @@ pub fn export(kind: Kind, dir: &Path, observer: &dyn Observer, facts: &mut Facts
     if kind == Kind::Lora {
         pairs(file, &checkpoint.inventory, facts);
     }
-    Sums::stated(dir, "export")?.compare(dir, &checkpoint, observer, facts)
+    // a LoRA that was trained as one was never exported
+    let exported = report::read(dir)?.contains_key("export");
+    let section = if exported { "export" } else { "train" };
+    Sums::stated(dir, section)?.compare(dir, &checkpoint, observer, facts)
 }
 
 /// B (m, r) and A (r, n) of one module have one r.

@@ -270,7 +270,7 @@ fn steps_of_ours(artifact: &Path, args: &Args) -> Result<()> {
     let watch = StepWatch::default();
     let facts = train::run(
         &source,
-        pin,
+        Some(pin),
         &text,
         &out.path().join("adapter"),
         &options,

@@ -8,6 +8,7 @@ mod hf_hub_defects;
 mod hostile;
 mod hub;
 mod inspect;
+mod methods;
 mod parts;
 mod publishing;
 mod python;

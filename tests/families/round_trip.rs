@@ -99,6 +99,7 @@ fn moved(dir: &Path, artifact: &Artifact) -> Adapter {
             sha256: None,
         },
         delta: delta.collect(),
+        core: BTreeMap::new(),
         tensors,
     };
     adapter.save().expect("saves");

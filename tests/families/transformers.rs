@@ -6,7 +6,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
-use svdhub::model::{Decoder, ModelConfig, Segment, Segments, Trained};
+use svdhub::model::{Decoder, Method, ModelConfig, Segment, Segments, Trained};
 use svdhub::split::Factors;
 use svdhub::train::Run;
 use svdhub::train::optimizer::AdamW;
@@ -129,7 +129,7 @@ fn trained(golden: &Value) -> Decoder {
         factors: Some(Box::new(factors)),
     };
     let trained = Trained {
-        sigma: true,
+        linear: Some(Method::default()),
         norms: true,
         embeddings: true,
     };
@@ -195,7 +195,7 @@ fn assert_steps(name: &str) {
         factors: Some(Box::new(factors)),
     };
     let trained = Trained {
-        sigma: true,
+        linear: Some(Method::default()),
         ..Trained::default()
     };
     let decoder =
@@ -203,6 +203,7 @@ fn assert_steps(name: &str) {
     let number = |key: &str| golden["steps"][key].as_f64().expect("a number");
     let mut run = Run {
         decoder: &decoder,
+        method: Method::default(),
         optimizer: AdamW {
             weight_decay: number("weight_decay"),
             ..AdamW::default()

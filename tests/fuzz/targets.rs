@@ -29,6 +29,7 @@ use svdhub::model::ModelConfig;
 use svdhub::part::{self, Part};
 use svdhub::plan::{Pattern, Plan, PlanOptions, expected_inventory};
 use svdhub::source::Source;
+use svdhub::split::Change;
 use svdhub::sum::sha256_hex;
 use svdhub::train::data::Corpus;
 use svdhub::weights::checkpoint::{Index, WeightFile};
@@ -210,9 +211,9 @@ pub fn artifact(bytes: &[u8]) -> bool {
         if let Ok(matrix) = artifact.restore(module, record, &factors) {
             assert_eq!(matrix.shape, record.shape);
             assert_eq!(sha256_hex(&matrix.bytes), record.sha256);
-            let delta = vec![0.0; record.q];
+            let nothing = Change::of_sigma(vec![0.0; record.q]);
             let rounder = Rounder::new(Rounding::Nearest, matrix.dtype, module);
-            let (merged, _) = factors.merge(&matrix, &delta, &rounder);
+            let (merged, _) = factors.merge(&matrix, None, &nothing, &rounder);
             assert_eq!(merged.bytes, matrix.bytes);
         }
     }
