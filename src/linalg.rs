@@ -17,5 +17,5 @@ pub use certificate::{Certificate, certify, orthogonality};
 pub use exact::ExactSum;
 pub use lapack::single_threaded_blas;
 pub use operand::Backend;
-pub use product::gemm;
+pub use product::{gemm, multiply};
 pub use svd::{decompose, decompose_on, spectrum, usual_route};

@@ -1,5 +1,6 @@
 //! The differentiable decoder: one definition for every family, with gradients that are written down.
 
+mod attention;
 mod backward;
 pub mod config;
 pub mod decoder;

@@ -12,14 +12,14 @@ use super::ops::TANH_GELU;
 /// Rows are handed to threads in groups of about this many numbers: enough to pay for the hand-over.
 const GROUP: usize = 16 << 10;
 
-fn applies(tensors: &[&Tensor]) -> bool {
+pub fn applies(tensors: &[&Tensor]) -> bool {
     tensors
         .iter()
         .all(|t| t.dtype() == DType::F32 && matches!(t.device(), Device::Cpu) && t.is_contiguous())
 }
 
 /// Calls `f` with the numbers of contiguous CPU tensors.
-fn with_slices<const N: usize, R>(
+pub fn with_slices<const N: usize, R>(
     tensors: [&Tensor; N],
     f: impl FnOnce([&[f32]; N]) -> Result<R>,
 ) -> Result<R> {
@@ -59,6 +59,34 @@ fn in_place(tensor: &Tensor, f: impl Fn(&mut [f32])) -> Result<()> {
 
 fn rows_per_group(row: usize) -> usize {
     (GROUP / row.max(1)).max(1)
+}
+
+/// eˣ to some 10⁻⁷ of itself, without a branch: a loop over it is vectorised, over the library's it is not.
+///
+/// x = n·ln 2 + r with |r| ≤ ln 2 / 2, where a polynomial does; coefficients of expf in Moshier's Cephes. Beyond what f32
+/// holds it stays at its ends.
+#[inline]
+fn exp(x: f32) -> f32 {
+    /// 1.5·2²³: added, it leaves a whole number in the last bits.
+    const SHIFT: f32 = 12_582_912.0;
+    let x = x.clamp(-87.3, 88.3);
+    let shifted = x * std::f32::consts::LOG2_E + SHIFT;
+    let n = shifted - SHIFT;
+    let r = (x - n * 0.693_359_375) + n * 2.121_944_4e-4;
+    let coefficients = [
+        1.398_2e-3,
+        8.333_452e-3,
+        4.166_579_6e-2,
+        1.666_666_5e-1,
+        0.5,
+    ];
+    let p = (coefficients.iter()).fold(1.987_569_2e-4, |p, c| p * r + c);
+    let power = (shifted
+        .to_bits()
+        .wrapping_sub(SHIFT.to_bits())
+        .wrapping_add(127))
+        << 23;
+    (p * r * r + r + 1.0) * f32::from_bits(power)
 }
 
 /// activation(a) ∘ b
@@ -104,7 +132,7 @@ fn forward(a: &Tensor, b: &Tensor, inner: impl Fn(f32) -> (f32, f32) + Sync) -> 
             .zip(a.par_chunks(GROUP).zip(b.par_chunks(GROUP)))
             .for_each(|(y, (a, b))| {
                 for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
-                    *y = a / (1.0 + (-inner(a).0).exp()) * b;
+                    *y = a / (1.0 + exp(-inner(a).0)) * b;
                 }
             });
         Ok(y)
@@ -130,7 +158,7 @@ fn backward(
             .for_each(|((da, db), ((a, b), g))| {
                 for i in 0..a.len() {
                     let (z, dz) = inner(a[i]);
-                    let s = 1.0 / (1.0 + (-z).exp());
+                    let s = 1.0 / (1.0 + exp(-z));
                     let value = a[i] * s;
                     db[i] = g[i] * value;
                     da[i] = g[i] * b[i] * (s + (value - value * s) * dz);
@@ -192,53 +220,15 @@ pub fn rms_norm_gradient(
     Ok(Some((dx, Tensor::from_vec(dw, n, x.device())?)))
 }
 
-/// Softmax of each row of `scores (b, h, t, s)` where the mask, (t, s) or (b, 1, t, s), is finite, in place. False where
-/// it does not apply.
-pub fn masked_softmax(scores: &Tensor, mask: &Tensor) -> Result<bool> {
-    if !applies(&[scores, mask]) {
-        return Ok(false);
-    }
-    let (_, h, t, s) = scores.dims4()?;
-    with_slices([mask], |[mask]| {
-        // what a position sees is one run of positions
-        let seen: Vec<(usize, usize)> = mask
-            .chunks_exact(s)
-            .map(|row| {
-                let first = row.iter().position(|m| m.is_finite()).unwrap_or(0);
-                let last = row.iter().rposition(|m| m.is_finite()).unwrap_or(0);
-                (first, last + 1)
-            })
-            .collect();
-        in_place(scores, |scores| {
-            let group = s * rows_per_group(s);
-            scores
-                .par_chunks_mut(group)
-                .enumerate()
-                .for_each(|(at, rows)| {
-                    for (i, row) in rows.chunks_exact_mut(s).enumerate() {
-                        let row_number = at * group / s + i;
-                        // a mask that all rows of the batch share has t rows
-                        let of_batch = row_number / (h * t) * t % seen.len();
-                        let (first, end) = seen[of_batch + row_number % t];
-                        row[..first].fill(0.0);
-                        row[end..].fill(0.0);
-                        softmax(&mut row[first..end]);
-                    }
-                });
-        })
-    })?;
-    Ok(true)
-}
-
 /// Softmax of one row in place; returns what was subtracted and the sum, for a logarithm.
-fn softmax(row: &mut [f32]) -> (f32, f64) {
+pub fn softmax(row: &mut [f32]) -> (f32, f64) {
     let largest = row.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
     // a vocabulary of a hundred thousand summed in f32 one by one would cost the loss its fifth digit
     let mut sum = 0f64;
     for part in row.chunks_mut(64) {
         let mut partial = 0f32;
         for x in part.iter_mut() {
-            *x = (*x - largest).exp();
+            *x = exp(*x - largest);
             partial += *x;
         }
         sum += f64::from(partial);
@@ -248,30 +238,6 @@ fn softmax(row: &mut [f32]) -> (f32, f64) {
         *x *= inverse;
     }
     (largest, sum)
-}
-
-/// dp → p ∘ (dp − Σ dp ∘ p) over the last side, in place of `dp`. False where it does not apply.
-pub fn softmax_gradient(p: &Tensor, dp: &Tensor) -> Result<bool> {
-    if !applies(&[p, dp]) {
-        return Ok(false);
-    }
-    let t = p.dim(candle_core::D::Minus1)?;
-    with_slices([p], |[p]| {
-        in_place(dp, |dp| {
-            let group = t * rows_per_group(t);
-            dp.par_chunks_mut(group)
-                .zip(p.par_chunks(group))
-                .for_each(|(dp, p)| {
-                    for (dp, p) in dp.chunks_exact_mut(t).zip(p.chunks_exact(t)) {
-                        let along: f32 = dp.iter().zip(p).map(|(d, p)| d * p).sum();
-                        for (d, p) in dp.iter_mut().zip(p) {
-                            *d = p * (*d - along);
-                        }
-                    }
-                });
-        })
-    })?;
-    Ok(true)
 }
 
 /// Σ −log softmax(row)[target], leaving softmax − onehot, its gradient, in place of the logits.
@@ -358,6 +324,18 @@ mod tests {
         for (i, (got, wanted)) in gradients.iter().zip(&wanted_gradients).enumerate() {
             assert_near(got, wanted, &format!("{what}, gradient {i}"));
         }
+    }
+
+    #[test]
+    fn the_exponential_is_right_from_end_to_end() {
+        for i in 0..=200_000 {
+            let x = -87.3 + (87.3 + 88.3) * (i as f32 / 200_000.0);
+            let (found, wanted) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!((found - wanted).abs() < 2e-7 * wanted, "{x}: {found}");
+        }
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(f32::NAN).is_nan());
+        assert!(exp(-1e9) < 2e-38 && exp(1e9) > 2e38);
     }
 
     #[test]
@@ -472,6 +450,5 @@ mod tests {
     fn other_dtypes_are_left_to_tensor_operations() {
         let x = wide(&random(&[2, 3]));
         assert!(gated(&x, &x, &Activation::Silu).expect("asks").is_none());
-        assert!(!softmax_gradient(&x, &x).expect("asks"));
     }
 }

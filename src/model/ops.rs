@@ -3,6 +3,7 @@
 use candle_core::{D, Result, Tensor, bail};
 use candle_nn::ops::softmax_last_dim;
 
+use super::attention;
 use super::family::Activation;
 use super::fused;
 use super::rope::Angles;
@@ -181,58 +182,80 @@ pub fn attention(
     mask: &Tensor,
     scores: Scores,
 ) -> Result<Tensor> {
-    let (b, h, t, d) = q.dims4()?;
-    let (_, kv, s, _) = k.dims4()?;
-    let shared = h / kv;
-    let grouped = (b, kv, shared * t, d);
     let (qd, kd, vd) = (
-        q.detach().contiguous()?.reshape(grouped)?,
+        q.detach().contiguous()?,
         k.detach().contiguous()?,
         v.detach().contiguous()?,
     );
     let mask = mask.clone();
-    let Scores { scale, cap } = scores;
-    // the probabilities, and the slope of a cap
-    let probabilities = {
-        let (qd, kd) = (qd.clone(), kd.clone());
-        move || -> Result<(Tensor, Option<Tensor>)> {
-            let scores = (&qd * scale)?.matmul(&kd.t()?)?;
-            let scores = scores.reshape((b, h, t, s))?;
-            let (scores, slope) = match cap {
-                Some(cap) => {
-                    let (scores, slope) = capped(&scores, cap)?;
-                    (scores, Some(slope))
-                }
-                None => (scores, None),
-            };
-            let p = if fused::masked_softmax(&scores, &mask)? {
-                scores
-            } else {
-                softmax_last_dim(&scores.broadcast_add(&mask)?)?
-            };
-            Ok((p.reshape((b, kv, shared * t, s))?, slope))
-        }
+    let y = match attention::forward(&qd, &kd, &vd, &mask, scores)? {
+        Some(y) => y,
+        None => Composed::of(&qd, &kd, &mask, scores)?
+            .p
+            .matmul(&vd)?
+            .reshape(q.shape())?,
     };
-    let y = probabilities()?.0.matmul(&vd)?.reshape((b, h, t, d))?;
     attach(&[q, k, v], y, move |g| {
-        let g = g.contiguous()?.reshape(grouped)?;
-        let (p, slope) = probabilities()?;
-        let dv = p.t()?.matmul(&g)?;
-        let dp = g.matmul(&vd.t()?)?;
-        // softmax: ds = p ∘ (dp − Σ dp ∘ p)
-        let mut ds = if fused::softmax_gradient(&p, &dp)? {
-            dp
-        } else {
-            let along = (&dp * &p)?.sum_keepdim(D::Minus1)?;
-            (p * dp.broadcast_sub(&along)?)?
+        let g = g.contiguous()?;
+        let gradients = match attention::gradients(&qd, &kd, &vd, &mask, scores, &g)? {
+            Some(gradients) => gradients,
+            None => Composed::of(&qd, &kd, &mask, scores)?.gradients(&qd, &kd, &vd, &g)?,
         };
-        if let Some(slope) = slope {
-            ds = (ds * slope.reshape((b, kv, shared * t, s))?)?;
-        }
-        let dq = (ds.matmul(&kd)? * scale)?.reshape((b, h, t, d))?;
-        let dk = (ds.t()?.matmul(&qd)? * scale)?;
-        Ok(vec![Some(dq), Some(dk), Some(dv)])
+        Ok(gradients.map(Some).into())
     })
+}
+
+/// Attention from tensor operations. Heads that share keys are rows of one matrix, so that no key is repeated.
+struct Composed {
+    /// (b, kv, h/kv·t, s)
+    p: Tensor,
+    /// Of a cap, in the same shape.
+    slope: Option<Tensor>,
+    scale: f64,
+}
+
+impl Composed {
+    fn of(q: &Tensor, k: &Tensor, mask: &Tensor, Scores { scale, cap }: Scores) -> Result<Self> {
+        let (b, h, t, _) = q.dims4()?;
+        let (_, kv, s, _) = k.dims4()?;
+        let scores = (Self::grouped(q, kv)? * scale)?.matmul(&k.t()?)?;
+        let scores = scores.reshape((b, h, t, s))?;
+        let (scores, slope) = match cap {
+            Some(cap) => {
+                let (scores, slope) = capped(&scores, cap)?;
+                (scores, Some(Self::grouped(&slope, kv)?))
+            }
+            None => (scores, None),
+        };
+        let p = softmax_last_dim(&scores.broadcast_add(mask)?)?;
+        Ok(Self {
+            p: Self::grouped(&p, kv)?,
+            slope,
+            scale,
+        })
+    }
+
+    /// (b, h, t, n) → (b, kv, h/kv·t, n)
+    fn grouped(x: &Tensor, kv: usize) -> Result<Tensor> {
+        let (b, h, t, n) = x.dims4()?;
+        x.reshape((b, kv, h / kv * t, n))
+    }
+
+    fn gradients(&self, q: &Tensor, k: &Tensor, v: &Tensor, g: &Tensor) -> Result<[Tensor; 3]> {
+        let kv = k.dim(1)?;
+        let (grouped, g) = (Self::grouped(q, kv)?, Self::grouped(g, kv)?);
+        let dv = self.p.t()?.matmul(&g)?;
+        let dp = g.matmul(&v.t()?)?;
+        // softmax: ds = p ∘ (dp − Σ dp ∘ p)
+        let along = (&dp * &self.p)?.sum_keepdim(D::Minus1)?;
+        let mut ds = (&self.p * dp.broadcast_sub(&along)?)?;
+        if let Some(slope) = &self.slope {
+            ds = (ds * slope)?;
+        }
+        let dq = (ds.matmul(k)? * self.scale)?.reshape(q.shape())?;
+        let dk = (ds.t()?.matmul(&grouped)? * self.scale)?;
+        Ok([dq, dk, dv])
+    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,274 @@
+//! Attention on the CPU in f32, some queries at a time: no t × s of scores is ever held, and what nobody sees is not
+//! computed.
+//!
+//! As in [`super::fused`], `None` is the answer where it does not apply; the tests hold it against tensor operations.
+
+use std::ops::Range;
+
+use candle_core::{Result, Tensor};
+use ndarray::{ArrayView2, ArrayViewMut2, s};
+use rayon::prelude::*;
+
+use super::fused::{applies, softmax, with_slices};
+use super::ops::Scores;
+use crate::linalg::multiply;
+
+/// Queries whose scores are alive at once: with some hundred keys, what a core's cache holds.
+const QUERIES: usize = 64;
+
+/// Sides of q (b, h, t, d), and of k and v (b, kv, s, d).
+#[derive(Debug, Clone, Copy)]
+struct Sides {
+    h: usize,
+    kv: usize,
+    t: usize,
+    s: usize,
+    d: usize,
+}
+
+impl Sides {
+    fn of(q: &Tensor, k: &Tensor) -> Result<Self> {
+        let (_, h, t, d) = q.dims4()?;
+        let (_, kv, s, _) = k.dims4()?;
+        Ok(Self { h, kv, t, s, d })
+    }
+
+    /// The keys or values (s, d) that a head shares with others; heads are counted through the batch.
+    fn shared<'a>(&self, values: &'a [f32], head: usize) -> ArrayView2<'a, f32> {
+        let (batch, head) = (head / self.h, head % self.h);
+        let at = batch * self.kv + head / (self.h / self.kv);
+        matrix(&values[at * self.s * self.d..][..self.s * self.d], self.d)
+    }
+
+    /// The run of keys that each query of a head sees; a mask that all rows of the batch share has t rows.
+    fn seen<'a>(&self, seen: &'a [Range<usize>], head: usize) -> &'a [Range<usize>] {
+        let at = head / self.h * self.t % seen.len();
+        &seen[at..at + self.t]
+    }
+}
+
+fn matrix(values: &[f32], columns: usize) -> ArrayView2<'_, f32> {
+    ArrayView2::from_shape((values.len() / columns, columns), values)
+        .expect("rows of so many columns")
+}
+
+fn matrix_mut(values: &mut [f32], columns: usize) -> ArrayViewMut2<'_, f32> {
+    ArrayViewMut2::from_shape((values.len() / columns, columns), values)
+        .expect("rows of so many columns")
+}
+
+/// What each row of a mask of 0 and −∞ sees: one run of positions.
+pub fn seen(mask: &[f32], keys: usize) -> Vec<Range<usize>> {
+    mask.chunks_exact(keys)
+        .map(|row| {
+            let first = row.iter().position(|m| m.is_finite()).unwrap_or(0);
+            let last = row.iter().rposition(|m| m.is_finite()).unwrap_or(0);
+            first..last + 1
+        })
+        .collect()
+}
+
+/// Some queries of one head, the run of keys that they see between them, and room for their scores.
+struct Block<'a> {
+    queries: Range<usize>,
+    keys: Range<usize>,
+    seen: &'a [Range<usize>],
+}
+
+impl<'a> Block<'a> {
+    fn all(seen: &'a [Range<usize>]) -> impl Iterator<Item = Self> {
+        (0..seen.len()).step_by(QUERIES).map(move |start| {
+            let queries = start..(start + QUERIES).min(seen.len());
+            let seen = &seen[queries.clone()];
+            let first = seen.iter().map(|keys| keys.start).min().unwrap_or(0);
+            let end = seen.iter().map(|keys| keys.end).max().unwrap_or(0);
+            Self {
+                queries,
+                keys: first..end,
+                seen,
+            }
+        })
+    }
+
+    /// softmax(scores) of each query, 0 where it does not see; with a cap its slope in `slope`.
+    fn probabilities(
+        &self,
+        q: ArrayView2<f32>,
+        k: ArrayView2<f32>,
+        scores: Scores,
+        p: &mut ArrayViewMut2<f32>,
+        mut slope: Option<&mut ArrayViewMut2<f32>>,
+    ) {
+        let k = k.slice(s![self.keys.clone(), ..]);
+        multiply(
+            p,
+            0.0,
+            q.slice(s![self.queries.clone(), ..]),
+            scores.scale as f32,
+            k.t(),
+        );
+        if let Some(cap) = scores.cap {
+            let cap = cap as f32;
+            p.mapv_inplace(|x| (x / cap).tanh());
+            if let Some(slope) = &mut slope {
+                slope.zip_mut_with(p, |slope, &bent| *slope = 1.0 - bent * bent);
+            }
+            p.mapv_inplace(|bent| bent * cap);
+        }
+        for (mut row, seen) in p.rows_mut().into_iter().zip(self.seen) {
+            let row = row.as_slice_mut().expect("a row is dense");
+            let (first, end) = (seen.start - self.keys.start, seen.end - self.keys.start);
+            row[..first].fill(0.0);
+            row[end..].fill(0.0);
+            softmax(&mut row[first..end]);
+        }
+    }
+
+    /// A (queries, keys) matrix in `room`, which grows to the largest.
+    fn room<'r>(&self, room: &'r mut Vec<f32>) -> ArrayViewMut2<'r, f32> {
+        let n = self.queries.len() * self.keys.len();
+        if room.len() < n {
+            room.resize(n, 0.0);
+        }
+        matrix_mut(&mut room[..n], self.keys.len())
+    }
+}
+
+/// softmax(scores)·v: q (b, h, t, d), k and v (b, kv, s, d) → (b, h, t, d).
+pub fn forward(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &Tensor,
+    scores: Scores,
+) -> Result<Option<Tensor>> {
+    if !applies(&[q, k, v, mask]) {
+        return Ok(None);
+    }
+    let sides = Sides::of(q, k)?;
+    let head = sides.t * sides.d;
+    let y = with_slices([q, k, v, mask], |[q, k, v, mask]| {
+        let seen = seen(mask, sides.s);
+        let mut y = vec![0f32; q.len()];
+        y.par_chunks_mut(head)
+            .enumerate()
+            .for_each_init(Vec::new, |room, (at, y)| {
+                let q = matrix(&q[at * head..][..head], sides.d);
+                let (k, v) = (sides.shared(k, at), sides.shared(v, at));
+                let mut y = matrix_mut(y, sides.d);
+                for block in Block::all(sides.seen(&seen, at)) {
+                    let mut p = block.room(room);
+                    block.probabilities(q, k, scores, &mut p, None);
+                    let mut y = y.slice_mut(s![block.queries.clone(), ..]);
+                    let v = v.slice(s![block.keys.clone(), ..]);
+                    multiply(&mut y, 0.0, p.view(), 1.0, v);
+                }
+            });
+        Ok(y)
+    })?;
+    Ok(Some(Tensor::from_vec(y, q.shape(), q.device())?))
+}
+
+/// (dq, dk, dv) from the gradient of [`forward`]'s output; the probabilities are computed again.
+pub fn gradients(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &Tensor,
+    scores: Scores,
+    g: &Tensor,
+) -> Result<Option<[Tensor; 3]>> {
+    if !applies(&[q, k, v, mask, g]) {
+        return Ok(None);
+    }
+    let sides = Sides::of(q, k)?;
+    let (queries, keys) = (sides.t * sides.d, sides.s * sides.d);
+    let (dq, dk, dv) = with_slices([q, k, v, mask, g], |[q, k, v, mask, g]| {
+        let seen = seen(mask, sides.s);
+        let heads = q.len() / queries;
+        let mut dq = vec![0f32; q.len()];
+        // of each head; those that share keys are added below, in their order
+        let (mut dk, mut dv) = (vec![0f32; heads * keys], vec![0f32; heads * keys]);
+        dq.par_chunks_mut(queries)
+            .zip(dk.par_chunks_mut(keys).zip(dv.par_chunks_mut(keys)))
+            .enumerate()
+            .for_each_init(Rooms::default, |rooms, (at, (dq, (dk, dv)))| {
+                let of_head = |values| matrix(values, sides.d);
+                let (q, g) = (
+                    of_head(&q[at * queries..][..queries]),
+                    of_head(&g[at * queries..][..queries]),
+                );
+                let (k, v) = (sides.shared(k, at), sides.shared(v, at));
+                let mut dq = matrix_mut(dq, sides.d);
+                let (mut dk, mut dv) = (matrix_mut(dk, sides.d), matrix_mut(dv, sides.d));
+                for block in Block::all(sides.seen(&seen, at)) {
+                    let rows = s![block.queries.clone(), ..];
+                    let columns = s![block.keys.clone(), ..];
+                    let mut p = block.room(&mut rooms.p);
+                    let mut ds = block.room(&mut rooms.ds);
+                    let mut slope = block.room(&mut rooms.slope);
+                    block.probabilities(q, k, scores, &mut p, Some(&mut slope));
+                    let g = g.slice(rows);
+                    multiply(&mut dv.slice_mut(columns), 1.0, p.t(), 1.0, g);
+                    multiply(&mut ds, 0.0, g, 1.0, v.slice(columns).t());
+                    through_softmax(&p, &mut ds);
+                    if scores.cap.is_some() {
+                        ds *= &slope;
+                    }
+                    let scale = scores.scale as f32;
+                    let mut dq = dq.slice_mut(rows);
+                    multiply(&mut dq, 0.0, ds.view(), scale, k.slice(columns));
+                    multiply(
+                        &mut dk.slice_mut(columns),
+                        1.0,
+                        ds.t(),
+                        scale,
+                        q.slice(rows),
+                    );
+                }
+            });
+        let shared = sides.h / sides.kv;
+        Ok((dq, added(dk, keys, shared), added(dv, keys, shared)))
+    })?;
+    let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
+    Ok(Some([tensor(dq, q)?, tensor(dk, k)?, tensor(dv, v)?]))
+}
+
+/// What one thread works in.
+#[derive(Default)]
+struct Rooms {
+    p: Vec<f32>,
+    ds: Vec<f32>,
+    slope: Vec<f32>,
+}
+
+/// dp → p ∘ (dp − Σ dp ∘ p), row by row, in place of `dp`.
+fn through_softmax(p: &ArrayViewMut2<f32>, dp: &mut ArrayViewMut2<f32>) {
+    for (p, mut dp) in p.rows().into_iter().zip(dp.rows_mut()) {
+        let (Some(p), Some(dp)) = (p.as_slice(), dp.as_slice_mut()) else {
+            unreachable!("rows are dense");
+        };
+        let along: f32 = dp.iter().zip(p).map(|(d, p)| d * p).sum();
+        for (d, p) in dp.iter_mut().zip(p) {
+            *d = p * (*d - along);
+        }
+    }
+}
+
+/// The sum over each `shared` runs of `n` numbers that follow each other.
+fn added(values: Vec<f32>, n: usize, shared: usize) -> Vec<f32> {
+    if shared == 1 {
+        return values;
+    }
+    let mut sums = vec![0f32; values.len() / shared];
+    sums.par_chunks_mut(n)
+        .zip(values.par_chunks(n * shared))
+        .for_each(|(sum, heads)| {
+            for head in heads.chunks_exact(n) {
+                for (sum, x) in sum.iter_mut().zip(head) {
+                    *sum += x;
+                }
+            }
+        });
+    sums
+}
