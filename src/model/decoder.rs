@@ -1,5 +1,6 @@
 //! The decoder: numbers from `config.json`, structure from the same table that checks a checkpoint's shapes.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
@@ -187,31 +188,49 @@ impl Decoder {
     }
 
     fn hidden_states(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
+        let pass = self.pass(ids)?;
+        let mut x = self.embed(ids)?;
+        for at in 0..self.blocks.len() {
+            x = self.block(at, &x, &pass)?;
+        }
+        self.norm.forward(&x)
+    }
+
+    /// `ids (b, t) → (b, t, hidden)`, what the first block reads.
+    pub(super) fn embed(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
         let (b, t) = ids.dims2()?;
+        let embedded = ops::embed(&self.embedding, &ids.flatten_all()?)?
+            .reshape((b, t, self.config.hidden))?
+            .to_dtype(self.dtype)?;
+        scaled(embedded, self.config.embedding_scale)
+    }
+
+    /// What all blocks read beside their input.
+    pub(super) fn pass(&self, ids: &Tensor) -> candle_core::Result<Pass> {
+        let (_, t) = ids.dims2()?;
         let angles = (self.config.ropes.iter())
             .map(|rope| rope.angles(t, &self.device))
             .collect::<candle_core::Result<Vec<_>>>()?;
-        let mut masks: BTreeMap<Option<usize>, Tensor> = BTreeMap::new();
-        let embedded = self
-            .embedding
-            .index_select(&ids.flatten_all()?, 0)?
-            .reshape((b, t, self.config.hidden))?
-            .to_dtype(self.dtype)?;
-        let mut x = scaled(embedded, self.config.embedding_scale)?;
+        let mut masks = BTreeMap::new();
         for block in &self.blocks {
-            let window = block.sees.window.filter(|&window| window < t);
-            let mask = match masks.get(&window) {
-                Some(mask) => mask.clone(),
-                None => {
-                    let mask = causal_mask(t, window, self.dtype, &self.device)?;
-                    masks.insert(window, mask.clone());
-                    mask
-                }
-            };
-            let angles = block.sees.rope.map(|rope| &angles[rope]);
-            x = block.forward(&self.config, &x, angles, &mask)?;
+            let window = block.window(t);
+            if let Entry::Vacant(mask) = masks.entry(window) {
+                mask.insert(causal_mask(t, window, self.dtype, &self.device)?);
+            }
         }
-        self.norm.forward(&x)
+        Ok(Pass { t, angles, masks })
+    }
+
+    pub(super) fn blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// One block: `x (b, t, hidden) → (b, t, hidden)`.
+    pub(super) fn block(&self, at: usize, x: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
+        let block = &self.blocks[at];
+        let mask = &pass.masks[&block.window(pass.t)];
+        let angles = block.sees.rope.map(|rope| &pass.angles[rope]);
+        block.forward(&self.config, x, angles, mask)
     }
 
     /// The logits of every position: `ids (b, t) → (b, t, vocabulary)`, without gradients.
@@ -224,8 +243,20 @@ impl Decoder {
     ///
     /// `ids (b, t)`: each row predicts its tokens 1 … t − 1 from those before.
     pub fn loss(&self, ids: &Tensor) -> Result<(Tensor, usize)> {
+        Ok(self.loss_from(&self.hidden_states(ids)?, ids)?)
+    }
+
+    /// The same from the stream behind the last block, `x (b, t, hidden)`.
+    pub(super) fn loss_from_blocks(
+        &self,
+        x: &Tensor,
+        ids: &Tensor,
+    ) -> candle_core::Result<(Tensor, usize)> {
+        self.loss_from(&self.norm.forward(x)?, ids)
+    }
+
+    fn loss_from(&self, hidden: &Tensor, ids: &Tensor) -> candle_core::Result<(Tensor, usize)> {
         let (b, t) = ids.dims2()?;
-        let hidden = self.hidden_states(ids)?;
         let predicting = hidden
             .narrow(1, 0, t - 1)?
             .contiguous()?
@@ -236,7 +267,19 @@ impl Decoder {
     }
 }
 
+/// What the blocks of one pass over (b, t) tokens share: angles by rope, masks by window.
+pub(super) struct Pass {
+    t: usize,
+    angles: Vec<Angles>,
+    masks: BTreeMap<Option<usize>, Tensor>,
+}
+
 impl Block {
+    /// The window of t tokens, if it hides any of them.
+    fn window(&self, t: usize) -> Option<usize> {
+        self.sees.window.filter(|&window| window < t)
+    }
+
     fn forward(
         &self,
         config: &ModelConfig,
