@@ -55,6 +55,9 @@ pub struct Options {
     /// Whether the embedding moves too, and a head that is tied to it along.
     pub embeddings: bool,
     pub seed: u64,
+    /// Keep only what each block reads, and compute the rest again for the backward pass: the same numbers, slower, in
+    /// less memory.
+    pub recompute: bool,
     /// Go on where an interrupted run of the same settings stopped.
     pub resume: bool,
     /// Steps between two saved states.
@@ -76,6 +79,7 @@ impl Default for Options {
             norms: false,
             embeddings: false,
             seed: 0,
+            recompute: false,
             resume: false,
             save_every: 50,
             device: Device::Cpu,
@@ -111,6 +115,8 @@ pub struct Facts {
     pub warmup: usize,
     pub weight_decay: f64,
     pub seed: u64,
+    #[serde(default)]
+    pub recompute: bool,
     pub device: String,
     /// Mean loss of each step's tokens before its update, in nats.
     pub losses: Vec<f32>,
@@ -185,6 +191,7 @@ pub fn run(
     let mut run = Run {
         decoder: &decoder,
         method: options.method,
+        recompute: options.recompute,
         optimizer: AdamW {
             weight_decay: options.weight_decay,
             ..AdamW::default()
@@ -254,6 +261,7 @@ pub fn run(
         warmup: options.warmup,
         weight_decay: options.weight_decay,
         seed: options.seed,
+        recompute: options.recompute,
         device: device_name(&options.device),
         losses: run.losses.clone(),
         tokens_per_s: tokens as f64 / seconds.max(1e-9),
@@ -340,6 +348,8 @@ pub struct Run<'a> {
     pub decoder: &'a Decoder,
     /// What the decoder was loaded to train.
     pub method: Method,
+    /// As in [`Options::recompute`].
+    pub recompute: bool,
     pub optimizer: AdamW,
     /// One for each step done.
     pub losses: Vec<f32>,
@@ -351,7 +361,7 @@ impl Run<'_> {
     /// `check` refuses tensors that no gradient reaches.
     pub fn step(&mut self, batch: &[&[u32]], learning_rate: f64, check: bool) -> Result<f32> {
         let ids = stacked(batch, &self.decoder.device)?;
-        let Gradients { loss, mut tensors } = self.decoder.gradients(&ids)?;
+        let Gradients { loss, mut tensors } = self.decoder.gradients(&ids, self.recompute)?;
         let step = self.losses.len() + 1;
         if !loss.is_finite() {
             return Err(Error::Diverged { step, loss });

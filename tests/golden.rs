@@ -137,6 +137,7 @@ fn first_ten_steps_match_pytorch() {
     let mut run = Run {
         decoder: &decoder,
         method: Method::default(),
+        recompute: false,
         optimizer: AdamW::default(),
         losses: Vec::new(),
     };

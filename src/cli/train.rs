@@ -63,6 +63,9 @@ pub struct Command {
     /// Of the order of the windows, and of A where a LoRA begins
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
+    /// Compute each block again for its gradients instead of keeping all of it: the same numbers from less memory, slower
+    #[arg(long)]
+    recompute: bool,
     /// Go on where an interrupted run stopped
     #[arg(long)]
     resume: bool,
@@ -186,6 +189,7 @@ impl Command {
             norms: self.train.contains(&Group::Norms),
             embeddings: self.train.contains(&Group::Embeddings),
             seed: self.seed,
+            recompute: self.recompute,
             resume: self.resume,
             device: session.device(self.device)?,
             ..Options::default()

@@ -1,5 +1,6 @@
 //! The decoder: numbers from `config.json`, structure from the same table that checks a checkpoint's shapes.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
@@ -161,11 +162,10 @@ impl Decoder {
         })
     }
 
-    fn embed(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
+    /// `ids (b, t) → (b, t, hidden)`, what the first block reads.
+    pub(super) fn embed(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
         let (b, t) = ids.dims2()?;
-        let embedded = self
-            .embedding
-            .index_select(&ids.flatten_all()?, 0)?
+        let embedded = ops::embed(&self.embedding, &ids.flatten_all()?)?
             .reshape((b, t, self.config.hidden))?
             .to_dtype(self.dtype)?;
         scaled(embedded, self.config.embedding_scale)
@@ -173,20 +173,62 @@ impl Decoder {
 
     /// The last hidden states: `ids (b, t) u32 → (b, t, hidden)`.
     fn hidden(&self, ids: &Tensor, segments: &Segments) -> candle_core::Result<Tensor> {
-        let (_, t) = ids.dims2()?;
-        let (positions, shape) = segments.positions();
-        let angles = (self.config.ropes.iter())
-            .map(|rope| rope.angles(&positions, &shape, &self.device))
-            .collect::<candle_core::Result<Vec<_>>>()?;
-        let mut masks = Masks::default();
+        let pass = self.pass_over(segments)?;
         let mut x = self.embed(ids)?;
-        for block in &self.blocks {
-            let window = block.sees.window.filter(|&window| window < t);
-            let mask = masks.of(window, || segments.mask(window, self.dtype, &self.device))?;
-            let angles = block.sees.rope.map(|rope| &angles[rope]);
-            x = block.forward(&self.config, &x, angles, &mask, None)?;
+        for at in 0..self.blocks.len() {
+            x = self.block(at, &x, &pass, None)?;
         }
         self.norm.forward(&x)
+    }
+
+    /// A pass over whole rows.
+    pub(super) fn pass_over(&self, segments: &Segments) -> candle_core::Result<Pass> {
+        let (positions, shape) = segments.positions();
+        let mask = |window| segments.mask(window, self.dtype, &self.device);
+        self.pass(&positions, &shape, segments.length(), mask)
+    }
+
+    /// What all blocks read beside their input, where the last token sees at most `keys` of them.
+    fn pass(
+        &self,
+        positions: &[usize],
+        shape: &[usize],
+        keys: usize,
+        mask: impl Fn(Option<usize>) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Pass> {
+        let angles = (self.config.ropes.iter())
+            .map(|rope| rope.angles(positions, shape, &self.device))
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        let mut masks = BTreeMap::new();
+        for block in &self.blocks {
+            let window = block.window(keys);
+            if let Entry::Vacant(place) = masks.entry(window) {
+                place.insert(mask(window)?);
+            }
+        }
+        Ok(Pass {
+            keys,
+            angles,
+            masks,
+        })
+    }
+
+    pub(super) fn blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// One block: `x (b, t, hidden) → (b, t, hidden)`.
+    pub(super) fn block(
+        &self,
+        at: usize,
+        x: &Tensor,
+        pass: &Pass,
+        past: Option<&mut Option<(Tensor, Tensor)>>,
+    ) -> candle_core::Result<Tensor> {
+        let block = &self.blocks[at];
+        let mask = &pass.masks[&block.window(pass.keys)];
+        let angles = block.sees.rope.map(|rope| &pass.angles[rope]);
+        block.forward(&self.config, x, angles, mask, past)
     }
 
     /// The logits of every position: `ids (b, t) → (b, t, vocabulary)`, without gradients.
@@ -221,21 +263,16 @@ impl Decoder {
         let (_, t) = ids.dims2()?;
         let (before, after) = (cache.tokens(), cache.tokens() + t);
         let positions: Vec<usize> = (before..after).collect();
-        let angles = (self.config.ropes.iter())
-            .map(|rope| rope.angles(&positions, &[t], &self.device))
-            .collect::<candle_core::Result<Vec<_>>>()?;
-        cache.layers.resize_with(self.blocks.len(), || None);
-        let mut masks = Masks::default();
-        let mut x = self.embed(ids)?.detach();
-        for (block, past) in self.blocks.iter().zip(&mut cache.layers) {
-            let window = block.sees.window.filter(|&window| window < after);
+        let pass = self.pass(&positions, &[t], after, |window| {
             let first = reach(before, window);
             let seen = (before..after).map(|at| reach(at, window) - first..at + 1 - first);
-            let shape = [t, after - first];
-            let mask = masks.of(window, || mask(seen, &shape, self.dtype, &self.device))?;
-            let angles = block.sees.rope.map(|rope| &angles[rope]);
+            mask(seen, &[t, after - first], self.dtype, &self.device)
+        })?;
+        cache.layers.resize_with(self.blocks.len(), || None);
+        let mut x = self.embed(ids)?.detach();
+        for (at, past) in cache.layers.iter_mut().enumerate() {
             // without its graph: nothing of a step but keys and values is needed in the next
-            x = (block.forward(&self.config, &x, angles, &mask, Some(past))?).detach();
+            x = self.block(at, &x, &pass, Some(past))?.detach();
         }
         cache.ids = Some(match cache.ids.take() {
             Some(read) => Tensor::cat(&[&read, ids], 1)?,
@@ -258,8 +295,26 @@ impl Decoder {
     /// The same of rows that hold several sequences, or padding: each token but the first of its sequence is predicted
     /// from those before it there.
     pub fn loss_of(&self, ids: &Tensor, segments: &Segments) -> Result<(Tensor, usize)> {
+        Ok(self.loss_from(&self.hidden(ids, segments)?, ids, segments)?)
+    }
+
+    /// The same from the stream behind the last block, `x (b, t, hidden)`.
+    pub(super) fn loss_from_blocks(
+        &self,
+        x: &Tensor,
+        ids: &Tensor,
+        segments: &Segments,
+    ) -> candle_core::Result<(Tensor, usize)> {
+        self.loss_from(&self.norm.forward(x)?, ids, segments)
+    }
+
+    fn loss_from(
+        &self,
+        hidden: &Tensor,
+        ids: &Tensor,
+        segments: &Segments,
+    ) -> candle_core::Result<(Tensor, usize)> {
         let (b, t) = ids.dims2()?;
-        let hidden = self.hidden(ids, segments)?;
         let (predicting, targets) = if segments.is_whole() {
             let hidden = hidden.narrow(1, 0, t - 1)?.contiguous()?;
             let targets = ids.narrow(1, 1, t - 1)?.contiguous()?.flatten_all()?;
@@ -275,25 +330,6 @@ impl Decoder {
         };
         let loss = self.head.cross_entropy(&predicting, &targets)?;
         Ok((loss, targets.elem_count()))
-    }
-}
-
-/// The masks of one pass, by window: layers share them.
-#[derive(Default)]
-struct Masks(BTreeMap<Option<usize>, Tensor>);
-
-impl Masks {
-    fn of(
-        &mut self,
-        window: Option<usize>,
-        make: impl FnOnce() -> candle_core::Result<Tensor>,
-    ) -> candle_core::Result<Tensor> {
-        if let Some(mask) = self.0.get(&window) {
-            return Ok(mask.clone());
-        }
-        let mask = make()?;
-        self.0.insert(window, mask.clone());
-        Ok(mask)
     }
 }
 
@@ -313,7 +349,19 @@ impl Cache {
     }
 }
 
+/// What the blocks of one pass share: angles by rope, masks by window.
+pub(super) struct Pass {
+    keys: usize,
+    angles: Vec<Angles>,
+    masks: BTreeMap<Option<usize>, Tensor>,
+}
+
 impl Block {
+    /// The window, if it hides any of so many keys.
+    fn window(&self, keys: usize) -> Option<usize> {
+        self.sees.window.filter(|&window| window < keys)
+    }
+
     /// `x (b, t, hidden) → (b, t, hidden)`; behind a `past` of keys and values it goes on, and leaves its own there.
     fn forward(
         &self,

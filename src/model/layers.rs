@@ -472,6 +472,7 @@ mod tests {
                 head.cross_entropy(&t[0], &targets)
             };
             // the loss comes back in f32, and bends: a wider step errs by more than its rounding
+            // the loss comes back in f32, and bends: a wider step errs by more than its rounding
             assert_gradient(&inputs, loss, 4e-3, 1e-3);
         }
     }

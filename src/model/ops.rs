@@ -34,6 +34,17 @@ pub fn times(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     rows(x)?.matmul(w)?.reshape(with_last(x, w.dim(1)?))
 }
 
+/// Rows of an embedding `(vocabulary, n)` for `ids (count,)` → (count, n).
+pub fn embed(embedding: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let rows = embedding.detach().index_select(ids, 0)?;
+    let (like, ids) = (embedding.detach(), ids.clone());
+    // a sum of its own: where a head is tied to it, the order of two sums decides no bit
+    attach(&[embedding], rows, move |g| {
+        let sum = like.zeros_like()?.index_add(&ids, &g.contiguous()?, 0)?;
+        Ok(vec![Some(sum)])
+    })
+}
+
 /// Root mean square norm over the last side (Zhang & Sennrich 2019): y = x / √(mean x² + ε) ∘ w.
 ///
 /// `x (…, n), w (n,) → (…, n)`
@@ -344,6 +355,13 @@ pub(super) mod tests {
     }
 
     // f32 central differences err by ε/step in the function's scale: hence 1e-2 there, 1e-6 in f64
+
+    #[test]
+    fn embed_gradient_adds_up_where_an_id_repeats() {
+        let ids = Tensor::new(&[3u32, 0, 3, 1, 3], &Device::Cpu).expect("ids");
+        let f = |t: &[Tensor]| embed(&t[0], &ids);
+        assert_gradient(&[random(&[5, 4], DType::F64)], f, 1e-5, 1e-6);
+    }
 
     #[test]
     fn rms_norm_gradient() {

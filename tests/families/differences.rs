@@ -66,6 +66,7 @@ fn assert_gradients_of(method: Method, mut memory: Memory, config: &Value, ids: 
     if method != Method::default() {
         move_from_zero(&decoder);
     }
+    assert_recomputed(&decoder, ids);
     let loss = || -> f64 {
         let (sum, _) = decoder.loss(ids).expect("forward");
         f64::from(
@@ -116,6 +117,24 @@ fn assert_gradients_of(method: Method, mut memory: Memory, config: &Value, ids: 
             (numeric - length).abs() < allowed,
             "{name}: {numeric} by differences, {length} by backward"
         );
+    }
+}
+
+/// The same loss and gradients, to the bit, where each block is computed again.
+fn assert_recomputed(decoder: &Decoder, ids: &Tensor) {
+    let [kept, again] = [false, true].map(|recompute| {
+        let found = decoder.gradients(ids, recompute).expect("computes");
+        let bits = found.tensors.into_iter().map(|(name, gradient)| {
+            let values = gradient.flatten_all().and_then(|g| g.to_vec1::<f32>());
+            let bits = values.expect("values").into_iter().map(f32::to_bits);
+            (name, bits.collect::<Vec<u32>>())
+        });
+        (found.loss.to_bits(), bits.collect::<Vec<_>>())
+    });
+    assert_eq!(kept.0, again.0);
+    assert_eq!(kept.1.len(), decoder.variables.len());
+    for ((name, kept), (_, again)) in kept.1.iter().zip(&again.1) {
+        assert!(kept == again, "the gradient of {name} has other bits");
     }
 }
 
