@@ -1,6 +1,7 @@
 //! The program as its users meet it: by its arguments, its outputs, and what it leaves on disk.
 
 mod bad_input;
+mod clients;
 mod convert;
 mod export;
 mod hf_hub_defects;
