@@ -14,6 +14,7 @@ mod python;
 mod ranks;
 mod resume;
 mod round_trip;
+mod siege;
 mod training;
 mod untie;
 mod verify;
