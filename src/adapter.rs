@@ -1,8 +1,10 @@
-//! A trained adapter on disk: Δσ of every module, the norms or embeddings if they were trained, and what they belong to.
+//! A trained adapter on disk: what was moved of every module, of norms and embeddings, and the decomposition it belongs to.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use ndarray::{Array2, s};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -10,9 +12,12 @@ use crate::artifact::Artifact;
 use crate::error::{Error, Result};
 use crate::format::{Origin, Pin};
 use crate::json::{self, Tool};
+use crate::linalg::ExactSum;
+use crate::split::Change;
+use crate::sum::{sha256_file, sha256_hex};
 use crate::weights::element::is_float;
 use crate::weights::place::refuse_links_outside;
-use crate::weights::shard::{sha256_file, sha256_hex, write_atomically};
+use crate::weights::shard::write_atomically;
 use crate::weights::{Checkpoint, Dtype, Elements, Header, ShardWriter};
 
 pub const WEIGHTS_FILE: &str = "adapter.safetensors";
@@ -21,17 +26,17 @@ pub const CONFIG_FILE: &str = "svd_adapter.json";
 
 /// The version of the adapter config this build writes.
 ///
-/// 2: with the sha256 of the weights, and of the config itself.
-pub const SCHEMA: u32 = 2;
+/// 2: with the sha256 of the weights, and of the config itself. 3: with R, and with whole linear weights.
+pub const SCHEMA: u32 = 3;
 
 /// What an adapter was trained on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AdapterConfig {
     pub schema: u32,
-    /// `sigma`
+    /// `sigma`, `lora-xs` or `full`
     pub method: String,
-    /// Groups of numbers that moved: `sigma`, `norms`, `embeddings`.
+    /// Groups of numbers that moved: the method's own, under its name, then `norms`, `embeddings`.
     pub trained: Vec<String>,
     pub decomposition: Origin,
     pub base: Pin,
@@ -51,7 +56,9 @@ pub struct Adapter {
     pub config: AdapterConfig,
     /// Δσ (q,) by module: trained minus original.
     pub delta: BTreeMap<String, Vec<f32>>,
-    /// Trained tensors by their checkpoint name, in f32.
+    /// R (r, r) by module, between the first r ≤ q rows of u and v, in f32.
+    pub core: BTreeMap<String, Elements>,
+    /// Trained tensors by their checkpoint name, in f32: norms, the embedding, linear weights as a whole.
     pub tensors: BTreeMap<String, Elements>,
 }
 
@@ -63,12 +70,18 @@ pub fn is_adapter(dir: &Path) -> bool {
 impl Adapter {
     /// Writes `adapter.safetensors` and then its config. Returns the sha256 of the weights.
     pub fn save(&self) -> Result<String> {
-        let mut tensors: BTreeMap<String, Elements> = self.tensors.clone();
+        let whole = self.tensors.iter();
+        let mut tensors: BTreeMap<String, Cow<Elements>> = whole
+            .map(|(name, elements)| (name.clone(), Cow::Borrowed(elements)))
+            .collect();
         for (module, delta) in &self.delta {
             let stored = Elements::from_f32(&[delta.len()], delta);
-            tensors.insert(format!("{module}.delta"), stored);
+            tensors.insert(format!("{module}.delta"), Cow::Owned(stored));
         }
-        let digests: String = tensors.values().map(digest).collect();
+        for (module, core) in &self.core {
+            tensors.insert(format!("{module}.core"), Cow::Borrowed(core));
+        }
+        let digests: String = tensors.values().map(|elements| digest(elements)).collect();
         let header = Header::compose_with(
             &[(DIGESTS, &digests)],
             tensors
@@ -117,12 +130,27 @@ impl Adapter {
                 });
             }
         }
+        for (module, core) in &adapter.core {
+            let q = artifact.svd.modules.get(module).map(|record| record.q);
+            if q.is_none_or(|q| core.shape[0] > q) {
+                return Err(Error::Adapter {
+                    path: dir.join(WEIGHTS_FILE),
+                    reason: match q {
+                        Some(q) => {
+                            format!("`{module}.core` is {:?}, and q is {q}", core.shape)
+                        }
+                        None => format!("`{module}` is not a module of the decomposition"),
+                    },
+                });
+            }
+        }
         for (name, trained) in &adapter.tensors {
-            let found = artifact.base_entry(name);
-            let fits = artifact.module_of(name).is_none()
-                && found
-                    .as_ref()
-                    .is_some_and(|(dtype, shape)| is_float(*dtype) && *shape == trained.shape);
+            let fits = match artifact.module_of(name) {
+                Some((_, record)) => *trained.shape == record.shape,
+                None => artifact
+                    .base_entry(name)
+                    .is_some_and(|(dtype, shape)| is_float(dtype) && shape == trained.shape),
+            };
             if !fits {
                 return Err(Error::Adapter {
                     path: dir.join(WEIGHTS_FILE),
@@ -164,7 +192,13 @@ impl Adapter {
         }
         let path = dir.join(WEIGHTS_FILE);
         let checkpoint = Checkpoint::single(dir, WEIGHTS_FILE)?;
-        let (mut delta, mut tensors) = (BTreeMap::new(), BTreeMap::new());
+        let mut adapter = Self {
+            dir: dir.into(),
+            config,
+            delta: BTreeMap::new(),
+            core: BTreeMap::new(),
+            tensors: BTreeMap::new(),
+        };
         for (_, entry) in checkpoint.inventory.entries() {
             if entry.dtype != Dtype::F32 {
                 return Err(Error::Dtype {
@@ -175,21 +209,45 @@ impl Adapter {
                 });
             }
             let elements = checkpoint.read_finite(&entry.name)?;
-            match entry.name.strip_suffix(".delta") {
-                Some(module) => {
-                    delta.insert(module.to_string(), elements.to_f32());
-                }
-                None => {
-                    tensors.insert(entry.name.clone(), elements);
-                }
+            if let Some(module) = entry.name.strip_suffix(".core")
+                && !matches!(elements.shape[..], [r, s] if r == s)
+            {
+                return Err(Error::Adapter {
+                    path,
+                    reason: format!("`{module}.core` is {:?}, not square", elements.shape),
+                });
             }
+            adapter.insert(&entry.name, elements);
         }
-        Ok(Self {
-            dir: dir.into(),
-            config,
-            delta,
-            tensors,
-        })
+        Ok(adapter)
+    }
+
+    /// Takes in what training moved, under the name it has in the file.
+    pub fn insert(&mut self, name: &str, elements: Elements) {
+        if let Some(module) = name.strip_suffix(".delta") {
+            self.delta.insert(module.into(), elements.to_f32());
+        } else if let Some(module) = name.strip_suffix(".core") {
+            self.core.insert(module.into(), elements);
+        } else {
+            self.tensors.insert(name.into(), elements);
+        }
+    }
+
+    /// Tensors in its file.
+    pub fn len(&self) -> usize {
+        self.delta.len() + self.core.len() + self.tensors.len()
+    }
+
+    /// Whether its file holds no tensor at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether the model with it is the model without it.
+    pub fn moves_nothing(&self) -> bool {
+        let cores = self.core.values().flat_map(Elements::to_f32);
+        let mut moved = self.delta.values().flatten().copied().chain(cores);
+        self.tensors.is_empty() && moved.all(|x| x == 0.0)
     }
 
     /// The tensors whose bytes are not those that were written.
@@ -220,7 +278,7 @@ fn digest(elements: &Elements) -> String {
     sha256_hex(&elements.bytes)[..8].into()
 }
 
-/// A weighted sum of adapters of one decomposition: exactly linear in Δσ.
+/// A weighted sum of adapters of one decomposition: exactly linear in Δσ and R.
 #[derive(Debug, Clone, Default)]
 pub struct Mixture {
     pub parts: Vec<(Adapter, f64)>,
@@ -240,23 +298,50 @@ impl Mixture {
         sum.into_iter().map(|x| x as f32).collect()
     }
 
+    /// What stands between the vectors of a module with q triplets.
+    pub fn change(&self, module: &str, q: usize) -> Change {
+        let cores = || {
+            let parts = self.parts.iter();
+            parts.filter_map(|(adapter, weight)| Some((adapter.core.get(module)?, weight)))
+        };
+        let r = cores().map(|(core, _)| core.shape[0]).max().unwrap_or(0);
+        let mut sum = Array2::<f64>::zeros((r, r));
+        for (core, weight) in cores() {
+            let r = core.shape[0];
+            let values = Array2::from_shape_vec((r, r), core.to_f32()).expect("a core is square");
+            let mut first = sum.slice_mut(s![..r, ..r]);
+            first.scaled_add(*weight, &values.mapv(f64::from));
+        }
+        Change {
+            delta: self.delta(module, q),
+            core: sum.mapv(|x| x as f32),
+        }
+    }
+
     /// base + Σ weight·(trained − base), or `None` where no part trained the tensor.
+    ///
+    /// Each the exact sum, rounded to odd: rounded once more it is the nearest.
     pub fn tensor(&self, name: &str, base: &Elements) -> Option<Vec<f64>> {
-        let trained = |adapter: &Adapter| adapter.tensors.get(name).map(Elements::to_f32);
-        let mut trained = self
+        let trained: Vec<(f64, Vec<f32>)> = self
             .parts
             .iter()
-            .filter_map(|(adapter, weight)| Some((trained(adapter)?, weight)))
-            .peekable();
-        trained.peek()?;
-        let original = base.to_f32();
-        let mut sum: Vec<f64> = original.iter().map(|&x| x.into()).collect();
-        for (trained, weight) in trained {
-            for ((total, &x), t) in sum.iter_mut().zip(&original).zip(trained) {
-                *total += weight * (f64::from(t) - f64::from(x));
-            }
+            .filter_map(|(adapter, weight)| Some((*weight, adapter.tensors.get(name)?.to_f32())))
+            .collect();
+        if trained.is_empty() {
+            return None;
         }
-        Some(sum)
+        let mut sum = ExactSum::default();
+        let sums = base.to_f32().into_iter().enumerate().map(|(at, x)| {
+            let x = f64::from(x);
+            sum.clear();
+            sum.add(x);
+            for (weight, trained) in &trained {
+                sum.add_product(*weight, trained[at].into());
+                sum.add_product(-weight, x);
+            }
+            sum.to_odd()
+        });
+        Some(sums.collect())
     }
 
     /// The same, rounded to f32.
@@ -267,5 +352,77 @@ impl Mixture {
             .map(|x| x as f32)
             .collect();
         Some(Elements::from_f32(&base.shape, &values))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ModelConfig;
+    use serde_json::json;
+
+    #[test]
+    fn sigma_and_norms_of_phi_3_mini_at_a_tenth_are_less_than_a_megabyte() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let phi3 = json!({"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "tie_word_embeddings": false});
+        let phi3 = ModelConfig::parse(dir.path(), &phi3).expect("a config");
+        let (mut delta, mut tensors) = (BTreeMap::new(), BTreeMap::new());
+        for (name, shape) in phi3.tensors("model.") {
+            match shape[..] {
+                [m, n] if !name.ends_with("embed_tokens.weight") => {
+                    let module = name.strip_suffix(".weight").expect("a weight");
+                    delta.insert(module.into(), vec![0.5; m.min(n) / 10]);
+                }
+                [n] => {
+                    tensors.insert(name, Elements::from_f32(&[n], &vec![1.5; n]));
+                }
+                _ => {}
+            }
+        }
+        let numbers = |counts: Vec<usize>| counts.iter().sum::<usize>();
+        let sigma = numbers(delta.values().map(Vec::len).collect());
+        let norms = numbers(tensors.values().map(Elements::len).collect());
+        assert_eq!((sigma, sigma + norms), (39_603, 239_283));
+        let commit = Some("0123456789".repeat(4));
+        let adapter = Adapter {
+            dir: dir.path().into(),
+            config: AdapterConfig {
+                schema: SCHEMA,
+                method: "sigma".into(),
+                trained: vec!["sigma".into(), "norms".into()],
+                decomposition: Origin {
+                    repo: Some("someone/Phi-3-mini-128k-instruct-svd".into()),
+                    revision: commit.clone(),
+                    content_sha256: "a".repeat(64),
+                },
+                base: Pin {
+                    repo: Some("microsoft/Phi-3-mini-128k-instruct".into()),
+                    revision: commit,
+                    sha256: (1..=2)
+                        .map(|i| {
+                            (
+                                format!("model-0000{i}-of-00002.safetensors"),
+                                "b".repeat(64),
+                            )
+                        })
+                        .collect(),
+                },
+                weights_sha256: None,
+                tool: Tool::this(),
+                sha256: None,
+            },
+            delta,
+            core: BTreeMap::new(),
+            tensors,
+        };
+        adapter.save().expect("saves");
+        let files = [WEIGHTS_FILE, CONFIG_FILE].map(|f| dir.path().join(f).metadata());
+        let bytes: u64 = files.map(|m| m.expect("is there").len()).iter().sum();
+        assert!((957_132..1_000_000).contains(&bytes), "{bytes} bytes");
+        assert_eq!(
+            Adapter::read(dir.path()).expect("reads").delta,
+            adapter.delta
+        );
     }
 }

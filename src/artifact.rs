@@ -14,9 +14,9 @@ use crate::format::{
 };
 use crate::json;
 use crate::split::{Factors, Residual};
+use crate::sum::sha256_hex;
 use crate::weights::checkpoint::Index;
 use crate::weights::place::refuse_links_outside;
-use crate::weights::shard::sha256_hex;
 use crate::weights::{Checkpoint, Dtype, Elements, Header, Layout, dtype_name};
 
 /// An opened decomposition.
@@ -154,6 +154,12 @@ impl Artifact {
         let (u, v) = (self.matrix(&names.u)?, self.matrix(&names.v)?);
         let sigma = Array1::from_vec(self.checkpoint.read(&names.sigma)?.to_f32());
         Ok(Factors { u, sigma, v })
+    }
+
+    /// The singular values of a module, descending.
+    pub fn sigma(&self, module: &str) -> Result<Vec<f32>> {
+        let stored = self.checkpoint.read(&ModuleTensors::of(module).sigma)?;
+        Ok(stored.to_f32())
     }
 
     /// As [`Artifact::factors`]; bytes that are not what the index says are refused.

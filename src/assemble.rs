@@ -17,7 +17,7 @@ use crate::model::ModelConfig;
 use crate::part::Part;
 use crate::plan::Plan;
 use crate::report;
-use crate::weights::shard::sha256_hex;
+use crate::sum::sha256_hex;
 use crate::workspace::{Claim, Workspace, bytes_in, check_free_space};
 
 /// All parts of one job: each number once, all of the same settings.

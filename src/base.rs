@@ -8,7 +8,8 @@ use serde_json::Value;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::Pin;
-use crate::weights::shard::{sha256_file, write_atomically};
+use crate::sum::sha256_file;
+use crate::weights::shard::write_atomically;
 use crate::weights::{Checkpoint, Layout};
 use crate::workspace::{STATE_DIR, Workspace};
 
@@ -153,6 +154,18 @@ pub fn side_files(dir: &Path) -> Result<Vec<String>> {
     }
     files.sort();
     Ok(files)
+}
+
+/// The sha256 of config, index, tokenizer and whatever else is small and was written to a directory.
+pub fn side_sums(dir: &Path) -> Result<BTreeMap<String, String>> {
+    let mut names = side_files(dir)?;
+    let more = ["config.json".into(), Layout::Model.index_file()];
+    names.extend(more.into_iter().filter(|name| dir.join(name).exists()));
+    let sums = names.into_iter().map(|name| {
+        let sum = sha256_file(&dir.join(&name), |_| {})?;
+        Ok((name, sum))
+    });
+    sums.collect()
 }
 
 /// Copies side files from one directory to another.

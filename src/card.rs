@@ -1,43 +1,54 @@
 //! The model card: facts of `report.json` in, Markdown with standard metadata out. Nothing is computed here.
 
-use minijinja::{Environment, Value as Shown};
 use serde_json::{Map, Value, json};
 
 use crate::error::Result;
+use crate::kind::Kind;
+use crate::sum::sha256_hex;
+use crate::template::{self, Shown};
 
-/// What a directory holds, as its card presents it.
+/// Begins a line in every card of ours. Behind it stands the sha256 of the card without that sum.
+pub const MARK: &str = "<!-- rendered by svdhub from report.json, sha256 ";
+
+/// One of these is in that line whichever of its bytes has changed.
+const SIGNS: [&str; 2] = ["rendered by svdhub", "from report.json"];
+
+/// Whose a card is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    Decomposition,
-    Adapter,
-    Model,
-    /// An export for PEFT.
-    Lora,
-    /// An export for svd-training.
-    StateDict,
+pub enum State {
+    /// As it was rendered.
+    Rendered,
+    /// Rendered once, and another since then.
+    Changed,
+    /// Somebody wrote it, or took the mark away to keep what they changed.
+    Foreign,
 }
 
-/// In every card of ours, and in no other: a README without it was written by somebody and is left alone.
-pub const MARK: &str = "<!-- rendered by svdhub from report.json";
+/// Whether a card is ours, byte for byte.
+pub fn state(text: &str) -> State {
+    if !SIGNS.iter().any(|sign| text.contains(sign)) {
+        return State::Foreign;
+    }
+    let sealed = sum_at(text).and_then(|at| {
+        let (stated, rest) = text[at..].split_at_checked(64)?;
+        Some(sha256_hex([&text[..at], rest].concat().as_bytes()) == stated)
+    });
+    match sealed {
+        Some(true) => State::Rendered,
+        _ => State::Changed,
+    }
+}
+
+/// Where the sum stands in a card, or shall.
+fn sum_at(text: &str) -> Option<usize> {
+    let line = text.find(&format!("\n{MARK}"))?;
+    Some(line + 1 + MARK.len())
+}
 
 const TEMPLATE: &str = include_str!("../templates/card.md");
 
 /// Renders the card of a directory that will be (or is) published as `repo`.
 pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<String> {
-    let mut environment = Environment::new();
-    environment.add_filter("yaml", |value: Shown| {
-        // JSON is YAML, and its quoting is beyond doubt
-        serde_json::to_string(&value).unwrap_or_default()
-    });
-    environment.add_filter("thousands", |n: u64| thousands(n));
-    environment.add_filter("bytes", |n: u64| bytes(n));
-    environment.add_filter("fixed", |x: f64, digits: usize| format!("{x:.digits$}"));
-    // a file name must not end the table it stands in
-    environment.add_filter("cell", |text: String| {
-        text.replace('|', "\\|").replace(['\n', '\r'], " ")
-    });
-    environment.add_template("card", TEMPLATE)?;
-
     let section = |name: &str| report.get(name).cloned().unwrap_or_default();
     let decompose = section("decompose");
     let base_card = &decompose["base_card"];
@@ -68,14 +79,16 @@ pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<Str
         Some(repo) => repo.to_string(),
         None => "DECOMPOSITION".into(),
     };
+    // reports of older versions name no method
+    let by_method = match train["method"].as_str() {
+        Some("lora") => "by a LoRA",
+        Some("lora-xs") => "by small matrices between its singular vectors (LoRA-XS)",
+        Some("full") => "in all its linear weights",
+        _ => "by its singular values",
+    };
     let facts = json!({
-        "kind": match kind {
-            Kind::Decomposition => "decomposition",
-            Kind::Adapter => "adapter",
-            Kind::Model => "model",
-            Kind::Lora => "lora",
-            Kind::StateDict => "state-dict",
-        },
+        "by_method": by_method,
+        "kind": kind.name(),
         "repo": repo,
         "title": repo.rsplit('/').next().unwrap_or(repo),
         "license": base_card["license"],
@@ -105,8 +118,22 @@ pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<Str
         "tool": section("tool"),
         "decompose": decompose,
     });
-    let facts: Shown = serde_json::from_value(facts).expect("any JSON is a template value");
-    Ok(environment.get_template("card")?.render(facts)?)
+    let mut card = template::page("card.md", TEMPLATE, &facts, |page| {
+        page.add_filter("yaml", |value: Shown| {
+            // JSON is YAML, and its quoting is beyond doubt
+            serde_json::to_string(&value).unwrap_or_default()
+        });
+        page.add_filter("thousands", |n: u64| thousands(n));
+        page.add_filter("bytes", |n: u64| bytes(n));
+        page.add_filter("fixed", |x: f64, digits: usize| format!("{x:.digits$}"));
+        // a file name must not end the table it stands in
+        page.add_filter("cell", |text: String| {
+            text.replace('|', "\\|").replace(['\n', '\r'], " ")
+        });
+    })?;
+    let at = sum_at(&card).expect("the template has the mark in a line of its own");
+    card.insert_str(at, &sha256_hex(card.as_bytes()));
+    Ok(card)
 }
 
 fn non_null(value: Value, wanted: bool) -> Option<Value> {
@@ -198,7 +225,25 @@ mod tests {
         ] {
             assert!(card.contains(fact), "{fact} is missing from\n{card}");
         }
-        assert!(card.starts_with("---\n") && card.contains(MARK));
+        assert!(card.starts_with("---\n"));
+    }
+
+    #[test]
+    fn a_card_tells_whether_it_was_changed_and_whose_it_is() {
+        let card = render(Kind::Model, "me/tuned", &report()).expect("renders");
+        assert_eq!(state(&card), State::Rendered);
+        for at in 0..card.len() {
+            let mut changed = card.clone().into_bytes();
+            changed[at] ^= 1;
+            assert_ne!(state(&String::from_utf8_lossy(&changed)), State::Rendered);
+            assert_ne!(state(&String::from_utf8_lossy(&changed)), State::Foreign);
+        }
+        let own: String = card
+            .lines()
+            .filter(|line| !line.starts_with(MARK))
+            .collect();
+        assert_eq!(state(&own), State::Foreign);
+        assert_eq!(state("# A model of mine"), State::Foreign);
     }
 
     #[test]
@@ -230,6 +275,25 @@ mod tests {
             !card.contains("AutoModelForCausalLM.from_pretrained"),
             "{card}"
         );
+    }
+
+    #[test]
+    fn a_card_tells_what_moved_by_which_method() {
+        for (kind, method, words) in [
+            (Kind::Adapter, "lora-xs", "fine-tuned by small matrices"),
+            (Kind::Model, "full", "fine-tuned in all its linear weights"),
+            (Kind::Lora, "lora", "fine-tuned by a LoRA of rank 16."),
+        ] {
+            let mut report = report();
+            report["train"]["method"] = method.into();
+            report["train"]["rank"] = 16.into();
+            report["train"]["alpha"] = 32.into();
+            let card = render(kind, "me/tuned", &report).expect("renders");
+            for words in [words, "| method | sigma, rank 16, α 32 |"] {
+                assert!(card.contains(words), "{words} is missing from\n{card}");
+            }
+            assert!(!card.contains("## Export"), "{card}");
+        }
     }
 
     #[test]

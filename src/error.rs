@@ -230,6 +230,8 @@ pub enum Error {
     },
     #[error("the loss on {} is not a number", path.display())]
     BrokenLoss { path: PathBuf },
+    #[error("the logits behind {token} tokens are not numbers")]
+    BrokenLogits { token: usize },
     #[error("tensor `{tensor}` of {} has the name of a part of a decomposition", path.display())]
     NameTaken { tensor: String, path: PathBuf },
     #[error("no gradient reaches {}", dead.join(", "))]
@@ -270,6 +272,17 @@ pub enum Error {
         id: u32,
         vocabulary: usize,
     },
+
+    #[error("the prompt is empty")]
+    PromptEmpty,
+    #[error("the prompt has {found} tokens, and the model of {} reaches {most} positions, those of the answer included", path.display())]
+    PromptTooLong {
+        path: PathBuf,
+        found: usize,
+        most: usize,
+    },
+    #[error("{} has no chat template", path.display())]
+    NoChatTemplate { path: PathBuf },
 
     // -- the Hub ----------------------------------------------------------------------------
     #[error("the Hub at {endpoint} cannot be reached")]
@@ -348,8 +361,11 @@ pub enum Error {
         repo: String,
         differing: Vec<String>,
     },
-    #[error("the model card template failed")]
-    Card(#[from] minijinja::Error),
+    #[error("the template {name} failed")]
+    Template {
+        name: String,
+        source: minijinja::Error,
+    },
 }
 
 impl Error {

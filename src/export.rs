@@ -13,20 +13,16 @@ use serde_json::{Map, Value};
 
 use crate::adapter::Mixture;
 use crate::artifact::Artifact;
-use crate::error::Result;
+use crate::base::side_sums;
+use crate::error::{Error, Result};
 use crate::event::Observer;
+use crate::sum::Sum;
+use crate::weights::Checkpoint;
 use crate::workspace::{Claim, Workspace};
-use crate::{linalg, report};
+use crate::{linalg, peft, report};
 
-/// The head of the families whose inner model is called `model`.
-const HEAD: &str = "lm_head";
-
-pub use lora::{LoraFacts, LoraModule, SERVED_RANKS};
+pub use lora::{LoraFacts, LoraModule};
 pub use svd_training::SvdTrainingFacts;
-
-/// What PEFT looks for in a directory: with these it is a LoRA adapter.
-pub const LORA_CONFIG: &str = "adapter_config.json";
-pub const LORA_WEIGHTS: &str = "adapter_model.safetensors";
 
 /// Not `model.safetensors`: `AutoModel.from_pretrained` would take M′ for the model.
 pub const SVD_TRAINING_WEIGHTS: &str = "svd_training.safetensors";
@@ -72,6 +68,12 @@ pub struct Facts {
     pub adapters: Vec<(String, f64)>,
     /// The sha256 of each file of weights.
     pub sha256: BTreeMap<String, String>,
+    /// Of each tensor: what is damaged later can be named.
+    #[serde(default)]
+    pub tensor_sha256: BTreeMap<String, String>,
+    /// Of every other file but the card, which is the reader's to edit.
+    #[serde(default)]
+    pub side_sha256: BTreeMap<String, String>,
     pub bytes: u64,
     pub seconds: f64,
     #[serde(flatten)]
@@ -93,6 +95,22 @@ struct File {
     bytes: u64,
 }
 
+impl File {
+    /// The sha256 of each tensor, read back.
+    fn tensor_sums(&self, dir: &Path) -> Result<BTreeMap<String, String>> {
+        let written = Checkpoint::single(dir, self.name)?;
+        let sums = written.inventory.entries().map(|(_, entry)| {
+            let mut sum = Sum::default();
+            written.read_blocks(&entry.name, |block| {
+                sum.update(&block.bytes);
+                Ok(())
+            })?;
+            Ok((entry.name.clone(), sum.finish()))
+        });
+        sums.collect()
+    }
+}
+
 /// Writes `mixture` for another program to `out`.
 pub fn run(
     artifact: &Artifact,
@@ -111,6 +129,7 @@ pub fn run(
         observer,
     };
     // refused before anything is written
+    job.refuse_other_methods(options.target.name())?;
     let prepared = match options.target {
         Target::PeftLora { rank } => Prepared::Lora(lora::Plan::new(&job, rank)?),
         Target::SvdTraining => Prepared::SvdTraining(svd_training::Plan::new(&job)?),
@@ -146,6 +165,8 @@ pub fn run(
     };
     let facts = Facts {
         adapters,
+        tensor_sha256: file.tensor_sums(out)?,
+        side_sha256: side_sums(out)?,
         sha256: [(file.name.to_string(), file.sha256)].into(),
         bytes: file.bytes,
         seconds: started.elapsed().as_secs_f64(),
@@ -192,13 +213,31 @@ impl Job<'_> {
         names
     }
 
-    /// A name of the checkpoint as a model for generation has it: some checkpoints were saved from the model inside.
+    /// A name of the checkpoint as a model for generation has it.
     fn name_in_model(&self, name: &str) -> String {
-        let from_inside = self.artifact.base_entry("embed_tokens.weight").is_some();
-        if from_inside && !name.starts_with(HEAD) {
-            format!("model.{name}")
-        } else {
-            name.into()
+        let inner = self.artifact.base_entry(peft::INNER_EMBEDDING).is_some();
+        peft::name_in_model(name, inner)
+    }
+
+    /// Refuses adapters that hold more of a linear layer than Δσ.
+    fn refuse_other_methods(&self, target: &'static str) -> Result<()> {
+        let parts = self.mixture.parts.iter();
+        let mut others = parts.flat_map(|(adapter, _)| {
+            let cores = adapter.core.keys().map(|module| format!("R of `{module}`"));
+            let whole = adapter.tensors.keys();
+            let whole = whole.filter(|name| self.artifact.module_of(name).is_some());
+            cores.chain(whole.map(|name| format!("`{name}`")))
+        });
+        match others.next() {
+            None => Ok(()),
+            Some(first) => Err(Error::NotExpressible {
+                what: match others.count() {
+                    0 => first,
+                    more => format!("{first} and {more} more"),
+                },
+                target,
+                reason: "of linear layers, only Δσ is translated".into(),
+            }),
         }
     }
 

@@ -12,7 +12,7 @@ use crate::format::Pin;
 use crate::json::{self, Tool};
 use crate::linalg::{Algorithm, Backend};
 use crate::plan::{Plan, PlanOptions, PlannedTensor};
-use crate::weights::shard::sha256_hex;
+use crate::sum::sha256_hex;
 use crate::workspace::{PART_FILE, refuse_interrupted};
 
 /// How to decompose.

@@ -26,7 +26,8 @@ use crate::part::Part;
 use crate::plan::{Plan, PlannedTensor, Trainable};
 use crate::report;
 use crate::spectrum::{self, Spectrum};
-use crate::weights::shard::{Sum, rename, sha256_file, sha256_hex, write_atomically};
+use crate::sum::{Sum, sha256_file, sha256_hex};
+use crate::weights::shard::{rename, write_atomically};
 use crate::weights::{Checkpoint, Dtype, Entry, Header, Layout, ShardWriter};
 use crate::workspace::Workspace;
 

@@ -2,6 +2,7 @@
 
 mod algorithm;
 mod certificate;
+mod exact;
 mod halves;
 mod krylov;
 mod lapack;
@@ -13,6 +14,7 @@ pub mod svd;
 
 pub use algorithm::{Algorithm, Refused, Route, Svd, Wanted};
 pub use certificate::{Certificate, certify, orthogonality};
+pub use exact::ExactSum;
 pub use lapack::single_threaded_blas;
 pub use operand::Backend;
 pub use product::gemm;

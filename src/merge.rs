@@ -10,13 +10,14 @@ use sha2::{Digest, Sha256};
 
 use crate::adapter::Mixture;
 use crate::artifact::Artifact;
-use crate::base::{copy_side_files, side_files};
+use crate::base::{copy_side_files, side_sums};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{BASE_CONFIG, BASE_INDEX, untie};
 use crate::split::RoundingLoss;
+use crate::sum::{hex, sha256_hex};
 use crate::weights::element::is_float;
-use crate::weights::shard::{hex, sha256_file, sha256_hex, write_atomically};
+use crate::weights::shard::write_atomically;
 use crate::weights::{
     Dtype, Elements, Entry, Header, Layout, Rounder, Rounding, ShardWriter, dtype_name,
 };
@@ -145,10 +146,10 @@ pub fn run(
         sha256_of_base.insert(file.clone(), base_sum);
     }
     observer.finish(Stage::Merge);
-    let untrained = mixture.parts.iter().all(|(adapter, weight)| {
-        *weight == 0.0
-            || (adapter.tensors.is_empty() && adapter.delta.values().flatten().all(|&d| d == 0.0))
-    });
+    let untrained = mixture
+        .parts
+        .iter()
+        .all(|(adapter, weight)| *weight == 0.0 || adapter.moves_nothing());
     let identical = sha256 == artifact.svd.base.sha256;
     let tensors_identical = sha256_of_base == artifact.svd.base.sha256;
     if untrained && options.dtype.is_none() && !tensors_identical {
@@ -291,25 +292,13 @@ fn merged(
         cast.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
         return Ok((cast, RoundingLoss::default()));
     };
-    let delta = mixture.delta(module, record.q);
     let factors = artifact.factors(module)?;
     let matrix = artifact.restore(module, record, &factors)?;
-    let (merged, loss) = factors.merge(&matrix, &delta, &rounder);
+    let whole = mixture.tensor(&entry.name, &matrix);
+    let change = mixture.change(module, record.q);
+    let (merged, loss) = factors.merge(&matrix, whole.as_deref(), &change, &rounder);
     merged.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
     Ok((merged, loss))
-}
-
-/// The sha256 of config, index, tokenizer and whatever else is small and was written.
-fn side_sums(out: &Path) -> Result<BTreeMap<String, String>> {
-    let mut names = side_files(out)?;
-    names.push("config.json".into());
-    let index = Layout::Model.index_file();
-    names.extend(out.join(&index).exists().then_some(index));
-    let sums = names.into_iter().map(|name| {
-        let sum = sha256_file(&out.join(&name), |_| {})?;
-        Ok((name, sum))
-    });
-    sums.collect()
 }
 
 fn rounded(values: &[f64], shape: &[usize], rounder: &Rounder) -> Elements {

@@ -1,13 +1,19 @@
 //! The differentiable decoder: one definition for every family, with gradients that are written down.
 
+mod backward;
 pub mod config;
 pub mod decoder;
 pub mod family;
 mod fused;
 pub mod layers;
+pub mod method;
 pub mod ops;
 pub mod rope;
+pub mod segments;
 mod vjp;
 
+pub use backward::Gradients;
 pub use config::ModelConfig;
-pub use decoder::{Decoder, Tensors, Trained, stacked};
+pub use decoder::{Cache, Decoder, Tensors, Trained, stacked};
+pub use method::{Lora, Method, Parametrisation};
+pub use segments::{Segment, Segments};

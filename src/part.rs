@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::format::{FactorsDtype, ModuleRecord, ModuleTensors, stored_positions};
 use crate::split::Factors;
+use crate::sum::{Sum, sha256_hex};
 use crate::weights::element::View;
-use crate::weights::shard::{Sum, sha256_hex};
 use crate::weights::{Dtype, Elements, Header, ShardWriter};
 
 /// A finished matrix: what is known of it, and what its file holds.

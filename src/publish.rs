@@ -2,43 +2,41 @@
 
 use std::path::Path;
 
-use crate::card::{self, Kind};
+use crate::card;
 use crate::error::{Error, IoContext, Result};
 use crate::event::Observer;
 use crate::format::is_repo_id;
 use crate::hub::{Hub, PushOptions, Pushed};
+use crate::kind::Kind;
+use crate::report;
 use crate::weights::place::refuse_links_outside;
 use crate::weights::shard::write_atomically;
 use crate::workspace::refuse_unfinished;
-use crate::{adapter, artifact, export, report};
 
-/// What a directory is.
-pub fn kind(dir: &Path) -> Kind {
-    if artifact::is_artifact(dir) {
-        Kind::Decomposition
-    } else if adapter::is_adapter(dir) {
-        Kind::Adapter
-    } else if dir.join(export::LORA_CONFIG).exists() {
-        Kind::Lora
-    } else if dir.join(export::SVD_TRAINING_WEIGHTS).exists() {
-        Kind::StateDict
-    } else {
-        Kind::Model
-    }
-}
-
-/// Writes the card of `dir`, unless somebody wrote one of their own there.
+/// Writes the card of `dir`, unless somebody wrote one of their own there or changed ours.
 pub fn write_card(dir: &Path, repo: &str, observer: &dyn Observer) -> Result<()> {
-    if kind(dir) != Kind::Model {
+    if Kind::of(dir) != Kind::Model {
         // before anything of it is read: what is published is the directory, not what links name
         refuse_links_outside(dir)?;
     }
     let path = dir.join("README.md");
     if path.exists() {
         let text = std::fs::read_to_string(&path).context("read", &path)?;
-        if !text.contains(card::MARK) {
-            observer.note(format!("{} is not ours and stays as it is", path.display()));
-            return Ok(());
+        match card::state(&text) {
+            card::State::Rendered => {}
+            card::State::Foreign => {
+                observer.note(format!("{} is not ours and stays as it is", path.display()));
+                return Ok(());
+            }
+            card::State::Changed => {
+                observer.warn(format!(
+                    "{} was changed since it was rendered and stays as it is: remove its line `{}…` to say that it is yours, \
+                     or the file to have it rendered anew",
+                    path.display(),
+                    card::MARK.trim_end()
+                ));
+                return Ok(());
+            }
         }
     }
     let report = report::read(dir)?;
@@ -52,7 +50,7 @@ pub fn write_card(dir: &Path, repo: &str, observer: &dyn Observer) -> Result<()>
     if report["decompose"]["base_card"]["license"].is_null() {
         observer.warn("the base's card names no licence: the card will name none either".into());
     }
-    let card = card::render(kind(dir), repo, &report)?;
+    let card = card::render(Kind::of(dir), repo, &report)?;
     write_atomically(&path, card.as_bytes()).map(drop)
 }
 

@@ -15,9 +15,15 @@ impl SplitMix {
     }
 
     /// Uniform in (0, 1].
-    fn uniform(&mut self) -> f64 {
+    pub fn uniform(&mut self) -> f64 {
         ((self.next_u64() >> 11) + 1) as f64 / (1u64 << 53) as f64
     }
+}
+
+/// (rows, columns) of numbers that are uniform in (0, 1].
+pub fn uniform(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
+    let mut random = SplitMix(seed);
+    Array2::from_shape_simple_fn((rows, columns), || random.uniform())
 }
 
 /// (rows, columns) of normal numbers, by Box and Muller.

@@ -12,7 +12,7 @@ use crate::event::{Observer, Stage, Unit};
 use crate::format::Rank;
 use crate::linalg;
 use crate::plan::{Plan, PlannedTensor};
-use crate::weights::shard::sha256_hex;
+use crate::sum::sha256_hex;
 use crate::weights::{Checkpoint, Elements, Header, ShardWriter};
 use crate::workers;
 

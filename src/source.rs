@@ -10,8 +10,8 @@ use crate::base::Base;
 use crate::error::Result;
 use crate::event::{Observer, Stage, Unit};
 use crate::model::{Decoder, ModelConfig, Tensors, Trained};
-use crate::split::Factors;
-use crate::weights::Elements;
+use crate::split::{Change, Factors};
+use crate::weights::{Elements, Header};
 
 /// What `evaluate` and `train` load a decoder from.
 #[allow(clippy::large_enum_variant)] // there is one of them in a process
@@ -32,6 +32,17 @@ impl Source {
         }
     }
 
+    /// The headers of the base's files.
+    pub fn base_headers(&self) -> Result<Vec<(String, Header)>> {
+        match self {
+            Self::Model(base) => {
+                let files = base.checkpoint.inventory.files.iter();
+                Ok(files.map(|f| (f.name.clone(), f.header.clone())).collect())
+            }
+            Self::Decomposition { artifact, .. } => artifact.base_headers(),
+        }
+    }
+
     pub fn config(&self) -> Result<ModelConfig> {
         ModelConfig::read(self.dir())
     }
@@ -46,14 +57,14 @@ impl Tensors for Source {
         Ok(mixture.tensor_f32(name, &elements).unwrap_or(elements))
     }
 
-    fn spectrum(&self, module: &str) -> Result<Option<(Factors, Vec<f32>)>> {
+    fn spectrum(&self, module: &str) -> Result<Option<(Factors, Change)>> {
         match self {
             Self::Model(_) => Ok(None),
             Self::Decomposition { artifact, mixture } => match artifact.svd.modules.get(module) {
                 None => Ok(None),
                 Some(record) => Ok(Some((
                     artifact.factors(module)?,
-                    mixture.delta(module, record.q),
+                    mixture.change(module, record.q),
                 ))),
             },
         }

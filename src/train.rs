@@ -1,10 +1,10 @@
-//! `train`: moves Σ on next-token loss.
+//! `train`: moves Σ, or what another method moves, on next-token loss.
 
 pub mod data;
 pub mod optimizer;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -12,14 +12,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::adapter::{self, Adapter, AdapterConfig};
 use crate::artifact::Artifact;
+use crate::base::{Base, side_sums};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Event, Observer, Stage, Unit};
-use crate::format::Origin;
+use crate::format::{Origin, Pin};
 use crate::json::Tool;
-use crate::model::{Decoder, Trained, stacked};
+use crate::model::method::{LORA_A, LORA_B, RHO};
+use crate::model::{Decoder, Gradients, Lora, Method, Parametrisation, Tensors, Trained, stacked};
+use crate::peft::{self, LORA_WEIGHTS};
 use crate::report;
 use crate::source::{Source, load};
-use crate::weights::{Checkpoint, Elements, Header, ShardWriter};
+use crate::sum::sha256_hex;
+use crate::weights::{Checkpoint, Dtype, Elements, Header, ShardWriter};
 use crate::workspace::{Claim, Workspace};
 use data::{Corpus, shuffled};
 use optimizer::{AdamW, Moments, Schedule};
@@ -44,7 +48,12 @@ pub struct Options {
     pub schedule: Schedule,
     pub warmup: usize,
     pub weight_decay: f64,
+    /// What moves of the linear layers.
+    pub method: Method,
+    /// Whether norms move too.
     pub norms: bool,
+    /// Whether the embedding moves too, and a head that is tied to it along.
+    pub embeddings: bool,
     pub seed: u64,
     /// Go on where an interrupted run of the same settings stopped.
     pub resume: bool,
@@ -59,12 +68,13 @@ impl Default for Options {
             duration: Duration::Epochs(1.0),
             batch: 4,
             length: 256,
-            // Adam moves each σ by about this much per step; σ of real weights are 1 to 100
-            learning_rate: 1e-2,
+            learning_rate: Method::default().learning_rate(),
             schedule: Schedule::default(),
             warmup: 0,
             weight_decay: 0.0,
+            method: Method::default(),
             norms: false,
+            embeddings: false,
             seed: 0,
             resume: false,
             save_every: 50,
@@ -77,6 +87,15 @@ impl Default for Options {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Facts {
     pub method: String,
+    /// Of `sigma`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parametrisation: Option<Parametrisation>,
+    /// r of `lora` and `lora-xs`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rank: Option<usize>,
+    /// α of `lora`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<usize>,
     pub trained: Vec<String>,
     /// Hub id of the decomposition, if it came from one.
     pub decomposition: Option<String>,
@@ -99,26 +118,38 @@ pub struct Facts {
     pub seconds: f64,
     pub adapter_sha256: String,
     pub adapter_bytes: u64,
+    /// Of a LoRA, whose own files hold no sums: the file of weights, its tensors, and the files beside it.
+    #[serde(flatten)]
+    pub sums: Sums,
 }
 
-/// Trains on the corpus at `data` and writes an adapter to `out`.
+/// The sha256 of what was written, each by its name.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Sums {
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub sha256: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub tensor_sha256: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub side_sha256: BTreeMap<String, String>,
+}
+
+/// Trains on the corpus at `data` and writes what moved to `out`: an adapter of the decomposition, or with
+/// [`Method::Lora`] one of PEFT, for which `source` may be a plain model too. `pin` tells where a decomposition is from.
 ///
 /// # Errors
 /// An output directory of another job, or of this one interrupted without `resume`; a tensor that no gradient reaches;
 /// a loss that is not a number.
 pub fn run(
     source: &Source,
-    pin: Origin,
+    pin: Option<Origin>,
     data: &Path,
     out: &Path,
     options: &Options,
     observer: &dyn Observer,
 ) -> Result<Facts> {
-    let Source::Decomposition { artifact, .. } = source else {
-        return Err(Error::NotAnArtifact {
-            path: source.dir().into(),
-        });
-    };
+    let kept = Kept::of(source, pin, options, observer)?;
     let config = source.config()?;
     let corpus = Corpus::read(data, source.dir(), &config, options.length)?;
     corpus.warn_of_length(&config, observer);
@@ -130,7 +161,7 @@ pub fn run(
         }
     };
     let (mut workspace, claim) =
-        Workspace::claim(out, "train", settings(artifact, &corpus, steps, options))?;
+        Workspace::claim(out, "train", settings(&kept, &corpus, steps, options))?;
     match claim {
         Claim::Finished => {
             observer.note(format!("{} is complete already", out.display()));
@@ -146,13 +177,14 @@ pub fn run(
     }
 
     let trained = Trained {
-        sigma: true,
+        linear: Some(options.method),
         norms: options.norms,
-        embeddings: false,
+        embeddings: options.embeddings,
     };
     let decoder = load(source, trained, &options.device, observer)?;
     let mut run = Run {
         decoder: &decoder,
+        method: options.method,
         optimizer: AdamW {
             weight_decay: options.weight_decay,
             ..AdamW::default()
@@ -168,7 +200,8 @@ pub fn run(
         let batch = batch(&windows, step, options);
         let learning_rate =
             options.learning_rate * options.schedule.factor(step, steps, options.warmup);
-        let loss = run.step(&batch, learning_rate, step == first)?;
+        // twice: what begins still moves from the second step on
+        let loss = run.step(&batch, learning_rate, step < first + 2)?;
         tokens += batch.iter().map(|window| window.len()).sum::<usize>();
         observer.event(&Event::Stepped {
             step: step + 1,
@@ -185,13 +218,23 @@ pub fn run(
     observer.finish(Stage::Train);
     let seconds = started.elapsed().as_secs_f64();
 
-    let adapter = run.adapter(out, artifact, pin, options)?;
-    let adapter_sha256 = adapter.save()?;
-    let weights = out.join(adapter::WEIGHTS_FILE);
+    let (weights, adapter_sha256, sums) = kept.save(&run, out, options, observer)?;
     let facts = Facts {
-        method: adapter.config.method.clone(),
-        trained: adapter.config.trained.clone(),
-        decomposition: adapter.config.decomposition.repo.clone(),
+        method: options.method.name().into(),
+        parametrisation: match options.method {
+            Method::Sigma(parametrisation) => Some(parametrisation),
+            _ => None,
+        },
+        rank: match options.method {
+            Method::Lora(Lora { rank, .. }) | Method::LoraXs { rank } => Some(rank),
+            Method::Sigma(_) | Method::Full => None,
+        },
+        alpha: match options.method {
+            Method::Lora(lora) => Some(lora.alpha),
+            _ => None,
+        },
+        trained: groups(options),
+        decomposition: kept.decomposition(),
         parameters: decoder
             .variables
             .values()
@@ -217,8 +260,9 @@ pub fn run(
         seconds,
         adapter_sha256,
         adapter_bytes: std::fs::metadata(&weights).context("read", &weights)?.len(),
+        sums,
     };
-    report::add(out, report::inherited(&artifact.dir)?, "train", &facts)?;
+    report::add(out, report::inherited(source.dir())?, "train", &facts)?;
     workspace.finish()?;
     let _ = std::fs::remove_file(workspace.state(STATE_FILE));
     Ok(facts)
@@ -233,17 +277,30 @@ pub fn device_name(device: &Device) -> String {
     }
 }
 
+/// The groups of numbers that move, the method's own first.
+fn groups(options: &Options) -> Vec<String> {
+    let mut groups = vec![options.method.name().to_string()];
+    groups.extend(options.norms.then(|| "norms".into()));
+    groups.extend(options.embeddings.then(|| "embeddings".into()));
+    groups
+}
+
 /// What makes two runs the same job.
 fn settings(
-    artifact: &Artifact,
+    kept: &Kept,
     corpus: &Corpus,
     steps: usize,
     options: &Options,
 ) -> BTreeMap<String, String> {
     let ids: Vec<u8> = corpus.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    let (what, content) = match kept {
+        Kept::Adapter { artifact, .. } => ("decomposition", artifact.content_sha256.clone()),
+        Kept::Lora { base, .. } => ("base", format!("{:?}", base.sha256)),
+    };
     BTreeMap::from([
-        ("decomposition".into(), artifact.content_sha256.clone()),
-        ("data".into(), crate::weights::shard::sha256_hex(&ids)),
+        (what.into(), content),
+        ("method".into(), format!("{:?}", options.method)),
+        ("data".into(), sha256_hex(&ids)),
         ("steps".into(), steps.to_string()),
         ("batch".into(), options.batch.to_string()),
         ("length".into(), options.length.to_string()),
@@ -255,6 +312,7 @@ fn settings(
         ("warm-up".into(), options.warmup.to_string()),
         ("weight decay".into(), options.weight_decay.to_string()),
         ("norms".into(), options.norms.to_string()),
+        ("embeddings".into(), options.embeddings.to_string()),
         ("seed".into(), options.seed.to_string()),
     ])
 }
@@ -280,6 +338,8 @@ const STATE_FILE: &str = "training.safetensors";
 /// A training run between two steps.
 pub struct Run<'a> {
     pub decoder: &'a Decoder,
+    /// What the decoder was loaded to train.
+    pub method: Method,
     pub optimizer: AdamW,
     /// One for each step done.
     pub losses: Vec<f32>,
@@ -291,49 +351,41 @@ impl Run<'_> {
     /// `check` refuses tensors that no gradient reaches.
     pub fn step(&mut self, batch: &[&[u32]], learning_rate: f64, check: bool) -> Result<f32> {
         let ids = stacked(batch, &self.decoder.device)?;
-        let (sum, predicted) = self.decoder.loss(&ids)?;
-        let mean = (&sum / predicted as f64)?;
-        let loss = mean.flatten_all()?.to_vec1::<f32>()?[0];
+        let Gradients { loss, mut tensors } = self.decoder.gradients(&ids)?;
+        let step = self.losses.len() + 1;
         if !loss.is_finite() {
-            return Err(Error::Diverged {
-                step: self.losses.len() + 1,
-                loss,
-            });
+            return Err(Error::Diverged { step, loss });
         }
-        let gradients = mean.backward()?;
-        let mut collected = Vec::with_capacity(self.decoder.variables.len());
         let mut dead = Vec::new();
-        for (name, variable) in &self.decoder.variables {
-            let gradient = match gradients.get(variable) {
-                Some(gradient) => gradient
-                    .to_dtype(DType::F32)?
-                    .flatten_all()?
-                    .to_vec1::<f32>()?,
+        for name in self.decoder.variables.keys() {
+            let gradient = match tensors.get(name) {
+                Some(gradient) => numbers(gradient)?,
                 None => Vec::new(),
             };
             if let Some(&value) = gradient.iter().find(|g| !g.is_finite()) {
                 return Err(Error::BrokenGradient {
                     tensor: name.clone(),
-                    step: self.losses.len() + 1,
+                    step,
                     value,
                 });
             }
-            if check && gradient.iter().all(|&g| g == 0.0) {
+            let still = step == 1 && self.method.begins_still(name);
+            if check && !still && gradient.iter().all(|&g| g == 0.0) {
                 dead.push(name.clone());
             }
-            collected.push(gradient);
         }
         if !dead.is_empty() {
             return Err(Error::DeadGradient { dead });
         }
         self.optimizer.begin_step();
-        for ((name, variable), gradient) in self.decoder.variables.iter().zip(collected) {
-            if gradient.is_empty() {
+        for (name, variable) in &self.decoder.variables {
+            // freed one by one: where whole weights move, all of them are a second model
+            let Some(gradient) = tensors.remove(name) else {
                 continue;
-            }
-            let mut values = variable.flatten_all()?.to_vec1::<f32>()?;
+            };
+            let mut values = numbers(variable)?;
             self.optimizer
-                .update(name, &mut values, &gradient, learning_rate);
+                .update(name, &mut values, &numbers(&gradient)?, learning_rate);
             set(variable, values)?;
         }
         self.losses.push(loss);
@@ -342,38 +394,32 @@ impl Run<'_> {
 
     /// The state as tensors: values, moments, losses. What `resume` reads.
     fn save(&self, workspace: &Workspace) -> Result<()> {
-        let mut tensors: BTreeMap<String, Elements> = BTreeMap::new();
+        let mut names: Vec<(String, Vec<usize>)> = Vec::new();
         for (name, variable) in &self.decoder.variables {
-            let values = variable.flatten_all()?.to_vec1::<f32>()?;
-            tensors.insert(
-                format!("value/{name}"),
-                Elements::from_f32(variable.dims(), &values),
-            );
+            names.push((format!("value/{name}"), variable.dims().to_vec()));
+            for moment in ["first", "second"] {
+                names.push((format!("{moment}/{name}"), vec![variable.elem_count()]));
+            }
         }
-        for (name, moments) in &self.optimizer.state {
-            let shape = [moments.first.len()];
-            tensors.insert(
-                format!("first/{name}"),
-                Elements::from_f32(&shape, &moments.first),
-            );
-            tensors.insert(
-                format!("second/{name}"),
-                Elements::from_f32(&shape, &moments.second),
-            );
-        }
-        tensors.insert(
-            "losses".into(),
-            Elements::from_f32(&[self.losses.len()], &self.losses),
-        );
+        names.push(("losses".into(), vec![self.losses.len()]));
+        let tensors = names.iter();
         let header = Header::compose(
-            tensors
-                .iter()
-                .map(|(name, e)| (name.as_str(), e.dtype, e.shape.as_slice())),
+            tensors.map(|(name, shape)| (name.as_str(), Dtype::F32, shape.as_slice())),
         )?;
         let mut writer = ShardWriter::create(&workspace.state(STATE_FILE), header)?;
-        for (name, elements) in &tensors {
-            writer.put(name, &elements.bytes)?;
+        for (name, variable) in &self.decoder.variables {
+            let moments = &self.optimizer.state[name];
+            for (kind, values) in [
+                ("value", &numbers(variable)?),
+                ("first", &moments.first),
+                ("second", &moments.second),
+            ] {
+                let stored = Elements::from_f32(&[values.len()], values);
+                writer.put(&format!("{kind}/{name}"), &stored.bytes)?;
+            }
         }
+        let losses = Elements::from_f32(&[self.losses.len()], &self.losses);
+        writer.put("losses", &losses.bytes)?;
         writer.finish().map(drop)
     }
 
@@ -398,44 +444,217 @@ impl Run<'_> {
         observer.note(format!("going on after step {}", self.losses.len()));
         Ok(())
     }
+}
 
-    fn adapter(
-        &self,
-        out: &Path,
-        artifact: &Artifact,
-        pin: Origin,
+/// What becomes of what moved.
+enum Kept<'a> {
+    /// An adapter that belongs to a decomposition.
+    Adapter {
+        artifact: &'a Artifact,
+        origin: Origin,
+    },
+    /// An adapter of PEFT, of whatever the base is.
+    Lora {
+        source: &'a Source,
+        lora: Lora,
+        base: Pin,
+    },
+}
+
+impl<'a> Kept<'a> {
+    /// Refuses a method that `source` cannot be trained by.
+    fn of(
+        source: &'a Source,
+        pin: Option<Origin>,
         options: &Options,
-    ) -> Result<Adapter> {
-        let (mut delta, mut tensors) = (BTreeMap::new(), BTreeMap::new());
-        for (name, variable) in &self.decoder.variables {
-            let values = variable.flatten_all()?.to_vec1::<f32>()?;
-            match name.strip_suffix(".delta") {
-                Some(module) => {
-                    delta.insert(module.to_string(), values);
-                }
-                None => {
-                    tensors.insert(name.clone(), Elements::from_f32(variable.dims(), &values));
-                }
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        match (options.method, source) {
+            (Method::Lora(_), _) if options.embeddings => Err(Error::NotExpressible {
+                what: "a trained embedding".into(),
+                target: "peft-lora",
+                reason: "beside linear layers, only norms can be carried".into(),
+            }),
+            (Method::Lora(lora), Source::Decomposition { artifact, .. }) => Ok(Self::Lora {
+                source,
+                lora,
+                base: artifact.svd.base.clone(),
+            }),
+            (Method::Lora(lora), Source::Model(base)) => Ok(Self::Lora {
+                source,
+                lora,
+                base: pin_of(base, observer)?,
+            }),
+            (_, Source::Decomposition { artifact, .. }) => Ok(Self::Adapter {
+                artifact,
+                origin: pin.unwrap_or(Origin {
+                    repo: None,
+                    revision: None,
+                    content_sha256: artifact.content_sha256.clone(),
+                }),
+            }),
+            (_, Source::Model(base)) => Err(Error::NotAnArtifact {
+                path: base.dir.clone(),
+            }),
+        }
+    }
+
+    /// The Hub id of the decomposition that is needed to use what is written, if it came from a Hub.
+    fn decomposition(&self) -> Option<String> {
+        match self {
+            Self::Adapter { origin, .. } => origin.repo.clone(),
+            Self::Lora { .. } => None,
+        }
+    }
+
+    /// Writes it to `out`. Returns the file of the weights, its sha256, and the sums that the report has to hold.
+    fn save(
+        &self,
+        run: &Run,
+        out: &Path,
+        options: &Options,
+        observer: &dyn Observer,
+    ) -> Result<(PathBuf, String, Sums)> {
+        match self {
+            Self::Adapter { artifact, origin } => {
+                let config = AdapterConfig {
+                    schema: adapter::SCHEMA,
+                    method: options.method.name().into(),
+                    trained: groups(options),
+                    decomposition: origin.clone(),
+                    base: artifact.svd.base.clone(),
+                    weights_sha256: None,
+                    tool: Tool::this(),
+                    sha256: None,
+                };
+                let sum = adapter(run.decoder, artifact, config, out)?.save()?;
+                Ok((out.join(adapter::WEIGHTS_FILE), sum, Sums::default()))
+            }
+            Self::Lora { source, lora, base } => {
+                let sums = save_lora(run.decoder, source, *lora, base, out, observer)?;
+                Ok((
+                    out.join(LORA_WEIGHTS),
+                    sums.sha256[LORA_WEIGHTS].clone(),
+                    sums,
+                ))
             }
         }
-        let mut trained = vec!["sigma".to_string()];
-        trained.extend(options.norms.then(|| "norms".to_string()));
-        Ok(Adapter {
-            dir: out.into(),
-            config: AdapterConfig {
-                schema: adapter::SCHEMA,
-                method: "sigma".into(),
-                trained,
-                decomposition: pin,
-                base: artifact.svd.base.clone(),
-                weights_sha256: None,
-                tool: Tool::this(),
-                sha256: None,
-            },
-            delta,
-            tensors,
-        })
     }
+}
+
+/// A plain model as a pin.
+fn pin_of(base: &Base, observer: &dyn Observer) -> Result<Pin> {
+    Ok(Pin {
+        repo: base.repo.clone(),
+        revision: base.revision.clone(),
+        sha256: base.hash(observer)?,
+    })
+}
+
+/// What moved, as an adapter of `artifact`.
+fn adapter(
+    decoder: &Decoder,
+    artifact: &Artifact,
+    config: AdapterConfig,
+    out: &Path,
+) -> Result<Adapter> {
+    let mut adapter = Adapter {
+        dir: out.into(),
+        config,
+        delta: BTreeMap::new(),
+        core: BTreeMap::new(),
+        tensors: BTreeMap::new(),
+    };
+    for (name, variable) in &decoder.variables {
+        let values = numbers(variable)?;
+        match name.strip_suffix(RHO) {
+            Some(module) => {
+                // the very product that the layer formed
+                let sigma = artifact.sigma(module)?;
+                let delta = values.iter().zip(&sigma).map(|(rho, s)| rho * s).collect();
+                adapter.delta.insert(module.into(), delta);
+            }
+            None => adapter.insert(name, Elements::from_f32(variable.dims(), &values)),
+        }
+    }
+    Ok(adapter)
+}
+
+/// What moved, as PEFT loads it.
+fn save_lora(
+    decoder: &Decoder,
+    source: &Source,
+    lora: Lora,
+    base: &Pin,
+    out: &Path,
+    observer: &dyn Observer,
+) -> Result<Sums> {
+    let inner = source.has(peft::INNER_EMBEDDING);
+    let in_model = |module: &str| peft::name_in_model(module, inner);
+    let (mut modules, mut saved) = (Vec::new(), Vec::new());
+    let mut tensors: BTreeMap<String, Elements> = BTreeMap::new();
+    for (variable_name, variable) in &decoder.variables {
+        let stored = Elements::from_f32(variable.dims(), &numbers(variable)?);
+        let name = if let Some(module) = variable_name.strip_suffix(LORA_A) {
+            modules.push((module, in_model(module)));
+            peft::Names::of(&in_model(module)).a
+        } else if let Some(module) = variable_name.strip_suffix(LORA_B) {
+            peft::Names::of(&in_model(module)).b
+        } else {
+            let weight = variable_name.strip_suffix(".weight");
+            let module = in_model(weight.expect("what moves beside A and B is a norm's weight"));
+            let name = peft::saved_name(&module);
+            saved.push(module);
+            name
+        };
+        tensors.insert(name, stored);
+    }
+    let untied = match source {
+        Source::Decomposition { artifact, .. } => artifact.untied().next().map(|(head, _)| head),
+        Source::Model(_) => None,
+    };
+    peft::Expected {
+        rank: lora.rank,
+        norms: saved.len(),
+        untied,
+        base,
+    }
+    .say(observer);
+    let layouts = tensors.iter();
+    let header =
+        Header::compose(layouts.map(|(name, e)| (name.as_str(), e.dtype, e.shape.as_slice())))?;
+    let mut writer = ShardWriter::create(&out.join(LORA_WEIGHTS), header)?;
+    let mut tensor_sha256 = BTreeMap::new();
+    for (name, elements) in &tensors {
+        writer.put(name, &elements.bytes)?;
+        tensor_sha256.insert(name.clone(), sha256_hex(&elements.bytes));
+    }
+    let sum = writer.finish()?;
+    let headers = source.base_headers()?;
+    let entries = headers.iter().flat_map(|(_, header)| &header.entries);
+    let names: Vec<(&str, &str)> = modules
+        .iter()
+        .map(|(m, name)| (*m, name.as_str()))
+        .collect();
+    // the config last: without it the directory is no adapter
+    peft::Config {
+        base,
+        rank: lora.rank,
+        alpha: lora.alpha,
+        target_modules: &peft::target_modules(entries, &names),
+        modules_to_save: &saved,
+    }
+    .write(out)?;
+    Ok(Sums {
+        sha256: [(LORA_WEIGHTS.into(), sum)].into(),
+        tensor_sha256,
+        side_sha256: side_sums(out)?,
+    })
+}
+
+/// A tensor's numbers in f32, row-major.
+fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }
 
 fn set(variable: &Var, values: Vec<f32>) -> Result<()> {

@@ -9,7 +9,7 @@ use svdhub::adapter::Mixture;
 use svdhub::artifact::Artifact;
 use svdhub::base::Base;
 use svdhub::event::Silent;
-use svdhub::model::{Trained, stacked};
+use svdhub::model::{Method, Trained, stacked};
 use svdhub::source::{Source, load};
 use svdhub::train::Run;
 use svdhub::train::optimizer::AdamW;
@@ -129,13 +129,14 @@ fn first_ten_steps_match_pytorch() {
         mixture: Mixture::default(),
     };
     let trained = Trained {
-        sigma: true,
+        linear: Some(Method::default()),
         norms: false,
         embeddings: false,
     };
     let decoder = load(&source, trained, &Device::Cpu, &Silent).expect("loads");
     let mut run = Run {
         decoder: &decoder,
+        method: Method::default(),
         optimizer: AdamW::default(),
         losses: Vec::new(),
     };

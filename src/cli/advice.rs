@@ -100,6 +100,14 @@ pub fn advice(error: &Error) -> Option<String> {
             "each line must be one JSON object; a plain text needs another ending than .jsonl"
         }
         Error::DataTooSmall { .. } => "give a longer text",
+        Error::PromptEmpty => "give some text for the model to go on from",
+        Error::PromptTooLong { .. } => "give a shorter prompt",
+        Error::NoChatTemplate { .. } => {
+            "leave out --chat: the model then goes on from the prompt as it is"
+        }
+        Error::BrokenLogits { .. } => {
+            "the numbers left the range of f32: check the weights with `svdhub verify`"
+        }
         Error::HubUnreachable { .. } => {
             "check the network and --endpoint; with HF_HUB_OFFLINE=1 the cache alone is used"
         }
@@ -141,7 +149,7 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::RemoteDiffers { .. } => "run the same command again: it sends what differs",
         Error::Device { .. } => "use --device cpu",
         Error::NotAModel { missing, .. } if missing.contains("tokenizer") => {
-            "training and evaluation need a fast tokenizer: put the model's tokenizer.json there"
+            "text needs a fast tokenizer: put the model's tokenizer.json there"
         }
         Error::Architecture { .. } => {
             "a model of another family cannot be trained by this version; `svdhub --version` tells yours"

@@ -21,7 +21,7 @@ use svdhub::hub::{Hub, HubOptions, ModelRef, PushOptions, Pushed, Snapshot, Toke
 use svdhub::model::ModelConfig;
 use svdhub::plan::Plan;
 use svdhub::source::Source;
-use svdhub::weights::shard::sha256_file;
+use svdhub::sum::sha256_file;
 use svdhub::{Error, Result, decompose, evaluate, merge, publish, train, verify};
 
 use super::evaluate::record;
@@ -404,7 +404,7 @@ impl Walk<'_> {
             artifact,
             mixture: Mixture::default(),
         };
-        train::run(&source, pin, data, out, &options, self.observer)
+        train::run(&source, Some(pin), data, out, &options, self.observer)
     }
 }
 

@@ -182,17 +182,24 @@ impl Session {
         adapters: &[Weighted],
         base: Option<&ModelRef>,
     ) -> Result<Source> {
+        Ok(self.source_and_origin(model, adapters, base)?.0)
+    }
+
+    /// As [`Session::source`], with where a decomposition is from.
+    pub fn source_and_origin(
+        &self,
+        model: &ModelRef,
+        adapters: &[Weighted],
+        base: Option<&ModelRef>,
+    ) -> Result<(Source, Option<Origin>)> {
         let found = self.locate(model)?;
         if is_artifact(&found.dir) {
-            let (artifact, _) = self.artifact(model, base)?;
+            let (artifact, origin) = self.artifact(model, base)?;
             let mixture = self.mixture(&artifact, adapters)?;
-            Ok(Source::Decomposition { artifact, mixture })
+            Ok((Source::Decomposition { artifact, mixture }, Some(origin)))
         } else if adapters.is_empty() {
-            Ok(Source::Model(Base::open(
-                &found.dir,
-                found.repo,
-                found.commit,
-            )?))
+            let base = Base::open(&found.dir, found.repo, found.commit)?;
+            Ok((Source::Model(base), None))
         } else {
             Err(Error::NotAnArtifact { path: found.dir })
         }

@@ -5,10 +5,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
-use svdhub::adapter::Mixture;
 use svdhub::card::{bytes, thousands};
 use svdhub::hub::ModelRef;
-use svdhub::source::Source;
+use svdhub::model::{Lora, Method, Parametrisation};
 use svdhub::train::optimizer::Schedule;
 use svdhub::train::{self, Duration, Facts, Options};
 use svdhub::{Error, Result};
@@ -16,21 +15,24 @@ use svdhub::{Error, Result};
 use super::progress::clock;
 use super::session::{DeviceChoice, Session, keep_freed_memory, shown};
 
-/// Move the singular values on a text.
+/// Move the singular values on a text, or what another method moves.
 ///
-/// Next-token loss, AdamW. Only Σ moves (and the norms, if asked); the result is an adapter of some kilobytes that
-/// belongs to this decomposition.
+/// Next-token loss, AdamW. What moved is an adapter that belongs to this decomposition: some kilobytes of Δσ (sigma), or
+/// R (lora-xs), or every linear weight in f32 (full); `svdhub merge` makes an ordinary model of each. With lora it is an
+/// adapter directory of PEFT, and MODEL may be a plain model too.
 #[derive(Args)]
 pub struct Command {
-    /// A decomposition: a Hub id or a directory
-    decomposition: ModelRef,
+    /// A decomposition, or with --method lora any model: a Hub id or a directory
+    model: ModelRef,
     /// A text, or a .jsonl file with a `text` field in every line
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
     /// Where to write the adapter
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// What moves beside Σ
+    #[command(flatten)]
+    method: MethodArgs,
+    /// What moves beside the linear layers: norms, embeddings or both; a tied head moves along with the embedding
     #[arg(long, value_name = "GROUPS", value_delimiter = ',')]
     train: Vec<Group>,
     /// Train for this many steps
@@ -39,16 +41,17 @@ pub struct Command {
     /// Train for this many passes over the text [default: 1]
     #[arg(long, value_name = "N", value_parser = positive)]
     epochs: Option<f64>,
-    /// Learning rate: each σ moves by about this much per step
-    #[arg(long, value_name = "X", default_value_t = Options::default().learning_rate, value_parser = positive)]
-    lr: f64,
+    /// Learning rate: each number moves by about this much per step
+    /// [default: 1e-2; sigma in relative terms and lora-xs 1e-3, lora 2e-4, full 1e-5]
+    #[arg(long, value_name = "X", value_parser = positive)]
+    lr: Option<f64>,
     /// constant, linear or cosine (both to zero)
     #[arg(long, default_value = "linear")]
     schedule: Schedule,
     /// Steps over which the learning rate grows to its full size
     #[arg(long, value_name = "N", default_value_t = 0)]
     warmup: usize,
-    /// Pull of Δσ towards zero, that is towards the base model
+    /// Pull of what moves towards zero: of Δσ and R, that is towards the base model
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     weight_decay: f64,
     /// Windows per step
@@ -57,7 +60,7 @@ pub struct Command {
     /// Tokens per window
     #[arg(long, value_name = "N", default_value_t = Options::default().length, value_parser = length)]
     length: usize,
-    /// Order of the windows
+    /// Of the order of the windows, and of A where a LoRA begins
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Go on where an interrupted run stopped
@@ -71,10 +74,73 @@ pub struct Command {
     base: Option<ModelRef>,
 }
 
-/// Numbers that may move beside Σ.
+/// What moves of the linear layers.
+#[derive(Args, Clone)]
+pub struct MethodArgs {
+    /// sigma: Σ; lora: B·A, on all linear layers and an untied head; lora-xs: r × r numbers between the first r rows of u
+    /// and v; full: every linear weight
+    #[arg(
+        long,
+        value_name = "METHOD",
+        default_value = "sigma",
+        help_heading = "Method"
+    )]
+    method: MethodChoice,
+    /// Of sigma: absolute moves all σ by about the same, relative by the same share of themselves
+    #[arg(
+        long,
+        value_name = "HOW",
+        default_value = "absolute",
+        help_heading = "Method"
+    )]
+    parametrisation: ParametrisationChoice,
+    /// r of lora and lora-xs; where fewer triplets are stored, lora-xs takes these
+    #[arg(long, value_name = "R", default_value = "8", help_heading = "Method")]
+    lora_rank: NonZeroUsize,
+    /// α of lora: B·A is multiplied by α/r [default: 2·r]
+    #[arg(long, value_name = "ALPHA", help_heading = "Method")]
+    lora_alpha: Option<NonZeroUsize>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum MethodChoice {
+    Sigma,
+    Lora,
+    LoraXs,
+    Full,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum ParametrisationChoice {
+    Absolute,
+    Relative,
+}
+
+impl MethodArgs {
+    /// The method; `seed` is of what it draws.
+    pub fn method(&self, seed: u64) -> Method {
+        let rank = self.lora_rank.get();
+        match self.method {
+            MethodChoice::Sigma => Method::Sigma(match self.parametrisation {
+                ParametrisationChoice::Absolute => Parametrisation::Absolute,
+                ParametrisationChoice::Relative => Parametrisation::Relative,
+            }),
+            MethodChoice::Lora => Method::Lora(Lora {
+                rank,
+                alpha: self.lora_alpha.map_or(2 * rank, NonZeroUsize::get),
+                seed,
+            }),
+            MethodChoice::LoraXs => Method::LoraXs { rank },
+            MethodChoice::Full => Method::Full,
+        }
+    }
+}
+
+/// Numbers that may move beside the linear layers.
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub enum Group {
     Norms,
+    Embeddings,
 }
 
 pub fn positive(text: &str) -> Result<f64> {
@@ -102,11 +168,8 @@ pub fn length(text: &str) -> Result<usize> {
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
         keep_freed_memory();
-        let (artifact, pin) = session.artifact(&self.decomposition, self.base.as_ref())?;
-        let source = Source::Decomposition {
-            artifact,
-            mixture: Mixture::default(),
-        };
+        let (source, pin) = session.source_and_origin(&self.model, &[], self.base.as_ref())?;
+        let method = self.method.method(self.seed);
         let duration = match (self.steps, self.epochs) {
             (Some(steps), _) => Duration::Steps(steps.get()),
             (None, epochs) => Duration::Epochs(epochs.unwrap_or(1.0)),
@@ -115,11 +178,13 @@ impl Command {
             duration,
             batch: self.batch.get(),
             length: self.length,
-            learning_rate: self.lr,
+            learning_rate: self.lr.unwrap_or(method.learning_rate()),
             schedule: self.schedule,
             warmup: self.warmup,
             weight_decay: self.weight_decay,
+            method,
             norms: self.train.contains(&Group::Norms),
+            embeddings: self.train.contains(&Group::Embeddings),
             seed: self.seed,
             resume: self.resume,
             device: session.device(self.device)?,

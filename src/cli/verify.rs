@@ -13,7 +13,7 @@ use super::session::Session;
 
 /// Read a directory again and check every hash, shape and number.
 ///
-/// Knows decompositions, adapters and models. Exits with 1 if anything is not as it should be, and names file and tensor.
+/// Knows decompositions, adapters, models and exports. Exits with 1 if anything is not as it should be, and names file and tensor.
 #[derive(Args)]
 pub struct Command {
     /// A directory, or a Hub id

@@ -1,28 +1,21 @@
 //! The files of PEFT's LoRA: W = M + B·A with B (m, r) and A (r, n), made of triplets that are at hand, without an SVD.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::Path;
 
 use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
-use super::{File, Job, LORA_CONFIG, LORA_WEIGHTS};
+use super::{File, Job};
 use crate::error::{Error, Result};
 use crate::event::{Stage, Unit};
-use crate::plan::{Role, place, role};
+use crate::peft::{self, LORA_WEIGHTS, Names, SERVED_RANK_MAX, SERVED_RANKS, saved_name};
+use crate::plan::{Role, role};
 use crate::split::Factors;
-use crate::weights::shard::write_atomically;
 use crate::weights::{Dtype, Elements, Header, ShardWriter};
 use crate::workers;
 use crate::workspace::{bytes_in, check_free_space};
-
-/// The ranks that vLLM's `--max-lora-rank` offers (`MaxLoRARanks` of its `config/lora.py`, 2026-11; its 1 is left out:
-/// older releases begin at 8). An adapter of one of these fills what the engine sets aside for it.
-pub const SERVED_RANKS: [usize; 8] = [8, 16, 32, 64, 128, 256, 320, 512];
-
-const SERVED_RANK_MAX: usize = SERVED_RANKS[SERVED_RANKS.len() - 1];
 
 /// The facts of a LoRA.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -159,9 +152,16 @@ impl Plan {
             writer.put(&saved_name(&norm.module), &norm.values.bytes)?;
         }
         let sha256 = writer.finish()?;
+        let saved: Vec<String> = self.norms.into_iter().map(|norm| norm.module).collect();
         // the config last: without it the directory is no adapter
-        let config = serde_json::to_vec_pretty(&self.config(job)).expect("a JSON value serialises");
-        write_atomically(&job.out.join(LORA_CONFIG), &config)?;
+        peft::Config {
+            base: &job.artifact.svd.base,
+            rank: self.rank,
+            alpha: self.rank,
+            target_modules: &self.target_modules,
+            modules_to_save: &saved,
+        }
+        .write(job.out)?;
         let facts = LoraFacts {
             rank: self.rank,
             kept: facts.values().map(|m: &LoraModule| m.kept).sum(),
@@ -169,7 +169,7 @@ impl Plan {
             predicted_error: sums.predicted(),
             measured_error: sums.measured(),
             modules: facts,
-            modules_to_save: self.norms.into_iter().map(|norm| norm.module).collect(),
+            modules_to_save: saved,
         };
         let file = File {
             name: LORA_WEIGHTS,
@@ -180,35 +180,17 @@ impl Plan {
     }
 
     fn say_what_to_expect(&self, job: &Job) {
-        let observer = job.observer;
         if self.modules.iter().all(|m| trained(&m.delta) == 0) && self.norms.is_empty() {
-            observer.warn("the adapters change nothing: B·A is zero everywhere".into());
+            let said = "the adapters change nothing: B·A is zero everywhere";
+            job.observer.warn(said.into());
         }
-        if self.rank > SERVED_RANK_MAX {
-            observer.warn(format!(
-                "rank {} is more than serving engines take: vLLM's --max-lora-rank ends at {SERVED_RANK_MAX}",
-                self.rank
-            ));
+        peft::Expected {
+            rank: self.rank,
+            norms: self.norms.len(),
+            untied: job.artifact.untied().next().map(|(head, _)| head),
+            base: &job.artifact.svd.base,
         }
-        if !self.norms.is_empty() {
-            observer.warn(format!(
-                "{} trained norms are in modules_to_save: PEFT applies them, vLLM refuses such an adapter. \
-                 Merge instead, or train without norms",
-                self.norms.len()
-            ));
-        }
-        if let Some((head, _)) = job.artifact.untied().next() {
-            observer.warn(format!(
-                "`{head}` is the embedding in the base: PEFT adds B·A to the head alone as long as it is not merged, \
-                 but its merge_and_unload() would move the embedding too. For a merged model use `svdhub merge`"
-            ));
-        }
-        if job.artifact.svd.base.repo.is_none() {
-            observer.note(
-                "the base was a local directory, so base_model_name_or_path is left empty: load it, then the adapter onto it"
-                    .into(),
-            );
-        }
+        .say(job.observer);
     }
 
     fn header(&self) -> Result<Header> {
@@ -227,36 +209,6 @@ impl Plan {
                 .iter()
                 .map(|(name, shape)| (name.as_str(), Dtype::F32, shape.as_slice())),
         )
-    }
-
-    /// `adapter_config.json`, with keys that PEFT 0.11 knows: it refuses others.
-    fn config(&self, job: &Job) -> serde_json::Value {
-        let base = &job.artifact.svd.base;
-        let saved: Vec<&str> = self.norms.iter().map(|n| n.module.as_str()).collect();
-        json!({
-            "peft_type": "LORA",
-            "auto_mapping": null,
-            // a local directory is nobody else's business
-            "base_model_name_or_path": base.repo,
-            "revision": base.revision,
-            "task_type": "CAUSAL_LM",
-            "inference_mode": true,
-            "r": self.rank,
-            // PEFT multiplies by alpha / r
-            "lora_alpha": self.rank,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "fan_in_fan_out": false,
-            "use_rslora": false,
-            "use_dora": false,
-            "init_lora_weights": true,
-            "target_modules": self.target_modules,
-            "modules_to_save": if saved.is_empty() { None } else { Some(saved) },
-            "rank_pattern": {},
-            "alpha_pattern": {},
-            "layers_to_transform": null,
-            "layers_pattern": null,
-        })
     }
 }
 
@@ -283,52 +235,15 @@ fn trained(delta: &[f32]) -> usize {
     delta.iter().filter(|&&d| d != 0.0).count()
 }
 
-struct Names {
-    a: String,
-    b: String,
-}
-
-impl Names {
-    fn of(module: &str) -> Self {
-        Self {
-            a: format!("base_model.model.{module}.lora_A.weight"),
-            b: format!("base_model.model.{module}.lora_B.weight"),
-        }
-    }
-}
-
-fn saved_name(module: &str) -> String {
-    format!("base_model.model.{module}.weight")
-}
-
-/// The names by which PEFT finds exactly the decomposed modules: the last part of a name where it means no other linear
-/// layer of the base, whole names otherwise.
+/// The names by which PEFT finds exactly the decomposed modules.
 fn target_modules(job: &Job, modules: &[Planned]) -> Result<Vec<String>> {
-    let decomposed: BTreeSet<&str> = modules.iter().map(|m| m.module.as_str()).collect();
-    let mut elsewhere = BTreeSet::new();
-    for (_, header) in job.artifact.base_headers()? {
-        for entry in &header.entries {
-            let Some(module) = entry.name.strip_suffix(".weight") else {
-                continue;
-            };
-            // whatever is a matrix may be a linear layer
-            if entry.shape.len() == 2 && !decomposed.contains(module) {
-                elsewhere.insert(place(module).1.to_string());
-            }
-        }
-    }
-    let targets: BTreeSet<String> = modules
+    let headers = job.artifact.base_headers()?;
+    let entries = headers.iter().flat_map(|(_, header)| &header.entries);
+    let names: Vec<(&str, &str)> = modules
         .iter()
-        .map(|planned| {
-            let part = place(&planned.module).1;
-            if elsewhere.contains(part) {
-                planned.name.clone()
-            } else {
-                part.into()
-            }
-        })
+        .map(|planned| (planned.module.as_str(), planned.name.as_str()))
         .collect();
-    Ok(targets.into_iter().collect())
+    Ok(peft::target_modules(entries, &names))
 }
 
 /// The trained norms, as they are after training. Anything else that was trained has no place in a LoRA.

@@ -17,9 +17,11 @@ use super::client::{Asked, Hub, RemoteFile, segment, segments};
 use crate::base::is_weights_or_media;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
+use crate::json;
+use crate::sum::hex;
 use crate::weights::checkpoint::{Checkpoint, Index, Storage, WeightFile};
 use crate::weights::header::HEADER_BYTES_MAX;
-use crate::weights::shard::{hex, write_atomically};
+use crate::weights::shard::write_atomically;
 use crate::weights::{Header, Inventory, Layout};
 use crate::workers;
 use crate::workspace::check_free_space;
@@ -229,10 +231,7 @@ impl Hub {
         let commit = self.commit_of(repo, revision)?;
         let files = self.files(repo, &commit)?;
         let config = self.listed(repo, &commit, &files, "config.json")?;
-        let config = serde_json::from_slice(&config).map_err(|source| Error::Json {
-            path: PathBuf::from(repo).join("config.json"),
-            source,
-        })?;
+        let config = json::parse(&PathBuf::from(repo).join("config.json"), &config)?;
         let index = |name: &str| self.listed(repo, &commit, &files, name);
         let (inventory, _) = self.inventory(repo, &commit, &files, Layout::Model, index)?;
         Ok((config, inventory, commit))
@@ -586,7 +585,7 @@ fn begins_at(response: &Response, start: u64, size: Option<u64>) -> bool {
 /// sha256 of an LFS file, git's blob id of a regular one.
 fn digest(path: &Path, file: &RemoteFile) -> Result<String> {
     if file.lfs {
-        return crate::weights::shard::sha256_file(path, |_| {});
+        return crate::sum::sha256_file(path, |_| {});
     }
     let mut opened = File::open(path).context("open", path)?;
     let length = opened.metadata().context("read", path)?.len();
@@ -613,7 +612,7 @@ struct Place {
 
 impl Place {
     fn in_folder(dir: &Path, file: &RemoteFile) -> Self {
-        let name = crate::weights::shard::sha256_hex(file.path.as_bytes());
+        let name = crate::sum::sha256_hex(file.path.as_bytes());
         // a beginning of other contents is no beginning of these
         let name = format!("{}-{}", &name[..16], file.oid);
         let state = dir.join(".cache").join("svdhub");

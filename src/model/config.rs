@@ -8,7 +8,8 @@ use super::family::{
     Activation, AttentionScale, Biases, Cap, EmbeddingScale, FAMILIES, Family, KNOWN_TO_DIFFER,
     Names, NormKind, NormPlaces, Projections, QueryKeyNorm, Windows,
 };
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
+use crate::json;
 
 /// The hyper-parameters of a decoder-only model, and what sets its family apart.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,7 +57,8 @@ pub struct ModelConfig {
     pub output_bias: bool,
     pub mlp_bias: bool,
     pub names: &'static Names,
-    pub eos: Option<u32>,
+    /// The tokens that end a text.
+    pub eos: Vec<u32>,
 }
 
 /// What one layer's attention sees.
@@ -126,12 +128,7 @@ impl ModelConfig {
                 missing: "config.json".into(),
             });
         }
-        let bytes = std::fs::read(&path).context("read", &path)?;
-        let json = serde_json::from_slice(&bytes).map_err(|source| Error::Json {
-            path: path.clone(),
-            source,
-        })?;
-        Self::parse(&path, &json)
+        Self::parse(&path, &json::read(&path)?)
     }
 
     /// Interprets the JSON of a `config.json`; `path` names it in errors.
@@ -238,8 +235,17 @@ impl ModelConfig {
             output_bias,
             mlp_bias: flag("mlp_bias") || matches!(family.biases, Biases::Everywhere),
             names: family.names,
-            eos: token(&json["eos_token_id"]),
+            eos: token_ids(&json["eos_token_id"]),
         })
+    }
+
+    /// How many positions the model reaches, its ropes stretched.
+    pub fn positions_reached(&self) -> usize {
+        let reached = self
+            .ropes
+            .iter()
+            .map(|r| r.positions_max(self.positions_max));
+        reached.max().unwrap_or(self.positions_max)
     }
 
     /// What stands before the names of a checkpoint that `has` tensors: it may be of the inner model alone.
@@ -311,10 +317,13 @@ impl ModelConfig {
     }
 }
 
-/// A token id that may be a list of ids, as `eos_token_id` is in some configs: the first counts.
-fn token(value: &Value) -> Option<u32> {
-    let value = if value.is_array() { &value[0] } else { value };
-    value.as_u64().and_then(|id| u32::try_from(id).ok())
+/// Token ids, of which some files hold one and others a list.
+pub fn token_ids(value: &Value) -> Vec<u32> {
+    let list = value
+        .as_array()
+        .map_or(std::slice::from_ref(value), Vec::as_slice);
+    let id = |id: &Value| u32::try_from(id.as_u64()?).ok();
+    list.iter().filter_map(id).collect()
 }
 
 /// What each layer sees; `ropes` is how many ropes there are.

@@ -8,10 +8,12 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use super::config::{Attention, ModelConfig, Scaling};
 use super::family::{self, Activation, NormKind, QueryKeyNorm};
 use super::layers::{Head, Linear, Norm};
+use super::method::{self, Method, Place, Updates};
 use super::ops::{self, Scores};
 use super::rope::Angles;
+use super::segments::{Segments, mask, reach};
 use crate::error::{Error, Result};
-use crate::split::Factors;
+use crate::split::{Change, Factors};
 use crate::weights::element::is_float;
 use crate::weights::{Elements, dtype_name};
 
@@ -19,8 +21,8 @@ use crate::weights::{Elements, dtype_name};
 pub trait Tensors: Sync {
     /// A tensor under its checkpoint name: M itself, for a decomposed weight.
     fn tensor(&self, name: &str) -> Result<Elements>;
-    /// The triplets of a module and its current Δσ, if it is decomposed.
-    fn spectrum(&self, module: &str) -> Result<Option<(Factors, Vec<f32>)>>;
+    /// The triplets of a module and what stands between its vectors by now, if it is decomposed.
+    fn spectrum(&self, module: &str) -> Result<Option<(Factors, Change)>>;
     /// Whether there is a tensor of this name.
     fn has(&self, name: &str) -> bool;
     /// The file a tensor lies in, for error messages.
@@ -28,9 +30,9 @@ pub trait Tensors: Sync {
 }
 
 /// What shall receive gradients.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Trained {
-    pub sigma: bool,
+    pub linear: Option<Method>,
     pub norms: bool,
     /// The embedding; a head that is tied to it moves along.
     pub embeddings: bool,
@@ -45,7 +47,8 @@ pub struct Decoder {
     blocks: Vec<Block>,
     norm: Norm,
     head: Head,
-    /// Everything that training moves: `<module>.delta`, and norms and the embedding under their own name. All f32.
+    /// Everything that training moves: of linear layers under the names of [`super::method`], norms and the embedding
+    /// under their own. All f32.
     pub variables: BTreeMap<String, Var>,
 }
 
@@ -101,27 +104,6 @@ impl Projections {
     }
 }
 
-/// 0 where position i may look at j, −∞ elsewhere. (t, t)
-pub fn causal_mask(
-    t: usize,
-    window: Option<usize>,
-    dtype: DType,
-    device: &Device,
-) -> candle_core::Result<Tensor> {
-    let reach = window.unwrap_or(usize::MAX);
-    let visible = |i: usize, j: usize| j <= i && i - j < reach;
-    let mask: Vec<f32> = (0..t * t)
-        .map(|at| {
-            if visible(at / t, at % t) {
-                0.0
-            } else {
-                f32::NEG_INFINITY
-            }
-        })
-        .collect();
-    Tensor::from_vec(mask, (t, t), device)?.to_dtype(dtype)
-}
-
 /// Windows of equal length as one (b, t) tensor.
 pub fn stacked(batch: &[&[u32]], device: &Device) -> Result<Tensor> {
     let (b, t) = (batch.len(), batch[0].len());
@@ -158,7 +140,7 @@ impl Decoder {
         let norm = loader.norm(&format!("{prefix}{}", names.norm))?;
         let embedding = loader.weight(&config.embedding(prefix), trained.embeddings)?;
         let linear = if config.tied {
-            Linear::frozen(embedding.clone(), None)
+            Linear::new(embedding.clone(), None, Vec::new())
         } else {
             loader.linear(names.head, false)?
         };
@@ -179,43 +161,90 @@ impl Decoder {
         })
     }
 
-    /// The last hidden states: `ids (b, t) u32 → (b, t, hidden)`.
-    pub fn hidden(&self, ids: &Tensor) -> Result<Tensor> {
-        Ok(self.hidden_states(ids)?)
-    }
-
-    fn hidden_states(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
+    fn embed(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
         let (b, t) = ids.dims2()?;
-        let angles = (self.config.ropes.iter())
-            .map(|rope| rope.angles(t, &self.device))
-            .collect::<candle_core::Result<Vec<_>>>()?;
-        let mut masks: BTreeMap<Option<usize>, Tensor> = BTreeMap::new();
         let embedded = self
             .embedding
             .index_select(&ids.flatten_all()?, 0)?
             .reshape((b, t, self.config.hidden))?
             .to_dtype(self.dtype)?;
-        let mut x = scaled(embedded, self.config.embedding_scale)?;
+        scaled(embedded, self.config.embedding_scale)
+    }
+
+    /// The last hidden states: `ids (b, t) u32 → (b, t, hidden)`.
+    fn hidden(&self, ids: &Tensor, segments: &Segments) -> candle_core::Result<Tensor> {
+        let (_, t) = ids.dims2()?;
+        let (positions, shape) = segments.positions();
+        let angles = (self.config.ropes.iter())
+            .map(|rope| rope.angles(&positions, &shape, &self.device))
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        let mut masks = Masks::default();
+        let mut x = self.embed(ids)?;
         for block in &self.blocks {
             let window = block.sees.window.filter(|&window| window < t);
-            let mask = match masks.get(&window) {
-                Some(mask) => mask.clone(),
-                None => {
-                    let mask = causal_mask(t, window, self.dtype, &self.device)?;
-                    masks.insert(window, mask.clone());
-                    mask
-                }
-            };
+            let mask = masks.of(window, || segments.mask(window, self.dtype, &self.device))?;
             let angles = block.sees.rope.map(|rope| &angles[rope]);
-            x = block.forward(&self.config, &x, angles, &mask)?;
+            x = block.forward(&self.config, &x, angles, &mask, None)?;
         }
         self.norm.forward(&x)
     }
 
     /// The logits of every position: `ids (b, t) → (b, t, vocabulary)`, without gradients.
     pub fn logits(&self, ids: &Tensor) -> Result<Tensor> {
-        let hidden = self.hidden_states(ids)?.detach();
+        let (b, t) = ids.dims2()?;
+        self.logits_of(ids, &Segments::whole(b, t))
+    }
+
+    /// The same of rows that hold several sequences, or padding; the logits of padding mean nothing.
+    pub fn logits_of(&self, ids: &Tensor, segments: &Segments) -> Result<Tensor> {
+        let hidden = self.hidden(ids, segments)?.detach();
         Ok(self.head.logits(&hidden)?)
+    }
+
+    /// The logits of what follows `ids`, which go on where `cache` has read to: `ids (b, t) → (b, vocabulary)`, without
+    /// gradients.
+    ///
+    /// They are those of the whole sequence read at once, with one exception, which is transformers' too: where θ grows
+    /// with the sequence ([`Scaling::Dynamic`]), what was read keeps the angles it was read with.
+    pub fn next_logits(&self, cache: &mut Cache, ids: &Tensor) -> Result<Tensor> {
+        let (_, t) = ids.dims2()?;
+        let before = cache.tokens();
+        let turns_anew = (self.config.ropes.iter()).any(|rope| rope.turns_anew(before, before + t));
+        if turns_anew && let Some(read) = cache.ids.take() {
+            *cache = Cache::default();
+            return Ok(self.read_on(cache, &Tensor::cat(&[&read, ids], 1)?)?);
+        }
+        Ok(self.read_on(cache, ids)?)
+    }
+
+    fn read_on(&self, cache: &mut Cache, ids: &Tensor) -> candle_core::Result<Tensor> {
+        let (_, t) = ids.dims2()?;
+        let (before, after) = (cache.tokens(), cache.tokens() + t);
+        let positions: Vec<usize> = (before..after).collect();
+        let angles = (self.config.ropes.iter())
+            .map(|rope| rope.angles(&positions, &[t], &self.device))
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        cache.layers.resize_with(self.blocks.len(), || None);
+        let mut masks = Masks::default();
+        let mut x = self.embed(ids)?.detach();
+        for (block, past) in self.blocks.iter().zip(&mut cache.layers) {
+            let window = block.sees.window.filter(|&window| window < after);
+            let first = reach(before, window);
+            let seen = (before..after).map(|at| reach(at, window) - first..at + 1 - first);
+            let shape = [t, after - first];
+            let mask = masks.of(window, || mask(seen, &shape, self.dtype, &self.device))?;
+            let angles = block.sees.rope.map(|rope| &angles[rope]);
+            // without its graph: nothing of a step but keys and values is needed in the next
+            x = (block.forward(&self.config, &x, angles, &mask, Some(past))?).detach();
+        }
+        cache.ids = Some(match cache.ids.take() {
+            Some(read) => Tensor::cat(&[&read, ids], 1)?,
+            None => ids.clone(),
+        });
+        let last = x.narrow(1, t - 1, 1)?.contiguous()?;
+        self.head
+            .logits(&self.norm.forward(&last)?.detach())?
+            .squeeze(1)
     }
 
     /// Σ of the next-token losses in nats, and how many tokens were predicted.
@@ -223,27 +252,79 @@ impl Decoder {
     /// `ids (b, t)`: each row predicts its tokens 1 … t − 1 from those before.
     pub fn loss(&self, ids: &Tensor) -> Result<(Tensor, usize)> {
         let (b, t) = ids.dims2()?;
-        let hidden = self.hidden_states(ids)?;
-        let predicting = hidden
-            .narrow(1, 0, t - 1)?
-            .contiguous()?
-            .reshape((b * (t - 1), self.config.hidden))?;
-        let targets = ids.narrow(1, 1, t - 1)?.contiguous()?.flatten_all()?;
+        self.loss_of(ids, &Segments::whole(b, t))
+    }
+
+    /// The same of rows that hold several sequences, or padding: each token but the first of its sequence is predicted
+    /// from those before it there.
+    pub fn loss_of(&self, ids: &Tensor, segments: &Segments) -> Result<(Tensor, usize)> {
+        let (b, t) = ids.dims2()?;
+        let hidden = self.hidden(ids, segments)?;
+        let (predicting, targets) = if segments.is_whole() {
+            let hidden = hidden.narrow(1, 0, t - 1)?.contiguous()?;
+            let targets = ids.narrow(1, 1, t - 1)?.contiguous()?.flatten_all()?;
+            (hidden.reshape((b * (t - 1), self.config.hidden))?, targets)
+        } else {
+            let from = segments.predicting();
+            let to: Vec<u32> = from.iter().map(|token| token + 1).collect();
+            let from = Tensor::new(from, &self.device)?;
+            let to = Tensor::new(to, &self.device)?;
+            let hidden = hidden.reshape((b * t, self.config.hidden))?;
+            let targets = ids.flatten_all()?.index_select(&to, 0)?;
+            (hidden.index_select(&from, 0)?, targets)
+        };
         let loss = self.head.cross_entropy(&predicting, &targets)?;
-        Ok((loss, b * (t - 1)))
+        Ok((loss, targets.elem_count()))
+    }
+}
+
+/// The masks of one pass, by window: layers share them.
+#[derive(Default)]
+struct Masks(BTreeMap<Option<usize>, Tensor>);
+
+impl Masks {
+    fn of(
+        &mut self,
+        window: Option<usize>,
+        make: impl FnOnce() -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        if let Some(mask) = self.0.get(&window) {
+            return Ok(mask.clone());
+        }
+        let mask = make()?;
+        self.0.insert(window, mask.clone());
+        Ok(mask)
+    }
+}
+
+/// What a decoder has read of a sequence, so that it can go on without reading it again.
+#[derive(Debug, Default)]
+pub struct Cache {
+    /// (b, n) u32
+    ids: Option<Tensor>,
+    /// Keys and values of each layer, (b, kv, n, d): of one with a window only those that the next token sees.
+    layers: Vec<Option<(Tensor, Tensor)>>,
+}
+
+impl Cache {
+    /// Tokens read so far, of each row.
+    pub fn tokens(&self) -> usize {
+        self.ids.as_ref().map_or(0, |ids| ids.dims()[1])
     }
 }
 
 impl Block {
+    /// `x (b, t, hidden) → (b, t, hidden)`; behind a `past` of keys and values it goes on, and leaves its own there.
     fn forward(
         &self,
         config: &ModelConfig,
         x: &Tensor,
         angles: Option<&Angles>,
         mask: &Tensor,
+        past: Option<&mut Option<(Tensor, Tensor)>>,
     ) -> candle_core::Result<Tensor> {
         let [before_attention, after_attention, before_mlp, after_mlp] = &self.norms;
-        let attended = self.attention(config, &normed(before_attention, x)?, angles, mask)?;
+        let attended = self.attention(config, &normed(before_attention, x)?, angles, mask, past)?;
         let attended = normed(after_attention, &attended)?;
         let y = (x + scaled(attended, config.residual_scale)?)?;
         let read = if config.parallel { x } else { &y };
@@ -258,6 +339,7 @@ impl Block {
         x: &Tensor,
         angles: Option<&Angles>,
         mask: &Tensor,
+        past: Option<&mut Option<(Tensor, Tensor)>>,
     ) -> candle_core::Result<Tensor> {
         let (b, t, _) = x.dims3()?;
         let (heads, kv, d) = (config.heads, config.kv_heads, config.head_dim);
@@ -286,12 +368,17 @@ impl Block {
                 None => Ok(y),
             }
         };
+        let (q, k) = (turned(&q)?, turned(&k)?);
         let v = per_head(v, kv)?.transpose(1, 2)?.contiguous()?;
+        let (k, v) = match past {
+            Some(past) => joined(past, k.detach(), v.detach(), self.sees.window)?,
+            None => (k, v),
+        };
         let scores = Scores {
             scale: config.attention_scale,
             cap: config.attention_cap,
         };
-        let attended = ops::attention(&turned(&q)?, &turned(&k)?, &v, mask, scores)?
+        let attended = ops::attention(&q, &k, &v, mask, scores)?
             .transpose(1, 2)?
             .contiguous()?
             .reshape((b, t, heads * d))?;
@@ -308,6 +395,26 @@ impl Block {
         };
         self.down.forward(&mixed)
     }
+}
+
+/// Keys and values behind those of the `past`, which becomes what the next token sees of them.
+fn joined(
+    past: &mut Option<(Tensor, Tensor)>,
+    k: Tensor,
+    v: Tensor,
+    window: Option<usize>,
+) -> candle_core::Result<(Tensor, Tensor)> {
+    let (k, v) = match past.take() {
+        Some((keys, values)) => (Tensor::cat(&[keys, k], 2)?, Tensor::cat(&[values, v], 2)?),
+        None => (k, v),
+    };
+    let keys = k.dim(2)?;
+    let first = reach(keys, window);
+    if first < keys {
+        let seen = |all: &Tensor| all.narrow(2, first, keys - first);
+        *past = Some((seen(&k)?, seen(&v)?));
+    }
+    Ok((k, v))
 }
 
 fn normed(norm: &Option<Norm>, x: &Tensor) -> candle_core::Result<Tensor> {
@@ -389,29 +496,23 @@ impl Loader<'_> {
     }
 
     fn linear(&mut self, module: &str, bias: bool) -> Result<Linear> {
-        let weight = self.tensor(&format!("{module}.weight"))?;
+        let method = self.trained.linear;
+        let name = format!("{module}.weight");
+        let weight = self.weight(&name, method == Some(Method::Full))?;
         let bias = if bias {
             Some(self.tensor(&format!("{module}.bias"))?)
         } else {
             None
         };
-        let layer = Linear::frozen(weight, bias);
-        let Some((factors, delta)) = self.tensors.spectrum(module)? else {
-            return Ok(layer);
+        let spectrum = self.tensors.spectrum(module)?;
+        let place = Place {
+            device: self.device,
+            dtype: self.dtype,
         };
-        if !self.trained.sigma && delta.iter().all(|&d| d == 0.0) {
-            return Ok(layer);
-        }
-        let matrix = |a: &ndarray::Array2<f32>| -> Result<Tensor> {
-            let values = a.iter().copied().collect::<Vec<f32>>();
-            Ok(Tensor::from_vec(values, a.dim(), self.device)?.to_dtype(self.dtype)?)
-        };
-        let (u, v) = (matrix(&factors.u)?, matrix(&factors.v)?);
-        let q = delta.len();
-        let delta = Var::from_vec(delta, q, self.device)?;
-        let layer = layer.with_spectrum(u, v, &delta);
-        self.variables.insert(format!("{module}.delta"), delta);
-        Ok(layer)
+        let Updates { updates, variables } =
+            method::updates(method, module, weight.dims2()?, spectrum, &place)?;
+        self.variables.extend(variables);
+        Ok(Linear::new(weight, bias, updates))
     }
 
     /// A tensor that may be trained as it is: then in f32, whatever the model's dtype.

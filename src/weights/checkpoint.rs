@@ -12,6 +12,7 @@ use serde::Deserialize;
 use super::element::Elements;
 use super::header::{Entry, Header};
 use crate::error::{Error, IoContext, Result};
+use crate::json;
 
 /// How the files of a checkpoint are called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,10 +110,7 @@ pub struct Index {
 impl Index {
     /// Parses an index; file names that could lead out of the folder are refused.
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
-        let index: Self = serde_json::from_slice(bytes).map_err(|source| Error::Json {
-            path: path.into(),
-            source,
-        })?;
+        let index: Self = json::parse(path, bytes)?;
         for name in index.weight_map.values() {
             if !is_plain_file_name(name) {
                 return Err(Error::UnsafeName {

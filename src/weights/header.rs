@@ -1,6 +1,5 @@
 //! The header of one safetensors file: what it says it holds, checked before anything believes it.
 
-use std::collections::HashSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -9,6 +8,7 @@ use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
 use crate::error::{Error, IoContext, Result};
+use crate::json::refuse_repeated_keys;
 
 /// The longest header that is read, as in the reference implementation.
 pub const HEADER_BYTES_MAX: u64 = 100_000_000;
@@ -95,8 +95,9 @@ impl Header {
         if checked_length(path, *length)? != json.len() as u64 {
             return Err(refuse("its length prefix does not match its header".into()));
         }
-        refuse_repeated_keys(json).map_err(refuse)?;
-        let metadata: Metadata = serde_json::from_slice(json).map_err(|e| refuse(e.to_string()))?;
+        let metadata: Metadata = refuse_repeated_keys(json)
+            .and_then(|()| serde_json::from_slice(json))
+            .map_err(|e| refuse(e.to_string()))?;
         let tensors = metadata.tensors();
         if let Some((name, info)) = tensors
             .iter()
@@ -203,29 +204,6 @@ fn checked_length(path: &Path, prefix: [u8; 8]) -> Result<u64> {
         });
     }
     Ok(length)
-}
-
-/// JSON parsers keep the last of two equal keys; a file that says two things about one tensor is refused.
-fn refuse_repeated_keys(json: &[u8]) -> Result<(), String> {
-    struct Keys;
-    impl<'de> serde::de::Visitor<'de> for Keys {
-        type Value = ();
-        fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-            f.write_str("a JSON object")
-        }
-        fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-            let mut seen = HashSet::new();
-            while let Some(key) = map.next_key::<String>()? {
-                map.next_value::<serde::de::IgnoredAny>()?;
-                if let Some(key) = seen.replace(key) {
-                    return Err(serde::de::Error::custom(format!("it names `{key}` twice")));
-                }
-            }
-            Ok(())
-        }
-    }
-    let mut parser = serde_json::Deserializer::from_slice(json);
-    serde::Deserializer::deserialize_map(&mut parser, Keys).map_err(|e| e.to_string())
 }
 
 #[cfg(test)]

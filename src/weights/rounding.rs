@@ -3,8 +3,8 @@
 use half::{bf16, f16};
 use safetensors::Dtype;
 
-use super::shard::sha256_hex;
 use crate::random::SplitMix;
+use crate::sum::sha256_hex;
 
 /// How a number that a dtype cannot hold becomes one that it can.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -42,12 +42,17 @@ impl Rounder {
         self.dtype
     }
 
+    /// The bit pattern that `x`, the element at position `at`, becomes. It never falls where `x` rises.
+    pub fn round(&self, x: f64, at: usize) -> u32 {
+        match self.key {
+            None => nearest(self.dtype, x),
+            Some(key) => either(self.dtype, x, uniform(key, at)),
+        }
+    }
+
     /// Appends `x`, the element at position `at`, rounded once.
     pub fn push(&self, x: f64, at: usize, bytes: &mut Vec<u8>) {
-        match self.key {
-            None => push_rounded(self.dtype, x, bytes),
-            Some(key) => push_either(self.dtype, x, uniform(key, at), bytes),
-        }
+        push_bits(self.dtype, self.round(x, at), bytes);
     }
 }
 
@@ -58,65 +63,68 @@ fn uniform(key: u64, at: usize) -> f64 {
     (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// Appends the neighbour of `x` away from zero with the probability that x is near to it, else the one towards zero.
-fn push_either(dtype: Dtype, x: f64, uniform: f64, bytes: &mut Vec<u8>) {
-    let (width, sign) = match dtype {
-        Dtype::F32 => (4, 1u32 << 31),
-        _ => (2, 1 << 15),
-    };
-    let start = bytes.len();
-    push_rounded(dtype, x, bytes);
-    let mut word = [0u8; 4];
-    word[..width].copy_from_slice(&bytes[start..]);
-    let nearest = u32::from_le_bytes(word);
-    let value = |bits: u32| match dtype {
-        Dtype::F32 => f64::from(f32::from_bits(bits)),
-        Dtype::F16 => f16::from_bits(bits as u16).to_f64(),
-        _ => bf16::from_bits(bits as u16).to_f64(),
-    };
+/// The neighbour of `x` away from zero with the probability that x is near to it, else the one towards zero.
+fn either(dtype: Dtype, x: f64, uniform: f64) -> u32 {
+    let nearest = nearest(dtype, x);
+    let value = |bits| value_of(dtype, bits);
     if value(nearest) == x || x.is_nan() {
-        return;
+        return nearest;
     }
     // of one sign, the bit patterns are in the order of magnitude
     let beyond = value(nearest).abs() > x.abs();
     let inner = if beyond { nearest - 1 } else { nearest };
-    debug_assert_eq!(inner & sign, nearest & sign);
     let (low, high) = (value(inner).abs(), value(inner + 1).abs());
     let share = (x.abs() - low) / (high - low);
     // beyond the largest number there is only infinity, which whoever merges refuses
     let up = uniform < share || (high.is_infinite() && beyond);
-    let chosen = if up { inner + 1 } else { inner };
-    bytes.truncate(start);
-    bytes.extend_from_slice(&chosen.to_le_bytes()[..width]);
+    if up { inner + 1 } else { inner }
 }
 
 /// Appends `x`, rounded once to nearest-even in `dtype`.
-///
-/// From f64 directly: rounding to f32 first and then to 16 bits would round twice.
 pub fn push_rounded(dtype: Dtype, x: f64, bytes: &mut Vec<u8>) {
+    push_bits(dtype, nearest(dtype, x), bytes);
+}
+
+fn push_bits(dtype: Dtype, bits: u32, bytes: &mut Vec<u8>) {
+    bytes.extend_from_slice(&bits.to_le_bytes()[..dtype.bitsize() / 8]);
+}
+
+/// The bit pattern of the number nearest to `x`, ties to even.
+///
+/// From f64 at once: rounding to f32 first and then to 16 bits would round twice, and `f16::from_f64` does so, or cuts
+/// digits off, as the processor has it.
+fn nearest(dtype: Dtype, x: f64) -> u32 {
     match dtype {
-        Dtype::F32 => bytes.extend_from_slice(&(x as f32).to_le_bytes()),
-        Dtype::F16 => bytes.extend_from_slice(&f16::from_f64(x).to_le_bytes()),
-        Dtype::BF16 => bytes.extend_from_slice(&bf16_from_f64(x).to_le_bytes()),
+        Dtype::F32 => (x as f32).to_bits(),
+        Dtype::F16 => f16::from_f32(f32_to_odd(x)).to_bits().into(),
+        Dtype::BF16 => bf16::from_f32(f32_to_odd(x)).to_bits().into(),
         other => panic!("invariant: {other:?} is not a dtype a weight is rounded to"),
     }
 }
 
-/// bf16 nearest to `x`, ties to even.
-///
-/// Rounds to odd in f32 first (the last bit remembers what was cut), so that the second rounding is exact;
-/// bf16 has 8 significant bits, f32 24, which leaves room enough for the sticky bit.
-fn bf16_from_f64(x: f64) -> bf16 {
+/// The number of a bit pattern.
+pub fn value_of(dtype: Dtype, bits: u32) -> f64 {
+    match dtype {
+        Dtype::F32 => f64::from(f32::from_bits(bits)),
+        Dtype::F16 => f16::from_bits(bits as u16).to_f64(),
+        Dtype::BF16 => bf16::from_bits(bits as u16).to_f64(),
+        other => panic!("invariant: {other:?} is not a dtype a weight is rounded to"),
+    }
+}
+
+/// `x` rounded to odd in f32: the last of 24 digits remembers what was cut, so that the second rounding, to 8 or 11 of
+/// them, is exact (Boldo & Melquiond 2008).
+fn f32_to_odd(x: f64) -> f32 {
     let near = x as f32;
     if !near.is_finite() || f64::from(near) == x {
-        return bf16::from_f32(near);
+        return near;
     }
     let toward_zero = if f64::from(near).abs() > x.abs() {
         f32::from_bits(near.to_bits() - 1)
     } else {
         near
     };
-    bf16::from_f32(f32::from_bits(toward_zero.to_bits() | 1))
+    f32::from_bits(toward_zero.to_bits() | 1)
 }
 
 /// The distance from the representable value `x` to the nearest value that would round elsewhere.
@@ -141,14 +149,8 @@ pub fn rounding_margin(dtype: Dtype, x: f32) -> f64 {
             let moved = i64::from(magnitude) + i64::from(step);
             (moved >= 0).then_some((bits & (1 << (width - 1))) | moved as u32)
         };
-        let neighbour = match dtype {
-            Dtype::F32 => shift(x.to_bits(), 32).map(|b| f64::from(f32::from_bits(b))),
-            Dtype::F16 => shift(f16::from_f32(x).to_bits().into(), 16)
-                .map(|b| f16::from_bits(b as u16).to_f64()),
-            Dtype::BF16 => shift(bf16::from_f32(x).to_bits().into(), 16)
-                .map(|b| bf16::from_bits(b as u16).to_f64()),
-            other => panic!("invariant: {other:?} is not a dtype a weight is rounded to"),
-        };
+        let width = dtype.bitsize() as u32;
+        let neighbour = shift(nearest(dtype, x.into()), width).map(|bits| value_of(dtype, bits));
         match neighbour {
             Some(y) if y.is_finite() => (y - f64::from(x)).abs(),
             _ => f64::INFINITY,
@@ -175,15 +177,26 @@ mod tests {
     }
 
     #[test]
-    fn bf16_is_rounded_once_from_f64() {
-        // 1 + 2^-8 is a tie between 1 and 1 + 2^-7; a crumb above it must win although f32 cannot see the crumb
-        let x = 1.0 + 2f64.powi(-8) + 2f64.powi(-40);
-        assert_eq!(bf16_from_f64(x), bf16::from_f32(1.0 + 2f32.powi(-7)));
-        assert_eq!(bf16_from_f64(-x), bf16::from_f32(-1.0 - 2f32.powi(-7)));
-        let x = 1.0 + 2f64.powi(-8) - 2f64.powi(-40);
-        assert_eq!(bf16_from_f64(x), bf16::from_f32(1.0));
-        assert_eq!(bf16_from_f64(-0.0).to_bits(), 0x8000);
-        assert_eq!(bf16_from_f64(1e300), bf16::INFINITY);
+    fn sixteen_bits_are_rounded_once_from_f64() {
+        // a tie between 1 and its neighbour; a crumb beside it must win although f32 cannot see the crumb
+        for (dtype, digits) in [(Dtype::BF16, 7), (Dtype::F16, 10)] {
+            let step = 2f64.powi(-digits);
+            for crumb in [2f64.powi(-40), 2f64.powi(-52)] {
+                let rounded = |x| value_of(dtype, nearest(dtype, x));
+                assert_eq!(rounded(1.0 + step / 2.0 + crumb), 1.0 + step, "{dtype:?}");
+                assert_eq!(rounded(-1.0 - step / 2.0 - crumb), -1.0 - step);
+                assert_eq!(rounded(1.0 + step / 2.0 - crumb), 1.0);
+                assert_eq!(rounded(1.0 + step / 2.0), 1.0);
+                assert_eq!(rounded(1.0 + 1.5 * step), 1.0 + 2.0 * step);
+            }
+            assert_eq!(nearest(dtype, -0.0), 0x8000);
+            assert_eq!(value_of(dtype, nearest(dtype, 1e300)), f64::INFINITY);
+        }
+        // the largest f16 and the tie above it; the smallest and the tie below it
+        assert_eq!(nearest(Dtype::F16, 65519.999), 0x7bff);
+        assert_eq!(nearest(Dtype::F16, 65520.0), 0x7c00);
+        assert_eq!(nearest(Dtype::F16, 2f64.powi(-25)), 0);
+        assert_eq!(nearest(Dtype::F16, 2f64.powi(-25) * (1.0 + 1e-12)), 1);
     }
 
     #[test]

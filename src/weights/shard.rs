@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::header::Header;
 use crate::error::{Error, IoContext, Result};
-pub use crate::sum::{Sum, hex, sha256_file, sha256_hex};
+use crate::sum::hex;
 
 /// A file being written: a temporary sibling until [`FileSink::finish`] makes it durable and gives it its name.
 ///

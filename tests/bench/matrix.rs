@@ -7,11 +7,12 @@ use half::bf16;
 use ndarray::{Array1, Array2};
 use serde::{Deserialize, Serialize};
 use svdhub::linalg::{gemm, spectrum};
-use svdhub::weights::shard::sha256_hex;
+use svdhub::sum::sha256_hex;
 use svdhub::weights::{Checkpoint, Dtype, Elements, Header, Layout, ShardWriter};
 
+use crate::Result;
+use crate::machine::loudly;
 use crate::peers::Peers;
-use crate::{Result, loudly};
 
 /// (m, n) = (out, in).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -114,6 +114,24 @@ fn an_index_that_is_not_json() {
 }
 
 #[test]
+fn json_that_names_a_key_twice() {
+    let broken = Broken::new(400_000);
+    for (file, twice) in [
+        ("model.safetensors.index.json", "\"weight_map\""),
+        ("config.json", "\"hidden_size\""),
+    ] {
+        let path = broken.base.join(file);
+        let sound = std::fs::read_to_string(&path).expect("reads");
+        let repeated = sound.replacen(twice, &format!("{twice}: {{}}, {twice}"), 1);
+        assert_ne!(sound, repeated);
+        std::fs::write(&path, repeated).expect("writes");
+        let key = twice.trim_matches('"');
+        broken.refuses(&[file, &format!("names `{key}` twice")]);
+        std::fs::write(&path, sound).expect("writes");
+    }
+}
+
+#[test]
 fn an_unknown_architecture() {
     let broken = Broken::new(u64::MAX);
     broken.config("model_type", json!("mamba"));

@@ -110,6 +110,7 @@ fn crafted(
             sha256: None,
         },
         delta: delta.collect(),
+        core: BTreeMap::new(),
         tensors,
     };
     adapter.save().expect("saves");

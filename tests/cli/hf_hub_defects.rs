@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use svdhub::hub::server::{Effect, ServerOptions};
+use svdhub::sum::sha256_hex;
 use svdhub::weights::Dtype;
-use svdhub::weights::shard::sha256_hex;
 
 use crate::world::{Run, World, arg, files, wait_until};
 

@@ -153,7 +153,7 @@ fn wrong_bytes_never_reach_the_cache() {
     let blobs = world.path("hf/hub/models--org--base/blobs");
     let sums: Vec<String> = files(&blobs)
         .into_values()
-        .map(|b| svdhub::weights::shard::sha256_hex(&b))
+        .map(|b| svdhub::sum::sha256_hex(&b))
         .collect();
     let checked = world.run(&["verify", "org/base"]).succeeds();
     assert!(checked.stdout.contains("as it should be"));

@@ -169,7 +169,7 @@ fn a_killed_upload_sends_nothing_again() {
         "two",
         &[("c.safetensors", 300_000), ("d.safetensors", 200_000)],
     );
-    let sha256 = |name: &str| svdhub::weights::shard::sha256_file(&dir.join(name), |_| {});
+    let sha256 = |name: &str| svdhub::sum::sha256_file(&dir.join(name), |_| {});
     let second = sha256("d.safetensors").expect("reads");
     world.fault(&format!("PUT /objects/{second}"), 5, answer(503, &[]));
     world

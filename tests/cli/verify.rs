@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use svdhub::event::Silent;
-use svdhub::weights::{Checkpoint, Dtype};
+use svdhub::weights::{Checkpoint, Dtype, Header, ShardWriter};
 
 use crate::world::{World, arg, files, fixture};
 
@@ -19,11 +19,11 @@ fn problems(dir: &Path) -> Vec<svdhub::verify::Problem> {
 /// Changes bytes all over a directory, one at a time: each change is found, and in a tensor, the tensor is named.
 fn assert_every_byte_matters(dir: &Path) {
     assert!(problems(dir).is_empty(), "{:?}", problems(dir));
+    svdhub::publish::write_card(dir, "org/name", &Silent).expect("a card");
     let mut all = files(dir);
-    // the card is its owner's to edit
-    all.remove("README.md");
-    let report = dir.join("report.json");
-    all.insert("report.json".into(), std::fs::read(report).expect("reads"));
+    for name in ["report.json", "README.md"] {
+        all.insert(name.into(), std::fs::read(dir.join(name)).expect("reads"));
+    }
     for (name, sound) in all {
         let path = dir.join(&name);
         let tensors = name.ends_with(".safetensors").then(|| {
@@ -96,7 +96,7 @@ fn one_changed_byte_anywhere_in_a_decomposition_is_found() {
 }
 
 #[test]
-fn one_changed_byte_anywhere_in_a_merged_model_or_an_adapter_is_found() {
+fn one_changed_byte_anywhere_in_a_merged_model_an_adapter_or_an_export_is_found() {
     let world = World::new();
     let base = world.model("base", Dtype::BF16, 600_000);
     let (split, adapter, merged) = (
@@ -130,6 +130,46 @@ fn one_changed_byte_anywhere_in_a_merged_model_or_an_adapter_is_found() {
     ];
     world.run(&merge).succeeds();
     assert_every_byte_matters(&merged);
+    for target in ["peft-lora", "svd-training"] {
+        let out = world.path(target);
+        let fixed = ["export", arg(&split), "--adapter", arg(&adapter)];
+        let options = ["--to", target, "--out", arg(&out)];
+        world.run(&[&fixed[..], &options].concat()).succeeds();
+        assert_every_byte_matters(&out);
+    }
+}
+
+#[test]
+fn a_foreign_lora_without_a_report_is_read_as_far_as_it_speaks_for_itself() {
+    let world = World::new();
+    let dir = world.path("lora");
+    std::fs::create_dir(&dir).expect("creates");
+    std::fs::write(dir.join("adapter_config.json"), "{\"peft_type\": \"LORA\"}").expect("writes");
+    let save = |rank_of_b: usize| {
+        let module = "base_model.model.model.layers.0.mlp.up_proj";
+        let (a, b) = (
+            format!("{module}.lora_A.weight"),
+            format!("{module}.lora_B.weight"),
+        );
+        let shapes = [(a.as_str(), [2, 3]), (b.as_str(), [4, rank_of_b])];
+        let header = Header::compose(shapes.iter().map(|(n, s)| (*n, Dtype::F32, &s[..])))
+            .expect("a header");
+        let mut writer =
+            ShardWriter::create(&dir.join("adapter_model.safetensors"), header).expect("creates");
+        for (name, shape) in shapes {
+            let bytes: Vec<u8> = (0..shape[0] * shape[1])
+                .flat_map(|i| (i as f32).to_le_bytes())
+                .collect();
+            writer.put(name, &bytes).expect("writes");
+        }
+        writer.finish().expect("finishes");
+    };
+    save(2);
+    assert!(problems(&dir).is_empty(), "{:?}", problems(&dir));
+    save(1);
+    let found = problems(&dir);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].expected.contains("one rank"), "{found:?}");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use svdhub::linalg::{Algorithm, Wanted, decompose};
-use svdhub::model::{Decoder, ModelConfig, Trained};
+use svdhub::model::{Decoder, Lora, Method, ModelConfig, Parametrisation, Trained};
 use svdhub::plan::{Role, role};
 use svdhub::split::Factors;
 use svdhub::weights::Elements;
@@ -32,11 +32,16 @@ fn decomposed(module: &str, stored: &Elements) -> (Factors, Vec<f32>) {
 }
 
 /// Every Δσ vector, the head's included, every norm and the embedding: each along its gradient.
-pub fn assert_gradients(mut memory: Memory, config: &Value, ids: &Tensor) {
+pub fn assert_gradients(memory: Memory, config: &Value, ids: &Tensor) {
+    assert_gradients_of(Method::default(), memory, config, ids);
+}
+
+/// The same of what another method moves.
+fn assert_gradients_of(method: Method, mut memory: Memory, config: &Value, ids: &Tensor) {
     memory.factors = Some(Box::new(decomposed));
     let parsed = ModelConfig::parse(Path::new("config.json"), config).expect("parses");
     let trained = Trained {
-        sigma: true,
+        linear: Some(method),
         norms: true,
         embeddings: true,
     };
@@ -52,7 +57,15 @@ pub fn assert_gradients(mut memory: Memory, config: &Value, ids: &Tensor) {
         .keys()
         .filter(|n| role(n) == Role::Norm)
         .count();
-    assert_eq!(decoder.variables.len(), linear + norms + 1);
+    let each = if matches!(method, Method::Lora(_)) {
+        2
+    } else {
+        1
+    };
+    assert_eq!(decoder.variables.len(), each * linear + norms + 1);
+    if method != Method::default() {
+        move_from_zero(&decoder);
+    }
     let loss = || -> f64 {
         let (sum, _) = decoder.loss(ids).expect("forward");
         f64::from(
@@ -104,6 +117,47 @@ pub fn assert_gradients(mut memory: Memory, config: &Value, ids: &Tensor) {
             "{name}: {numeric} by differences, {length} by backward"
         );
     }
+}
+
+/// Moves what begins at zero, where a gradient is not seen or a factor forgotten.
+fn move_from_zero(decoder: &Decoder) {
+    for (at, variable) in decoder.variables.values().enumerate() {
+        let values = variable.flatten_all().and_then(|v| v.to_vec1::<f32>());
+        let values = values.expect("values").into_iter().enumerate();
+        // up to 0.15, and no two neighbours alike
+        let moved = values.map(|(i, x)| x + 0.05 * (((7 * i + 3 * at) % 13) as f32 / 2.0 - 3.0));
+        let moved = Tensor::from_vec(moved.collect(), variable.dims(), &Device::Cpu);
+        variable.set(&moved.expect("values")).expect("sets");
+    }
+}
+
+macro_rules! methods {
+    ($($test:ident: $name:literal, $method:expr;)*) => {
+        $(#[test]
+        fn $test() {
+            let golden = golden($name);
+            let (_, tensors) = model(&golden);
+            let memory = Memory { tensors, factors: None };
+            assert_gradients_of($method, memory, &golden["config"], &ids(&golden));
+        })*
+    };
+}
+
+const LORA: Lora = Lora {
+    rank: 3,
+    alpha: 5,
+    seed: 1,
+};
+
+// an untied head; a tied one, and biases; a tied one under a cap
+methods! {
+    relative_sigma_has_the_gradients_of_its_loss: "llama", Method::Sigma(Parametrisation::Relative);
+    lora_has_the_gradients_of_its_loss: "llama", Method::Lora(LORA);
+    lora_has_them_beside_a_tied_head: "qwen2", Method::Lora(LORA);
+    lora_xs_has_the_gradients_of_its_loss: "llama", Method::LoraXs { rank: 4 };
+    lora_xs_has_them_beside_a_tied_head: "gemma2", Method::LoraXs { rank: 4 };
+    full_has_the_gradients_of_its_loss: "llama", Method::Full;
+    full_has_them_beside_a_tied_head: "gemma2", Method::Full;
 }
 
 macro_rules! differences {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use svdhub::error::{Error, Result};
 use svdhub::model::Tensors;
-use svdhub::split::Factors;
+use svdhub::split::{Change, Factors};
 use svdhub::weights::Elements;
 
 /// A model in memory, with the spectra that `factors` knows of its linear weights.
@@ -24,12 +24,13 @@ impl Tensors for Memory {
         self.tensors.get(name).cloned().ok_or_else(missing)
     }
 
-    fn spectrum(&self, module: &str) -> Result<Option<(Factors, Vec<f32>)>> {
+    fn spectrum(&self, module: &str) -> Result<Option<(Factors, Change)>> {
         let Some(factors) = &self.factors else {
             return Ok(None);
         };
         let stored = self.tensor(&format!("{module}.weight"))?;
-        Ok(Some(factors(module, &stored)))
+        let (factors, delta) = factors(module, &stored);
+        Ok(Some((factors, Change::of_sigma(delta))))
     }
 
     fn has(&self, name: &str) -> bool {

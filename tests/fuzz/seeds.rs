@@ -153,6 +153,11 @@ impl Seeds {
                 sha256: None,
             },
             delta: [("model.layers.0.self_attn.o_proj".into(), vec![0.5, -0.25])].into(),
+            core: [(
+                "model.layers.0.self_attn.o_proj".into(),
+                Elements::from_f32(&[2, 2], &[0.5, 0.25, -0.25, 0.125]),
+            )]
+            .into(),
             tensors: [(
                 "model.norm.weight".into(),
                 Elements::from_f32(&[4], &[1.0, 2.0, 3.0, 4.0]),
@@ -242,7 +247,7 @@ impl Seeds {
     }
 
     fn hub(&mut self) {
-        use svdhub::weights::shard::sha256_hex;
+        use svdhub::sum::sha256_hex;
         let commit = "0123456789012345678901234567890123456789";
         let config = "{\"model_type\": \"llama\"}";
         // printf … | git hash-object --stdin

@@ -18,19 +18,21 @@ use svdhub::adapter::{self, Adapter, Mixture};
 use svdhub::artifact::Artifact;
 use svdhub::assemble::{self, Shares};
 use svdhub::base::{Base, card_facts};
-use svdhub::card::{self, Kind};
+use svdhub::card;
 use svdhub::event::Silent;
 use svdhub::format::{Rank, is_plain_name, parse_section};
 use svdhub::hub::server::{Server, ServerOptions};
 use svdhub::hub::{Hub, HubOptions, ModelRef};
 use svdhub::job::{MATRICES, Options, Share, ShareRecord};
+use svdhub::kind::Kind;
 use svdhub::model::ModelConfig;
 use svdhub::part::{self, Part};
 use svdhub::plan::{Pattern, Plan, PlanOptions, expected_inventory};
 use svdhub::source::Source;
+use svdhub::split::Change;
+use svdhub::sum::sha256_hex;
 use svdhub::train::data::Corpus;
 use svdhub::weights::checkpoint::{Index, WeightFile};
-use svdhub::weights::shard::sha256_hex;
 use svdhub::weights::{Checkpoint, Dtype, Header, Inventory, Layout, Rounder, Rounding};
 use svdhub::{decompose, evaluate, html, inspect, merge, plot, report, verify};
 
@@ -209,9 +211,9 @@ pub fn artifact(bytes: &[u8]) -> bool {
         if let Ok(matrix) = artifact.restore(module, record, &factors) {
             assert_eq!(matrix.shape, record.shape);
             assert_eq!(sha256_hex(&matrix.bytes), record.sha256);
-            let delta = vec![0.0; record.q];
+            let nothing = Change::of_sigma(vec![0.0; record.q]);
             let rounder = Rounder::new(Rounding::Nearest, matrix.dtype, module);
-            let (merged, _) = factors.merge(&matrix, &delta, &rounder);
+            let (merged, _) = factors.merge(&matrix, None, &nothing, &rounder);
             assert_eq!(merged.bytes, matrix.bytes);
         }
     }
@@ -455,6 +457,7 @@ fn check_card(text: &str) {
             .next()
             .is_some_and(|line| line.starts_with(card::MARK))
     );
+    assert_eq!(card::state(text), card::State::Rendered);
 }
 
 /// Texts of the command line: a pattern, and the name it is held against in the second line.

@@ -3,6 +3,7 @@
 
     checks.py artifact BASE DECOMPOSITION MERGED
     checks.py peft BASE EXPORT MERGED [--tied-head]
+    checks.py lora BASE ADAPTER LOGITS
     checks.py svd-training EXPORT MERGED
 
 `artifact` reads a decomposition by its specification alone: JSON schema, sums, singular values against LAPACK in f64, every weight
@@ -12,6 +13,10 @@ restored in another order of summation; transformers must refuse it, and load th
 that PEFT adds differ from the merged model's change by what report.json measured, and where that is nothing, the
 logits are the merged model's and so are the weights after merge_and_unload. With --tied-head the adapter holds the head
 of a base whose head is the embedding: merging goes wrong there, and is done on an untied copy, as PEFT recommends.
+
+`lora` loads BASE and ADAPTER, a LoRA that svdhub trained, through PeftModel.from_pretrained: exactly the adapter's
+modules are touched, and its logits are those of the decoder that trained it, which lie in LOGITS with the ids they answer;
+so are those after merge_and_unload.
 
 `svd-training` makes the library's model with create_from_model, loads EXPORT strictly, and compares logits, and weights
 after merge().
@@ -245,6 +250,49 @@ def peft(arguments):
     return facts
 
 
+def lora(arguments):
+    import peft
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    facts = {"peft": peft.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    adapter = pathlib.Path(arguments.adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    stored = load_file(adapter / "adapter_model.safetensors")
+    asked = json.loads(pathlib.Path(arguments.logits).read_text())
+    ids, wanted = torch.tensor([asked["ids"]]), torch.tensor(asked["logits"], dtype=torch.double)
+    base = load(arguments.base)
+    with torch.no_grad():
+        untouched = base(ids, use_cache=False).logits[0].double()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(base, arguments.adapter).eval()
+    said = [str(w.message) for w in said]
+    loaded = [text for text in said if "missing" in text or "unexpected" in text or "not found" in text]
+    check(not loaded, f"PEFT complains: {loaded}")
+    inner = model.base_model.model
+    touched = {name for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    held = {key[len(prefix) : -len(suffix)] for key in stored if key.endswith(suffix)}
+    check(touched == held, f"PEFT touches other modules than the adapter holds: {sorted(touched ^ held)[:5]}")
+    linear = {name for name, module in load(arguments.base).named_modules() if isinstance(module, torch.nn.Linear)}
+    if base.config.tie_word_embeddings:
+        linear.discard("lm_head")
+    check(touched == linear, f"not all linear layers: {sorted(touched ^ linear)[:5]}")
+    saved = {name for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    check(saved == set(config["modules_to_save"] or []), f"PEFT saves other modules: {sorted(saved)[:5]}")
+    facts |= {"modules": len(touched), "saved": len(saved), "rank": config["r"], "alpha": config["lora_alpha"]}
+
+    facts["moved"] = ((wanted - untouched).abs().max() / untouched.abs().max()).item()
+    check(facts["moved"] > 1e-2, f"the adapter moves the logits by {facts['moved']:.1e} only: this shows nothing")
+    with torch.no_grad():
+        facts["logits"] = compare_logits("adapter", model(ids, use_cache=False).logits[0].double(), wanted)
+        whole = model.merge_and_unload()
+        facts["logits_merged"] = compare_logits("merged", whole(ids, use_cache=False).logits[0].double(), wanted)
+    return facts
+
+
 def svd_training(arguments):
     from importlib.metadata import version
 
@@ -291,6 +339,10 @@ def main():
     mode.add_argument("export")
     mode.add_argument("merged")
     mode.add_argument("--tied-head", action="store_true")
+    mode = modes.add_parser("lora")
+    mode.add_argument("base")
+    mode.add_argument("adapter")
+    mode.add_argument("logits")
     mode = modes.add_parser("svd-training")
     mode.add_argument("export")
     mode.add_argument("merged")
@@ -298,7 +350,8 @@ def main():
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     try:
-        facts = {"artifact": artifact, "peft": peft, "svd-training": svd_training}[arguments.mode](arguments)
+        modes = {"artifact": artifact, "lora": lora, "peft": peft, "svd-training": svd_training}
+        facts = modes[arguments.mode](arguments)
     except Differs as difference:
         print(f"{arguments.mode}: {difference}", file=sys.stderr)
         sys.exit(1)

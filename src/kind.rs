@@ -1,0 +1,44 @@
+//! What a directory holds.
+
+use std::path::Path;
+
+use crate::{adapter, artifact, export, peft};
+
+/// What a directory holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Decomposition,
+    Adapter,
+    Model,
+    /// For PEFT: an export, or trained as one.
+    Lora,
+    /// An export for svd-training.
+    StateDict,
+}
+
+impl Kind {
+    /// By the file that only it has; a directory with none of them is taken for a model.
+    pub fn of(dir: &Path) -> Self {
+        if artifact::is_artifact(dir) {
+            Self::Decomposition
+        } else if adapter::is_adapter(dir) {
+            Self::Adapter
+        } else if dir.join(peft::LORA_CONFIG).exists() {
+            Self::Lora
+        } else if dir.join(export::SVD_TRAINING_WEIGHTS).exists() {
+            Self::StateDict
+        } else {
+            Self::Model
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Decomposition => "decomposition",
+            Self::Adapter => "adapter",
+            Self::Model => "model",
+            Self::Lora => "lora",
+            Self::StateDict => "state-dict",
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! The files of a LoRA as PEFT reads them: W = M + (α/r)·B·A with B (m, r) and A (r, n).
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::error::Result;
+use crate::event::Observer;
+use crate::format::Pin;
+use crate::plan::place;
+use crate::weights::Entry;
+use crate::weights::shard::write_atomically;
+
+/// What PEFT looks for in a directory: with these it is a LoRA adapter.
+pub const LORA_CONFIG: &str = "adapter_config.json";
+pub const LORA_WEIGHTS: &str = "adapter_model.safetensors";
+
+/// The head of the families whose inner model is called `model`.
+pub const HEAD: &str = "lm_head";
+
+/// What PEFT puts before every name in a model for generation.
+const PREFIX: &str = "base_model.model.";
+
+/// The names of A and B of a module, by its name in the model.
+pub struct Names {
+    pub a: String,
+    pub b: String,
+}
+
+impl Names {
+    pub fn of(module: &str) -> Self {
+        Self {
+            a: format!("{PREFIX}{module}.lora_A.weight"),
+            b: format!("{PREFIX}{module}.lora_B.weight"),
+        }
+    }
+}
+
+/// The name of a weight that is carried whole, by its module's name in the model.
+pub fn saved_name(module: &str) -> String {
+    format!("{PREFIX}{module}.weight")
+}
+
+/// A name of the checkpoint as a model for generation has it: some checkpoints were saved from the model inside, and hold
+/// `inner`, the embedding without its prefix.
+pub fn name_in_model(name: &str, inner: bool) -> String {
+    if inner && !name.starts_with(HEAD) {
+        format!("model.{name}")
+    } else {
+        name.into()
+    }
+}
+
+/// The ranks that vLLM's `--max-lora-rank` offers (`MaxLoRARanks` of its `config/lora.py`, 2026-11; its 1 is left out:
+/// older releases begin at 8). An adapter of one of these fills what the engine sets aside for it.
+pub const SERVED_RANKS: [usize; 8] = [8, 16, 32, 64, 128, 256, 320, 512];
+
+pub const SERVED_RANK_MAX: usize = SERVED_RANKS[SERVED_RANKS.len() - 1];
+
+/// What whoever loads a LoRA has to expect.
+pub struct Expected<'a> {
+    pub rank: usize,
+    /// Trained norms that are carried whole.
+    pub norms: usize,
+    /// A head that has an update of its own, and is the embedding in the base.
+    pub untied: Option<&'a str>,
+    pub base: &'a Pin,
+}
+
+impl Expected<'_> {
+    pub fn say(&self, observer: &dyn Observer) {
+        if self.rank > SERVED_RANK_MAX {
+            observer.warn(format!(
+                "rank {} is more than serving engines take: vLLM's --max-lora-rank ends at {SERVED_RANK_MAX}",
+                self.rank
+            ));
+        }
+        if self.norms > 0 {
+            observer.warn(format!(
+                "{} trained norms are in modules_to_save: PEFT applies them, vLLM refuses such an adapter. \
+                 Merge instead, or train without norms",
+                self.norms
+            ));
+        }
+        if let Some(head) = self.untied {
+            observer.warn(format!(
+                "`{head}` is the embedding in the base: PEFT adds B·A to the head alone as long as it is not merged, \
+                 but its merge_and_unload() would move the embedding too. For a merged model use `svdhub merge`"
+            ));
+        }
+        if self.base.repo.is_none() {
+            observer.note(
+                "the base was a local directory, so base_model_name_or_path is left empty: load it, then the adapter onto it"
+                    .into(),
+            );
+        }
+    }
+}
+
+/// The embedding of a checkpoint that was saved from the model inside.
+pub const INNER_EMBEDDING: &str = "embed_tokens.weight";
+
+/// The names by which PEFT finds exactly some modules, each given as (name in the checkpoint, name in the model): the last
+/// part of a name where it means no other linear layer of the checkpoint, whole names otherwise.
+pub fn target_modules<'a>(
+    entries: impl Iterator<Item = &'a Entry>,
+    modules: &[(&str, &str)],
+) -> Vec<String> {
+    let wanted: BTreeSet<&str> = modules.iter().map(|(module, _)| *module).collect();
+    let elsewhere: BTreeSet<&str> = entries
+        // whatever is a matrix may be a linear layer
+        .filter(|entry| entry.shape.len() == 2)
+        .filter_map(|entry| entry.name.strip_suffix(".weight"))
+        .filter(|module| !wanted.contains(module))
+        .map(|module| place(module).1)
+        .collect();
+    let targets: BTreeSet<&str> = modules
+        .iter()
+        .map(|&(module, name)| match place(module).1 {
+            part if elsewhere.contains(part) => name,
+            part => part,
+        })
+        .collect();
+    targets.into_iter().map(String::from).collect()
+}
+
+/// What `adapter_config.json` says.
+pub struct Config<'a> {
+    /// Its repository and revision are named; a local directory is nobody else's business.
+    pub base: &'a Pin,
+    /// r
+    pub rank: usize,
+    /// PEFT multiplies by α/r.
+    pub alpha: usize,
+    pub target_modules: &'a [String],
+    pub modules_to_save: &'a [String],
+}
+
+impl Config<'_> {
+    /// Writes it, with keys that PEFT 0.11 knows: it refuses others.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        let saved = Some(self.modules_to_save).filter(|saved| !saved.is_empty());
+        let config = json!({
+            "peft_type": "LORA",
+            "auto_mapping": null,
+            "base_model_name_or_path": self.base.repo,
+            "revision": self.base.revision,
+            "task_type": "CAUSAL_LM",
+            "inference_mode": true,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": false,
+            "use_rslora": false,
+            "use_dora": false,
+            "init_lora_weights": true,
+            "target_modules": self.target_modules,
+            "modules_to_save": saved,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "layers_to_transform": null,
+            "layers_pattern": null,
+        });
+        let config = serde_json::to_vec_pretty(&config).expect("a JSON value serialises");
+        write_atomically(&dir.join(LORA_CONFIG), &config).map(drop)
+    }
+}

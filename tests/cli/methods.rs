@@ -1,0 +1,442 @@
+//! What can move beside Σ in absolute terms: each method learns, survives a kill, and is merged as it was trained.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Value, json};
+use svdhub::adapter::Adapter;
+use svdhub::base::Base;
+use svdhub::event::Silent;
+use svdhub::model::{Decoder, Lora, Method, Trained, stacked};
+use svdhub::source::{Source, load};
+use svdhub::weights::{Checkpoint, Dtype, Elements};
+
+use crate::python::{checked, python};
+use crate::world::{Run, World, arg, files, fixture, json_file, loss, tensors};
+
+const LORA_WEIGHTS: &str = "adapter_model.safetensors";
+
+/// The fixture, and its decomposition.
+fn decomposed(world: &World, dtype: Dtype, options: &[&str]) -> (PathBuf, PathBuf) {
+    let base = world.model("base", dtype, u64::MAX);
+    let split = world.path("svd");
+    let decompose = ["decompose", arg(&base), "--out", arg(&split)];
+    world.run(&[&decompose, options].concat()).succeeds();
+    (base, split)
+}
+
+fn command(model: &Path, out: &Path, options: &[&str]) -> Vec<String> {
+    let data = fixture("eighty-train.txt");
+    let fixed = ["train", arg(model), "--data", arg(&data), "--out", arg(out)];
+    let all = fixed.iter().chain(options).map(ToString::to_string);
+    all.collect()
+}
+
+fn trained(world: &World, model: &Path, name: &str, options: &[&str]) -> (PathBuf, Value) {
+    let out = world.path(name);
+    let length = ["--length", "64"];
+    let all = command(model, &out, &[&length, options].concat());
+    let all: Vec<&str> = all.iter().map(String::as_str).collect();
+    let facts = world.json(&all);
+    (out, facts)
+}
+
+/// The methods that give an adapter of ours, with steps enough to be seen.
+const OURS: [(&str, &[&str]); 5] = [
+    (
+        "relative",
+        &["--parametrisation", "relative", "--lr", "3e-2"],
+    ),
+    (
+        "lora-xs",
+        &["--method", "lora-xs", "--lora-rank", "6", "--lr", "3e-2"],
+    ),
+    ("full", &["--method", "full", "--lr", "1e-3"]),
+    ("embeddings", &["--train", "embeddings", "--lr", "3e-3"]),
+    (
+        "everything",
+        &[
+            "--method",
+            "full",
+            "--train",
+            "norms,embeddings",
+            "--lr",
+            "1e-3",
+        ],
+    ),
+];
+
+#[test]
+fn every_method_lowers_the_loss_and_merges_to_what_was_trained() {
+    let world = World::new();
+    let (_, split) = decomposed(&world, Dtype::BF16, &[]);
+    let before = loss(&world, &[arg(&split)]);
+    for (name, options) in OURS {
+        let steps = ["--steps", "20"];
+        let (adapter, facts) = trained(&world, &split, name, &[options, &steps].concat());
+        let stored = Adapter::read(&adapter).expect("reads");
+        let moved = facts["parameters"].as_u64();
+        let cores = stored.core.values().map(Elements::len).sum::<usize>();
+        let deltas = stored.delta.values().map(Vec::len).sum::<usize>();
+        let whole = stored.tensors.values().map(Elements::len).sum::<usize>();
+        assert_eq!(moved, Some((cores + deltas + whole) as u64), "{name}");
+        assert_eq!(facts["trained"], json!(stored.config.trained), "{name}");
+        let trained = loss(&world, &[arg(&split), "--adapter", arg(&adapter)]);
+        assert!(
+            trained < before - 0.1,
+            "{name} moved the held-out loss from {before} to {trained}"
+        );
+        let merged = world.path(&format!("merged-{name}"));
+        let merge = ["merge", arg(&split), "--adapter", arg(&adapter)];
+        let options = ["--out", arg(&merged), "--dtype", "f32"];
+        let facts = world.json(&[&merge[..], &options].concat());
+        assert_eq!(facts["identical_to_base"], false, "{name}");
+        let after = loss(&world, &[arg(&merged)]);
+        // some hundred f32 roundings in each of two evaluation orders, averaged over ten thousand tokens
+        assert!(
+            (after - trained).abs() < 2e-6 * trained,
+            "{name}: {after} instead of {trained}"
+        );
+        let verified = world.json(&["verify", arg(&adapter)]);
+        assert_eq!(
+            (&verified["ok"], &verified["kind"]),
+            (&json!(true), &json!("adapter"))
+        );
+        world.run(&["verify", arg(&merged)]).succeeds();
+        let cancelled = world.path(&format!("cancelled-{name}"));
+        let minus = format!("{}*0", arg(&adapter));
+        let merge = [
+            "merge",
+            arg(&split),
+            "--adapter",
+            &minus,
+            "--out",
+            arg(&cancelled),
+        ];
+        assert_eq!(world.json(&merge)["identical_to_base"], true, "{name}");
+    }
+}
+
+#[test]
+fn a_tied_head_moves_along_with_the_embedding_and_whole_weights_leave_it_alone() {
+    let world = World::new();
+    let (base, split) = decomposed(&world, Dtype::F32, &[]);
+    let steps = ["--steps", "3", "--lr", "1e-2"];
+    let merged = |name: &str, options: &[&str]| {
+        let (adapter, _) = trained(&world, &split, name, &[options, &steps].concat());
+        let out = world.path(&format!("merged-{name}"));
+        let merge = [
+            "merge",
+            arg(&split),
+            "--adapter",
+            arg(&adapter),
+            "--out",
+            arg(&out),
+        ];
+        world.run(&merge).succeeds();
+        tensors(&out)
+    };
+    let original = tensors(&base);
+    let embedding = "model.embed_tokens.weight";
+    let moved = |found: &std::collections::BTreeMap<String, Elements>| {
+        let names = original
+            .keys()
+            .filter(|&name| found[name] != original[name]);
+        names.cloned().collect::<Vec<String>>()
+    };
+    let with_embedding = moved(&merged("a", &["--train", "embeddings"]));
+    assert_eq!(with_embedding.len(), 42 + 1);
+    assert!(with_embedding.iter().any(|name| name == embedding));
+    let whole = moved(&merged("b", &["--method", "full"]));
+    assert_eq!(whole.len(), 42);
+    assert!(whole.iter().all(|name| name.ends_with("_proj.weight")));
+}
+
+#[test]
+fn methods_mix_linearly() {
+    let world = World::new();
+    let (base, split) = decomposed(&world, Dtype::F32, &[]);
+    let steps = |options: &[&'static str]| [options, &["--steps", "4", "--lr", "5e-3"]].concat();
+    let adapters = [
+        trained(&world, &split, "sigma", &steps(&[])).0,
+        trained(
+            &world,
+            &split,
+            "xs",
+            &steps(&["--method", "lora-xs", "--lora-rank", "3"]),
+        )
+        .0,
+        trained(
+            &world,
+            &split,
+            "xs4",
+            &steps(&["--method", "lora-xs", "--lora-rank", "4"]),
+        )
+        .0,
+        trained(&world, &split, "full", &steps(&["--method", "full"])).0,
+    ];
+    let weights = [0.5, -0.75, 1.25, 0.3];
+    let merged = |name: &str, parts: &[String]| {
+        let out = world.path(name);
+        let mut merge = vec!["merge", arg(&split), "--out", arg(&out)];
+        parts
+            .iter()
+            .for_each(|part| merge.extend(["--adapter", part]));
+        world.run(&merge).succeeds();
+        tensors(&out)
+    };
+    let alone: Vec<_> = adapters
+        .iter()
+        .map(|adapter| {
+            merged(
+                &format!("only-{}", arg(adapter).len()),
+                &[arg(adapter).into()],
+            )
+        })
+        .collect();
+    let all: Vec<String> = adapters
+        .iter()
+        .zip(weights)
+        .map(|(adapter, weight)| format!("{}*{weight}", arg(adapter)))
+        .collect();
+    let mixture = merged("mixture", &all);
+    let mut moved = 0;
+    for (name, stored) in tensors(&base) {
+        let (stored, found) = (stored.to_f32(), mixture[&name].to_f32());
+        let alone: Vec<Vec<f32>> = alone.iter().map(|model| model[&name].to_f32()).collect();
+        for i in 0..stored.len() {
+            let x = f64::from(stored[i]);
+            let changes = alone
+                .iter()
+                .zip(weights)
+                .map(|(w, c)| c * (f64::from(w[i]) - x));
+            let (change, size) =
+                changes.fold((0.0, 0.0), |(sum, size), c| (sum + c, size + c.abs()));
+            // five merges round once to f32 each, and Δσ and R of the mixture once
+            let allowed = 2.0 * f64::from(f32::EPSILON) * (x.abs() + size) + 1e-5 * size;
+            let off = (f64::from(found[i]) - x - change).abs();
+            assert!(off <= allowed, "{name} {i}: {off} > {allowed}");
+            moved += usize::from(size > 0.0);
+        }
+    }
+    assert!(moved > 100_000, "{moved} elements moved");
+}
+
+#[test]
+fn killed_training_of_every_method_resumes_to_the_same_bytes() {
+    let world = World::new();
+    let (_, split) = decomposed(&world, Dtype::BF16, &[]);
+    let lora: (&str, &[&str]) = ("lora", &["--method", "lora", "--lora-rank", "4"]);
+    for (name, options) in OURS.into_iter().chain([lora]) {
+        let size = ["--steps", "101", "--length", "16", "--batch", "2"];
+        let options = [options, &size].concat();
+        let run = |out: &Path, more: &[&'static str]| {
+            let all = command(&split, out, &[&options, more].concat());
+            let all: Vec<&str> = all.iter().map(String::as_str).collect();
+            world.command(&all)
+        };
+        let undisturbed = world.path(&format!("undisturbed-{name}"));
+        Run::of(run(&undisturbed, &[]).output().expect("runs")).succeeds();
+        let out = world.path(&format!("killed-{name}"));
+        let mut child = run(&out, &[]).spawn().expect("starts");
+        let state = out.join(".svdhub/training.safetensors");
+        for _ in 0..12_000 {
+            if state.exists() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        child.kill().expect("kills");
+        child.wait().expect("is gone");
+        assert!(
+            state.exists() && files(&out).is_empty(),
+            "{name} was killed in the middle"
+        );
+        Run::of(run(&out, &["--resume"]).output().expect("runs")).succeeds();
+        assert!(files(&out) == files(&undisturbed), "{name}: other bytes");
+    }
+}
+
+/// The decoder with a LoRA as it lies in PEFT's file.
+fn with_lora(source: &Source, adapter: &Path, lora: Lora, norms: bool) -> Decoder {
+    let trained = Trained {
+        linear: Some(Method::Lora(lora)),
+        norms,
+        embeddings: false,
+    };
+    let decoder = load(source, trained, &Device::Cpu, &Silent).expect("loads");
+    let stored = Checkpoint::single(adapter, LORA_WEIGHTS).expect("opens");
+    for (name, variable) in &decoder.variables {
+        let values = stored
+            .read(&format!("base_model.model.{name}"))
+            .expect("reads");
+        let values = Tensor::from_vec(values.to_f32(), variable.dims(), &Device::Cpu);
+        variable.set(&values.expect("values")).expect("sets");
+    }
+    assert_eq!(stored.inventory.entries().count(), decoder.variables.len());
+    decoder
+}
+
+const LORA: Lora = Lora {
+    rank: 4,
+    alpha: 6,
+    seed: 0,
+};
+
+const AS_LORA: [&str; 6] = ["--method", "lora", "--lora-rank", "4", "--lora-alpha", "6"];
+
+#[test]
+fn a_lora_of_a_plain_model_or_of_its_decomposition_is_the_one_that_was_trained() {
+    let world = World::new();
+    let (base, split) = decomposed(&world, Dtype::BF16, &[]);
+    let options = [
+        &AS_LORA[..],
+        &["--lr", "1e-2", "--schedule", "constant", "--steps"],
+    ]
+    .concat();
+    let (short, long) = (
+        [&options[..], &["12"]].concat(),
+        [&options[..], &["13"]].concat(),
+    );
+    let (plain, facts) = trained(&world, &base, "plain", &short);
+    let (from_split, _) = trained(&world, &split, "from-split", &short);
+    let weights = |dir: &Path| std::fs::read(dir.join(LORA_WEIGHTS)).expect("reads");
+    assert!(
+        weights(&plain) == weights(&from_split),
+        "M is the same to the bit"
+    );
+    let losses = |facts: &Value| {
+        let losses = facts["losses"].as_array().expect("losses").iter();
+        losses
+            .map(|x| x.as_f64().expect("a loss"))
+            .collect::<Vec<f64>>()
+    };
+    let first = losses(&facts);
+    assert!(first[11] < first[0] - 0.2, "{first:?}");
+    // r·(m + n) for each of the 42 matrices
+    let sides: usize = tensors(&base)
+        .iter()
+        .filter(|(name, _)| name.ends_with("_proj.weight"))
+        .map(|(_, e)| e.shape[0] + e.shape[1])
+        .sum();
+    assert_eq!(facts["parameters"], 4 * sides);
+    let config = json_file(&plain.join("adapter_config.json"));
+    assert_eq!(
+        (&config["r"], &config["lora_alpha"]),
+        (&json!(4), &json!(6))
+    );
+    assert_eq!(config["target_modules"].as_array().map(Vec::len), Some(7));
+    let verified = world.json(&["verify", arg(&plain)]);
+    assert_eq!(
+        (&verified["ok"], &verified["kind"]),
+        (&json!(true), &json!("lora"))
+    );
+    let mut bytes = weights(&from_split);
+    *bytes.last_mut().expect("a byte") ^= 1;
+    std::fs::write(from_split.join(LORA_WEIGHTS), bytes).expect("writes");
+    let damaged = world.run(&["verify", arg(&from_split)]);
+    assert!(
+        damaged.code == Some(1) && damaged.stdout.contains("lora_"),
+        "{}",
+        damaged.stdout
+    );
+
+    // one step more begins with the loss of what the shorter run saved
+    let (_, facts) = trained(&world, &base, "longer", &long);
+    let source = Source::Model(Base::open(&base, None, None).expect("opens"));
+    let decoder = with_lora(&source, &plain, LORA, false);
+    let corpus = svdhub::train::data::Corpus::read(
+        &fixture("eighty-train.txt"),
+        &base,
+        &source.config().expect("parses"),
+        64,
+    );
+    let corpus = corpus.expect("reads");
+    let (windows, order) = (corpus.full_windows(), 12 * 4..13 * 4);
+    let shuffled = svdhub::train::data::shuffled(windows.len(), 0, 0);
+    let batch: Vec<&[u32]> = order.map(|at| windows[shuffled[at]]).collect();
+    let ids = stacked(&batch, &Device::Cpu).expect("ids");
+    let found = f64::from(decoder.gradients(&ids).expect("computes").loss);
+    let wanted = losses(&facts)[12];
+    assert!(
+        (found - wanted).abs() < 1e-6 * wanted,
+        "{found} instead of {wanted}"
+    );
+}
+
+#[test]
+fn peft_answers_like_the_decoder_that_trained() {
+    let packages = "peft, transformers, torch";
+    let Some(python) = python(packages, "peft_answers_like_the_decoder_that_trained") else {
+        return;
+    };
+    let world = World::new();
+    let (tied, _) = decomposed(&world, Dtype::F32, &[]);
+    let mut untied = json_file(&tied.join("config.json"));
+    untied["tie_word_embeddings"] = false.into();
+    let untied = world.random_model("untied", &untied);
+    std::fs::copy(tied.join("tokenizer.json"), untied.join("tokenizer.json")).expect("copies");
+    for (base, more) in [(tied, &["--train", "norms"][..]), (untied, &[])] {
+        let options = [&AS_LORA[..], more, &["--steps", "8", "--lr", "2e-2"]].concat();
+        let name = format!("lora-{}", more.len());
+        let (adapter, _) = trained(&world, &base, &name, &options);
+        let source = Source::Model(Base::open(&base, None, None).expect("opens"));
+        let decoder = with_lora(&source, &adapter, LORA, !more.is_empty());
+        let ids: Vec<u32> = (0..40).map(|i| (i * i * 7 + i * 3 + 1) % 512).collect();
+        let row = Tensor::from_vec(ids.clone(), (1, 40), &Device::Cpu).expect("ids");
+        let logits = decoder.logits(&row).expect("forward");
+        let logits = logits
+            .get(0)
+            .and_then(|l| l.to_dtype(DType::F32)?.to_vec2::<f32>());
+        let asked = json!({"ids": ids, "logits": logits.expect("logits")});
+        let file = world.path(&format!("{name}.json"));
+        std::fs::write(&file, asked.to_string()).expect("writes");
+        let facts = checked(&python, &["lora", arg(&base), arg(&adapter), arg(&file)]);
+        assert_eq!(facts["alpha"], 6);
+        assert_eq!(facts["saved"], if more.is_empty() { 0 } else { 13 });
+    }
+}
+
+#[test]
+fn what_a_method_needs_and_an_export_cannot_hold_is_refused_by_name() {
+    let world = World::new();
+    let (base, split) = decomposed(&world, Dtype::BF16, &[]);
+    let run = |model: &Path, out: &str, options: &[&str]| {
+        let all = command(model, &world.path(out), options);
+        let all: Vec<&str> = all.iter().map(String::as_str).collect();
+        world.run(&all)
+    };
+    for method in ["sigma", "lora-xs", "full"] {
+        run(&base, "plain", &["--method", method]).refuses(&["not a decomposition", "decompose"]);
+    }
+    let lora = ["--method", "lora", "--train", "embeddings"];
+    run(&split, "lora", &lora).refuses(&["a trained embedding", "peft-lora"]);
+    assert!(!world.path("plain").exists() && !world.path("lora").exists());
+    for (method, word) in [
+        ("lora-xs", "R of `model.layers.0"),
+        ("full", "`model.layers.0"),
+    ] {
+        let (adapter, _) = trained(
+            &world,
+            &split,
+            method,
+            &["--method", method, "--steps", "1"],
+        );
+        for target in ["peft-lora", "svd-training"] {
+            let out = world.path("exported");
+            let export = [
+                "export",
+                arg(&split),
+                "--adapter",
+                arg(&adapter),
+                "--to",
+                target,
+            ];
+            world
+                .run(&[&export[..], &["--out", arg(&out)]].concat())
+                .refuses(&[word, target, "svdhub merge"]);
+            assert!(!out.exists());
+        }
+    }
+}
