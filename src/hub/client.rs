@@ -245,9 +245,16 @@ impl Hub {
                 });
             }
             match next {
-                // a page elsewhere would get our token, or lead in circles
+                None => return Ok(files),
+                // a page elsewhere is none of this Hub's, and one that comes again leads in circles
                 Some(url) if self.is_ours(&url) && url != what.url => what.url = url,
-                _ => return Ok(files),
+                Some(_) => {
+                    return Err(Error::HubStatus {
+                        status: 200,
+                        request: what.action.into(),
+                        detail: "the next page of its listing leads elsewhere".into(),
+                    });
+                }
             }
         }
         Err(Error::HubStatus {

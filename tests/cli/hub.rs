@@ -1,6 +1,7 @@
 //! From a Hub and back to it.
 
-use svdhub::hub::server::Effect;
+use serde_json::json;
+use svdhub::hub::server::{Effect, ServerOptions};
 use svdhub::weights::Dtype;
 
 use crate::world::{TOKEN, World, arg, files, fixture};
@@ -226,6 +227,98 @@ fn the_token_is_sent_to_the_hub_alone() {
     for (name, bytes) in files(&world.path("base")) {
         assert!(!String::from_utf8_lossy(&bytes).contains(TOKEN), "{name}");
     }
+}
+
+#[test]
+fn a_long_listing_is_read_to_its_end() {
+    let world = World::with_hub_of(ServerOptions {
+        page_entries: 2,
+        ..ServerOptions::default()
+    });
+    let base = world.model("base", Dtype::BF16, 300_000);
+    let pushed = world.json(&["publish", arg(&base), "org/base"]);
+    let fetch = ["hub", "download", "org/base", "--out", "fetched"];
+    let fetched = world.json(&fetch);
+    let all = pushed["files"].as_u64().expect("a number") + 1;
+    assert!(all > 6 && fetched["files"] == all, "{fetched}");
+    // a next page that is not this Hub's is not asked for, and the rest is not taken for all
+    let link = "<http://127.0.0.1:9/next>; rel=\"next\"";
+    world.fault(
+        "/tree/",
+        1,
+        Effect::Status {
+            status: 200,
+            headers: vec![("Link".into(), link.into())],
+            body: "[]".into(),
+        },
+    );
+    world.run(&fetch).refuses(&["leads elsewhere"]);
+}
+
+#[test]
+fn a_repository_larger_than_the_disk_is_refused_before_it_starts() {
+    let world = published_base(u64::MAX);
+    let listing = |size: u64| {
+        let sha256 = "0".repeat(64);
+        let blob = "ce013625030ba8dba906f756967f9e9ca394464a";
+        let file = json!([{"type": "file", "oid": blob, "size": size, "path": "model.safetensors",
+            "lfs": {"oid": sha256, "size": size, "pointerSize": 130}}]);
+        Effect::Status {
+            status: 200,
+            headers: vec![],
+            body: file.to_string(),
+        }
+    };
+    for arguments in [
+        vec!["verify", "org/base"],
+        vec!["hub", "download", "org/base", "--out", "fetched"],
+    ] {
+        world.fault("/tree/", 1, listing(1 << 60));
+        world
+            .run(&arguments)
+            .refuses(&["needs 1152921504606846976 bytes", "free", "another disk"]);
+    }
+    assert!(world.asked(0, "/resolve/").is_empty(), "nothing was begun");
+    assert!(!world.path("fetched").exists());
+}
+
+#[test]
+fn the_variables_of_python_are_heeded() {
+    let world = published_base(u64::MAX);
+    world
+        .run(&[
+            "publish",
+            arg(&world.path("base")),
+            "org/secret",
+            "--private",
+        ])
+        .succeeds();
+    std::fs::write(world.path("login"), format!("{TOKEN}\n")).expect("writes");
+    std::fs::create_dir_all(world.path("home")).expect("creates");
+    std::fs::write(world.path("home/token"), TOKEN).expect("writes");
+    let verify = |variables: &[(&str, &str)]| {
+        let mut command = world.command(&["verify", "org/secret"]);
+        command
+            .env_remove("HF_TOKEN")
+            .envs(variables.iter().copied());
+        crate::world::Run::of(command.output().expect("runs"))
+    };
+    verify(&[]).refuses(&["no repository `org/secret`"]);
+    verify(&[("HF_TOKEN_PATH", "login")]).succeeds();
+    assert!(world.path("hf/hub/models--org--secret").is_dir());
+    verify(&[("HF_HOME", "home")]).succeeds();
+    assert!(world.path("home/hub/models--org--secret").is_dir());
+    let quiet = ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1");
+    verify(&[("HF_HOME", "home"), quiet]).refuses(&["no repository"]);
+    verify(&[("HF_TOKEN", TOKEN), ("HF_HUB_CACHE", "cache")]).succeeds();
+    assert!(world.path("cache/models--org--secret").is_dir());
+    // Xet is never used here, whether or not it is turned off
+    verify(&[("HF_TOKEN", TOKEN), ("HF_HUB_DISABLE_XET", "1")]).succeeds();
+    // a flag wins over the variable
+    let endpoint = world.hub().endpoint();
+    let mut command = world.command(&["verify", "org/base", "--endpoint", &endpoint]);
+    command.env("HF_ENDPOINT", "http://127.0.0.1:9");
+    crate::world::Run::of(command.output().expect("runs")).succeeds();
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The program as its users meet it: by its arguments, its outputs, and what it leaves on disk.
 
 mod bad_input;
+mod clients;
 mod convert;
 mod export;
 mod generation;
@@ -15,6 +16,7 @@ mod python;
 mod ranks;
 mod resume;
 mod round_trip;
+mod siege;
 mod training;
 mod untie;
 mod verify;

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::lfs::object_url;
 use super::reply::{Refusal, Reply, encode, refuse};
-use super::repo::{Commit, Entry, EntryKind, git_id};
+use super::repo::{Commit, Entry, EntryKind, git_id, lfs_pointer};
 use super::routes::{USER, Visit};
 
 impl Visit<'_> {
@@ -149,6 +149,23 @@ impl Visit<'_> {
         };
         let lines: String = before.changed(&after).iter().map(line).collect();
         Ok(Reply::text(lines))
+    }
+
+    /// A file as git holds it: of an LFS object, the pointer.
+    pub fn raw(&self, revision: &str, path: &str) -> Result<Reply, Refusal> {
+        let commit = self.hub.store.commit_at(&self.id, revision)?;
+        let entry = commit
+            .tree
+            .get(path)
+            .ok_or_else(|| no_entry(&commit, path))?;
+        let reply = match entry.kind {
+            EntryKind::Lfs => Reply::text(lfs_pointer(&entry.sha256, entry.size)),
+            EntryKind::Regular => {
+                let (file, size) = self.hub.store.content(entry)?;
+                Reply::file(file, size, &entry.oid, self.call)
+            }
+        };
+        Ok(reply.header("x-repo-commit", &commit.id))
     }
 
     /// Small files of public repositories come from a cache on this origin, of others from here; LFS objects by a redirect

@@ -161,6 +161,13 @@ impl Visit<'_> {
                     None => no_route(self.call),
                 }
             }
+            ("GET", ["raw", rest @ ..]) => {
+                self.check_gate()?;
+                match split_revision(rest) {
+                    Some((revision, path)) => self.raw(&revision, &path),
+                    None => no_route(self.call),
+                }
+            }
             ("POST", ["info", "lfs", "objects", "batch"]) => {
                 let batch = self.call.json()?;
                 if batch["operation"] == "download" {
@@ -694,6 +701,33 @@ mod tests {
         let told = json_of(&ask(&hub, "", "GET /api/models/eve/motor", ""));
         assert_eq!(told["sha"], made["commitOid"]);
         assert_eq!(ask(&hub, "hf_w", &format!("GET {REPO}"), "").status, 404);
+    }
+
+    #[test]
+    fn raw_files_are_what_git_holds() {
+        let (_folder, hub) = hub(None);
+        commit(&hub, "main", &["a b/c"]);
+        let sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824";
+        let mut incoming = hub.store.receive().unwrap();
+        incoming.write(b"hello").unwrap();
+        incoming.finish(Some(sha256)).unwrap();
+        let pointer = json!({"path": "w.bin", "algo": "sha256", "oid": sha256, "size": 5});
+        let body = json!({"key": "header", "value": {"summary": "weights"}}).to_string()
+            + "\n"
+            + &json!({"key": "lfsFile", "value": pointer}).to_string();
+        assert_eq!(
+            ask(&hub, "hf_w", &format!("POST {REPO}/commit/main"), &body).status,
+            200
+        );
+        let plain = ask(&hub, "", "GET /ada/engine/raw/main/a%20b/c", "");
+        assert_eq!((plain.status, plain.bytes()), (200, 5));
+        let large = ask(&hub, "", "GET /ada/engine/raw/main/w.bin", "");
+        let Content::Bytes(text) = &large.content else {
+            panic!("a file")
+        };
+        let expected =
+            format!("version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize 5\n");
+        assert_eq!(String::from_utf8_lossy(text), expected);
     }
 
     #[test]
