@@ -11,7 +11,7 @@ use std::process::Command;
 use serde_json::Value;
 use svdhub::hub::server::ServerOptions;
 use svdhub::weights::Dtype;
-use svdhub::weights::shard::sha256_hex;
+use svdhub::sum::sha256_hex;
 
 use crate::world::{TOKEN, World, arg};
 

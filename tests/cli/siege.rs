@@ -10,7 +10,7 @@ use std::time::Duration;
 use svdhub::hub::published_files;
 use svdhub::hub::server::{Effect, ServerOptions};
 use svdhub::weights::Dtype;
-use svdhub::weights::shard::sha256_hex;
+use svdhub::sum::sha256_hex;
 
 use crate::world::{Run, World, arg, files};
 

@@ -204,6 +204,7 @@ fn assert_steps(name: &str) {
     let mut run = Run {
         decoder: &decoder,
         method: Method::default(),
+        recompute: false,
         optimizer: AdamW {
             weight_decay: number("weight_decay"),
             ..AdamW::default()
