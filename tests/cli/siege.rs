@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use svdhub::hub::published_files;
 use svdhub::hub::server::{Effect, ServerOptions};
-use svdhub::weights::Dtype;
 use svdhub::sum::sha256_hex;
+use svdhub::weights::Dtype;
 
 use crate::world::{Run, World, arg, files};
 
@@ -213,7 +213,7 @@ fn besiege(seed: u64) -> End {
     end
 }
 
-fn publish(dice: &mut Dice, world: &World, base: &Path, fetched: &PathBuf) -> End {
+fn publish(dice: &mut Dice, world: &World, base: &Path, fetched: &Path) -> End {
     let local = sums(base);
     let arguments = ["publish", arg(base), "org/base", "--message", "besieged"];
     let proposes = dice.below(4) == 0;
