@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use candle_core::{Result, Tensor};
-use ndarray::{ArrayView2, ArrayViewMut2, s};
+use ndarray::{ArrayView2, ArrayViewMut2, ShapeBuilder, s};
 use rayon::prelude::*;
 
 use super::fused::{applies, softmax, with_slices};
@@ -16,9 +16,10 @@ use crate::linalg::multiply;
 /// Queries whose scores are alive at once: with some hundred keys, what a core's cache holds.
 const QUERIES: usize = 64;
 
-/// Sides of q (b, h, t, d), and of k and v (b, kv, s, d).
+/// Sides of q (b, t, h, d), and of k and v (b, s, kv, d).
 #[derive(Debug, Clone, Copy)]
 struct Sides {
+    b: usize,
     h: usize,
     kv: usize,
     t: usize,
@@ -28,16 +29,35 @@ struct Sides {
 
 impl Sides {
     fn of(q: &Tensor, k: &Tensor) -> Result<Self> {
-        let (_, h, t, d) = q.dims4()?;
-        let (_, kv, s, _) = k.dims4()?;
-        Ok(Self { h, kv, t, s, d })
+        let (b, t, h, d) = q.dims4()?;
+        let (_, s, kv, _) = k.dims4()?;
+        Ok(Self { b, h, kv, t, s, d })
     }
 
-    /// The keys or values (s, d) that a head shares with others; heads are counted through the batch.
+    /// The queries (t, d) of a head, or what has their shape; heads are counted through the batch.
+    fn queries<'a>(&self, values: &'a [f32], head: usize) -> ArrayView2<'a, f32> {
+        let (batch, head) = (head / self.h, head % self.h);
+        self.strided(values, self.t, batch, head, self.h)
+    }
+
+    /// The keys or values (s, d) that a head shares with others.
     fn shared<'a>(&self, values: &'a [f32], head: usize) -> ArrayView2<'a, f32> {
         let (batch, head) = (head / self.h, head % self.h);
-        let at = batch * self.kv + head / (self.h / self.kv);
-        matrix(&values[at * self.s * self.d..][..self.s * self.d], self.d)
+        self.strided(values, self.s, batch, head / (self.h / self.kv), self.kv)
+    }
+
+    /// Head `head` of `heads` in a row (n, heads, d) of the batch, as (n, d).
+    fn strided<'a>(
+        &self,
+        values: &'a [f32],
+        n: usize,
+        batch: usize,
+        head: usize,
+        heads: usize,
+    ) -> ArrayView2<'a, f32> {
+        let row = &values[batch * n * heads * self.d..][..n * heads * self.d];
+        let shape = (n, self.d).strides((heads * self.d, 1));
+        ArrayView2::from_shape(shape, &row[head * self.d..]).expect("a head lies in its row")
     }
 
     /// The run of keys that each query of a head sees; a mask that all rows of the batch share has t rows.
@@ -45,11 +65,27 @@ impl Sides {
         let at = head / self.h * self.t % seen.len();
         &seen[at..at + self.t]
     }
-}
 
-fn matrix(values: &[f32], columns: usize) -> ArrayView2<'_, f32> {
-    ArrayView2::from_shape((values.len() / columns, columns), values)
-        .expect("rows of so many columns")
+    /// From each head's own (n, d) to (b, n, heads, d), where heads that share are added, in their order.
+    fn gathered(&self, values: &[f32], n: usize, heads: usize) -> Vec<f32> {
+        let (d, shared) = (self.d, self.h / heads);
+        let mut gathered = vec![0f32; self.b * n * heads * d];
+        gathered
+            .par_chunks_mut(heads * d)
+            .enumerate()
+            .for_each(|(place, row)| {
+                let (batch, at) = (place / n, place % n);
+                for (head, sum) in row.chunks_exact_mut(d).enumerate() {
+                    for head in head * shared..(head + 1) * shared {
+                        let from = &values[((batch * self.h + head) * n + at) * d..][..d];
+                        for (sum, x) in sum.iter_mut().zip(from) {
+                            *sum += x;
+                        }
+                    }
+                }
+            });
+        gathered
+    }
 }
 
 fn matrix_mut(values: &mut [f32], columns: usize) -> ArrayViewMut2<'_, f32> {
@@ -134,7 +170,7 @@ impl<'a> Block<'a> {
     }
 }
 
-/// softmax(scores)·v: q (b, h, t, d), k and v (b, kv, s, d) → (b, h, t, d).
+/// softmax(scores)·v: q (b, t, h, d), k and v (b, s, kv, d) → (b, t, h, d).
 pub fn forward(
     q: &Tensor,
     k: &Tensor,
@@ -146,17 +182,16 @@ pub fn forward(
         return Ok(None);
     }
     let sides = Sides::of(q, k)?;
-    let head = sides.t * sides.d;
     let y = with_slices([q, k, v, mask], |[q, k, v, mask]| {
         let seen = seen(mask, sides.s);
         let mut y = vec![0f32; q.len()];
-        y.par_chunks_mut(head)
+        y.par_chunks_mut(sides.t * sides.d)
             .enumerate()
-            .for_each_init(Vec::new, |room, (at, y)| {
-                let q = matrix(&q[at * head..][..head], sides.d);
-                let (k, v) = (sides.shared(k, at), sides.shared(v, at));
+            .for_each_init(Vec::new, |room, (head, y)| {
+                let q = sides.queries(q, head);
+                let (k, v) = (sides.shared(k, head), sides.shared(v, head));
                 let mut y = matrix_mut(y, sides.d);
-                for block in Block::all(sides.seen(&seen, at)) {
+                for block in Block::all(sides.seen(&seen, head)) {
                     let mut p = block.room(room);
                     block.probabilities(q, k, scores, &mut p, None);
                     let mut y = y.slice_mut(s![block.queries.clone(), ..]);
@@ -164,7 +199,7 @@ pub fn forward(
                     multiply(&mut y, 0.0, p.view(), 1.0, v);
                 }
             });
-        Ok(y)
+        Ok(sides.gathered(&y, sides.t, sides.h))
     })?;
     Ok(Some(Tensor::from_vec(y, q.shape(), q.device())?))
 }
@@ -182,53 +217,46 @@ pub fn gradients(
         return Ok(None);
     }
     let sides = Sides::of(q, k)?;
-    let (queries, keys) = (sides.t * sides.d, sides.s * sides.d);
+    let (t, s, d) = (sides.t, sides.s, sides.d);
     let (dq, dk, dv) = with_slices([q, k, v, mask, g], |[q, k, v, mask, g]| {
-        let seen = seen(mask, sides.s);
-        let heads = q.len() / queries;
-        let mut dq = vec![0f32; q.len()];
-        // of each head; those that share keys are added below, in their order
-        let (mut dk, mut dv) = (vec![0f32; heads * keys], vec![0f32; heads * keys]);
-        dq.par_chunks_mut(queries)
-            .zip(dk.par_chunks_mut(keys).zip(dv.par_chunks_mut(keys)))
+        let seen = seen(mask, s);
+        let heads = sides.b * sides.h;
+        let mut dq = vec![0f32; heads * t * d];
+        let (mut dk, mut dv) = (vec![0f32; heads * s * d], vec![0f32; heads * s * d]);
+        dq.par_chunks_mut(t * d)
+            .zip(dk.par_chunks_mut(s * d).zip(dv.par_chunks_mut(s * d)))
             .enumerate()
-            .for_each_init(Rooms::default, |rooms, (at, (dq, (dk, dv)))| {
-                let of_head = |values| matrix(values, sides.d);
-                let (q, g) = (
-                    of_head(&q[at * queries..][..queries]),
-                    of_head(&g[at * queries..][..queries]),
-                );
-                let (k, v) = (sides.shared(k, at), sides.shared(v, at));
-                let mut dq = matrix_mut(dq, sides.d);
-                let (mut dk, mut dv) = (matrix_mut(dk, sides.d), matrix_mut(dv, sides.d));
-                for block in Block::all(sides.seen(&seen, at)) {
+            .for_each_init(Rooms::default, |rooms, (head, (dq, (dk, dv)))| {
+                let (q, g) = (sides.queries(q, head), sides.queries(g, head));
+                let (k, v) = (sides.shared(k, head), sides.shared(v, head));
+                let mut dq = matrix_mut(dq, d);
+                let (mut dk, mut dv) = (matrix_mut(dk, d), matrix_mut(dv, d));
+                for block in Block::all(sides.seen(&seen, head)) {
                     let rows = s![block.queries.clone(), ..];
                     let columns = s![block.keys.clone(), ..];
                     let mut p = block.room(&mut rooms.p);
                     let mut ds = block.room(&mut rooms.ds);
                     let mut slope = block.room(&mut rooms.slope);
                     block.probabilities(q, k, scores, &mut p, Some(&mut slope));
-                    let g = g.slice(rows);
-                    multiply(&mut dv.slice_mut(columns), 1.0, p.t(), 1.0, g);
-                    multiply(&mut ds, 0.0, g, 1.0, v.slice(columns).t());
+                    let g = g.slice(rows.clone());
+                    multiply(&mut dv.slice_mut(columns.clone()), 1.0, p.t(), 1.0, g);
+                    multiply(&mut ds, 0.0, g, 1.0, v.slice(columns.clone()).t());
                     through_softmax(&p, &mut ds);
                     if scores.cap.is_some() {
                         ds *= &slope;
                     }
                     let scale = scores.scale as f32;
-                    let mut dq = dq.slice_mut(rows);
-                    multiply(&mut dq, 0.0, ds.view(), scale, k.slice(columns));
-                    multiply(
-                        &mut dk.slice_mut(columns),
-                        1.0,
-                        ds.t(),
-                        scale,
-                        q.slice(rows),
-                    );
+                    let mut dq = dq.slice_mut(rows.clone());
+                    multiply(&mut dq, 0.0, ds.view(), scale, k.slice(columns.clone()));
+                    let mut dk = dk.slice_mut(columns);
+                    multiply(&mut dk, 1.0, ds.t(), scale, q.slice(rows));
                 }
             });
-        let shared = sides.h / sides.kv;
-        Ok((dq, added(dk, keys, shared), added(dv, keys, shared)))
+        Ok((
+            sides.gathered(&dq, t, sides.h),
+            sides.gathered(&dk, s, sides.kv),
+            sides.gathered(&dv, s, sides.kv),
+        ))
     })?;
     let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
     Ok(Some([tensor(dq, q)?, tensor(dk, k)?, tensor(dv, v)?]))
@@ -253,22 +281,4 @@ fn through_softmax(p: &ArrayViewMut2<f32>, dp: &mut ArrayViewMut2<f32>) {
             *d = p * (*d - along);
         }
     }
-}
-
-/// The sum over each `shared` runs of `n` numbers that follow each other.
-fn added(values: Vec<f32>, n: usize, shared: usize) -> Vec<f32> {
-    if shared == 1 {
-        return values;
-    }
-    let mut sums = vec![0f32; values.len() / shared];
-    sums.par_chunks_mut(n)
-        .zip(values.par_chunks(n * shared))
-        .for_each(|(sum, heads)| {
-            for head in heads.chunks_exact(n) {
-                for (sum, x) in sum.iter_mut().zip(head) {
-                    *sum += x;
-                }
-            }
-        });
-    sums
 }

@@ -338,7 +338,7 @@ impl Decoder {
 pub struct Cache {
     /// (b, n) u32
     ids: Option<Tensor>,
-    /// Keys and values of each layer, (b, kv, n, d): of one with a window only those that the next token sees.
+    /// Keys and values of each layer, (b, n, kv, d): of one with a window only those that the next token sees.
     layers: Vec<Option<(Tensor, Tensor)>>,
 }
 
@@ -409,15 +409,11 @@ impl Block {
             }
             (None, _) => (per_head(q, heads)?, per_head(k, kv)?),
         };
-        let turned = |y: &Tensor| {
-            let y = y.transpose(1, 2)?.contiguous()?;
-            match angles {
-                Some(angles) => ops::rotate(&y, angles),
-                None => Ok(y),
-            }
+        let (q, k) = match angles {
+            Some(angles) => (ops::rotate(&q, angles)?, ops::rotate(&k, angles)?),
+            None => (q, k),
         };
-        let (q, k) = (turned(&q)?, turned(&k)?);
-        let v = per_head(v, kv)?.transpose(1, 2)?.contiguous()?;
+        let v = per_head(v, kv)?;
         let (k, v) = match past {
             Some(past) => joined(past, k.detach(), v.detach(), self.sees.window)?,
             None => (k, v),
@@ -426,10 +422,7 @@ impl Block {
             scale: config.attention_scale,
             cap: config.attention_cap,
         };
-        let attended = ops::attention(&q, &k, &v, mask, scores)?
-            .transpose(1, 2)?
-            .contiguous()?
-            .reshape((b, t, heads * d))?;
+        let attended = ops::attention(&q, &k, &v, mask, scores)?.reshape((b, t, heads * d))?;
         self.output.forward(&attended)
     }
 
@@ -453,13 +446,13 @@ fn joined(
     window: Option<usize>,
 ) -> candle_core::Result<(Tensor, Tensor)> {
     let (k, v) = match past.take() {
-        Some((keys, values)) => (Tensor::cat(&[keys, k], 2)?, Tensor::cat(&[values, v], 2)?),
+        Some((keys, values)) => (Tensor::cat(&[keys, k], 1)?, Tensor::cat(&[values, v], 1)?),
         None => (k, v),
     };
-    let keys = k.dim(2)?;
+    let keys = k.dim(1)?;
     let first = reach(keys, window);
     if first < keys {
-        let seen = |all: &Tensor| all.narrow(2, first, keys - first);
+        let seen = |all: &Tensor| all.narrow(1, first, keys - first);
         *past = Some((seen(&k)?, seen(&v)?));
     }
     Ok((k, v))

@@ -359,9 +359,9 @@ mod tests {
         ] {
             let scores = ops::Scores { scale: 0.3, cap };
             let inputs = [
-                random(&[2, 6, t, 8]),
-                random(&[2, 3, t, 8]),
-                random(&[2, 3, t, 8]),
+                random(&[2, t, 6, 8]),
+                random(&[2, t, 3, 8]),
+                random(&[2, t, 3, 8]),
             ];
             let halves = vec![Segment::Sequence(t / 2), Segment::Sequence(t - t / 2)];
             let padded = vec![Segment::Padding(t / 3), Segment::Sequence(t - t / 3)];
@@ -385,9 +385,9 @@ mod tests {
             cap: None,
         };
         let inputs = [
-            random(&[2, 6, 3, 8]),
-            random(&[2, 3, 11, 8]),
-            random(&[2, 3, 11, 8]),
+            random(&[2, 3, 6, 8]),
+            random(&[2, 11, 3, 8]),
+            random(&[2, 11, 3, 8]),
         ];
         let f = |x: &[Tensor]| {
             let seen = [2..9, 3..10, 4..11];

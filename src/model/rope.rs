@@ -139,7 +139,7 @@ impl Rope {
 }
 
 impl Angles {
-    /// Rotates the leading `dim` elements of each head of `x (b, h, t, d)`; `back` rotates the other way.
+    /// Rotates the leading `dim` elements of each head of `x (b, t, h, d)`; `back` rotates the other way.
     pub fn apply(&self, x: &Tensor, back: bool) -> Result<Tensor> {
         let d = x.dim(D::Minus1)?;
         let dtype = x.dtype();
@@ -150,11 +150,11 @@ impl Angles {
         };
         let (cos, sin) = (self.cos.to_dtype(dtype)?, sin.to_dtype(dtype)?);
         if self.dim == d {
-            return candle_nn::rotary_emb::rope(&x.contiguous()?, &cos, &sin);
+            return candle_nn::rotary_emb::rope_thd(&x.contiguous()?, &cos, &sin);
         }
         let turning = x.narrow(D::Minus1, 0, self.dim)?.contiguous()?;
         let still = x.narrow(D::Minus1, self.dim, d - self.dim)?.contiguous()?;
-        let turned = candle_nn::rotary_emb::rope(&turning, &cos, &sin)?;
+        let turned = candle_nn::rotary_emb::rope_thd(&turning, &cos, &sin)?;
         Tensor::cat(&[turned, still], D::Minus1)
     }
 }
