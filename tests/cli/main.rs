@@ -6,6 +6,8 @@ mod export;
 mod hostile;
 mod hub;
 mod inspect;
+#[cfg(target_os = "linux")]
+mod memory;
 mod methods;
 mod parts;
 mod python;
