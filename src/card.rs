@@ -1,11 +1,11 @@
 //! The model card: facts of `report.json` in, Markdown with standard metadata out. Nothing is computed here.
 
-use minijinja::{Environment, Value as Shown};
 use serde_json::{Map, Value, json};
 
 use crate::error::Result;
 use crate::kind::Kind;
 use crate::sum::sha256_hex;
+use crate::template::{self, Shown};
 
 /// Begins a line in every card of ours. Behind it stands the sha256 of the card without that sum.
 pub const MARK: &str = "<!-- rendered by svdhub from report.json, sha256 ";
@@ -49,20 +49,6 @@ const TEMPLATE: &str = include_str!("../templates/card.md");
 
 /// Renders the card of a directory that will be (or is) published as `repo`.
 pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<String> {
-    let mut environment = Environment::new();
-    environment.add_filter("yaml", |value: Shown| {
-        // JSON is YAML, and its quoting is beyond doubt
-        serde_json::to_string(&value).unwrap_or_default()
-    });
-    environment.add_filter("thousands", |n: u64| thousands(n));
-    environment.add_filter("bytes", |n: u64| bytes(n));
-    environment.add_filter("fixed", |x: f64, digits: usize| format!("{x:.digits$}"));
-    // a file name must not end the table it stands in
-    environment.add_filter("cell", |text: String| {
-        text.replace('|', "\\|").replace(['\n', '\r'], " ")
-    });
-    environment.add_template("card", TEMPLATE)?;
-
     let section = |name: &str| report.get(name).cloned().unwrap_or_default();
     let decompose = section("decompose");
     let base_card = &decompose["base_card"];
@@ -132,8 +118,19 @@ pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<Str
         "tool": section("tool"),
         "decompose": decompose,
     });
-    let facts: Shown = serde_json::from_value(facts).expect("any JSON is a template value");
-    let mut card = environment.get_template("card")?.render(facts)?;
+    let mut card = template::page("card.md", TEMPLATE, &facts, |page| {
+        page.add_filter("yaml", |value: Shown| {
+            // JSON is YAML, and its quoting is beyond doubt
+            serde_json::to_string(&value).unwrap_or_default()
+        });
+        page.add_filter("thousands", |n: u64| thousands(n));
+        page.add_filter("bytes", |n: u64| bytes(n));
+        page.add_filter("fixed", |x: f64, digits: usize| format!("{x:.digits$}"));
+        // a file name must not end the table it stands in
+        page.add_filter("cell", |text: String| {
+            text.replace('|', "\\|").replace(['\n', '\r'], " ")
+        });
+    })?;
     let at = sum_at(&card).expect("the template has the mark in a line of its own");
     card.insert_str(at, &sha256_hex(card.as_bytes()));
     Ok(card)

@@ -8,6 +8,7 @@ mod demo;
 mod env;
 mod evaluate;
 mod export;
+mod generate;
 mod hub;
 mod inspect;
 mod merge;
@@ -65,6 +66,7 @@ enum Verb {
     Convert(convert::Command),
     Train(train::Command),
     Evaluate(evaluate::Command),
+    Generate(generate::Command),
     Merge(merge::Command),
     Export(export::Command),
     Publish(publish::Command),
@@ -86,6 +88,7 @@ pub fn run() -> ExitCode {
         Verb::Convert(command) => command.run(&session),
         Verb::Train(command) => command.run(&session),
         Verb::Evaluate(command) => command.run(&session),
+        Verb::Generate(command) => command.run(&session),
         Verb::Merge(command) => command.run(&session),
         Verb::Export(command) => command.run(&session),
         Verb::Publish(command) => command.run(&session),

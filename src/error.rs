@@ -77,6 +77,8 @@ pub enum Error {
     FactorsRounded { path: PathBuf },
     #[error("{} is a link that leads out of its directory, to {}", path.display(), target.display())]
     LinkOutside { path: PathBuf, target: PathBuf },
+    #[error("{} cannot be published: {reason}", path.display())]
+    NotPublishable { path: PathBuf, reason: &'static str },
     #[error("{} has {found} bytes, at most {most} are read of such a file", path.display())]
     TooLarge {
         path: PathBuf,
@@ -228,6 +230,8 @@ pub enum Error {
     },
     #[error("the loss on {} is not a number", path.display())]
     BrokenLoss { path: PathBuf },
+    #[error("the logits behind {token} tokens are not all finite")]
+    BrokenLogits { token: usize },
     #[error("tensor `{tensor}` of {} has the name of a part of a decomposition", path.display())]
     NameTaken { tensor: String, path: PathBuf },
     #[error("no gradient reaches {}", dead.join(", "))]
@@ -269,6 +273,17 @@ pub enum Error {
         vocabulary: usize,
     },
 
+    #[error("the prompt is empty")]
+    PromptEmpty,
+    #[error("the prompt has {found} tokens, and the model of {} reaches {most} positions, those of the answer included", path.display())]
+    PromptTooLong {
+        path: PathBuf,
+        found: usize,
+        most: usize,
+    },
+    #[error("{} has no chat template", path.display())]
+    NoChatTemplate { path: PathBuf },
+
     // -- the Hub ----------------------------------------------------------------------------
     #[error("the Hub at {endpoint} cannot be reached")]
     HubUnreachable {
@@ -301,6 +316,28 @@ pub enum Error {
         request: String,
         detail: String,
     },
+    #[error("the Hub's answer to {request} broke off")]
+    AnswerCut { request: String },
+    #[error("a link that the Hub gave to {action} opens nothing ({detail})")]
+    LinkRefused { action: String, detail: String },
+    #[error("{endpoint} gives this job no token for `{resource}` ({detail})")]
+    LoginRefused {
+        endpoint: String,
+        resource: String,
+        detail: String,
+    },
+    #[error("this job is asked to log in for `{resource}` and has no identity to show")]
+    NoIdentity { resource: String },
+    #[error("`{repo}` is there already, and everybody can read it")]
+    NotPrivate { repo: String },
+    #[error("the tag `{tag}` of `{repo}` names another commit, {commit}")]
+    TagTaken {
+        repo: String,
+        tag: String,
+        commit: String,
+    },
+    #[error("the copy of `{repo}` in the cache is not whole: {} is missing", missing.join(", "))]
+    NotAllCached { repo: String, missing: Vec<String> },
     #[error("`{branch}` of `{repo}` moved while publishing ({detail})")]
     BranchMoved {
         repo: String,
@@ -324,8 +361,11 @@ pub enum Error {
         repo: String,
         differing: Vec<String>,
     },
-    #[error("the model card template failed")]
-    Card(#[from] minijinja::Error),
+    #[error("the template {name} failed")]
+    Template {
+        name: String,
+        source: minijinja::Error,
+    },
 }
 
 impl Error {

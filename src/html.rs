@@ -1,6 +1,5 @@
 //! The page of a spectrum: facts in, one file of HTML out, which loads nothing and runs nothing. Nothing is computed here.
 
-use minijinja::{Environment, Value as Shown};
 use serde_json::json;
 
 use crate::card::thousands;
@@ -8,6 +7,7 @@ use crate::error::Result;
 use crate::inspect::{Facts, Source};
 use crate::json::Tool;
 use crate::plot::{self, MARK, figure, percent};
+use crate::template;
 
 const TEMPLATE: &str = include_str!("../templates/spectrum.html");
 
@@ -16,12 +16,6 @@ const WORST: usize = 5;
 
 /// Renders the page of a decomposition that is called `name`.
 pub fn page(name: &str, facts: &Facts) -> Result<String> {
-    let mut environment = Environment::new();
-    environment.add_filter("thousands", |n: u64| thousands(n));
-    environment.add_filter("percent", |share: f64| percent(share));
-    environment.add_filter("figure", |x: Option<f64>| x.map_or("–".into(), figure));
-    // the ending of the template's name turns escaping on
-    environment.add_template("spectrum.html", TEMPLATE)?;
     let spectrum = &facts.spectrum;
     let shown = json!({
         "name": name,
@@ -36,8 +30,11 @@ pub fn page(name: &str, facts: &Facts) -> Result<String> {
         "energy": plot::energy(spectrum),
         "stable_rank": plot::stable_rank(spectrum),
     });
-    let shown: Shown = serde_json::from_value(shown).expect("any JSON is a template value");
-    Ok(environment.get_template("spectrum.html")?.render(shown)?)
+    template::page("spectrum.html", TEMPLATE, &shown, |page| {
+        page.add_filter("thousands", |n: u64| thousands(n));
+        page.add_filter("percent", |share: f64| percent(share));
+        page.add_filter("figure", |x: Option<f64>| x.map_or("–".into(), figure));
+    })
 }
 
 #[cfg(test)]

@@ -3,11 +3,15 @@
 
 mod client;
 mod download;
+mod lfs;
+mod oidc;
+mod refusal;
 pub mod server;
 mod upload;
 
 pub use client::{Hub, HubOptions, Token};
-pub use download::Snapshot;
+pub use download::{Downloaded, Snapshot};
+pub use oidc::{Identity, Login};
 pub use upload::{PushOptions, Pushed, published_files};
 
 use std::fmt;

@@ -8,8 +8,8 @@
 //!                        (linalg, split, join)    (model)
 //! ```
 //!
-//! `convert` stores an artifact in another way; `export` writes an adapter for programs that are not ours. Several machines divide the work: each decomposes its share
-//! (job), `assemble` joins them (join).
+//! `convert` stores an artifact in another way; `export` writes an adapter for programs that are not ours; `generate` lets
+//! a model speak. Several machines divide the work: each decomposes its share (job), `assemble` joins them (join).
 
 pub mod adapter;
 pub mod artifact;
@@ -23,6 +23,7 @@ pub mod evaluate;
 pub mod event;
 pub mod export;
 pub mod format;
+pub mod generate;
 pub mod html;
 pub mod hub;
 pub mod inspect;
@@ -45,6 +46,7 @@ pub mod source;
 pub mod spectrum;
 pub mod split;
 pub mod sum;
+mod template;
 pub mod train;
 pub mod verify;
 pub mod weights;

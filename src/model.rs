@@ -10,9 +10,11 @@ pub mod memory;
 pub mod method;
 pub mod ops;
 pub mod rope;
+pub mod segments;
 mod vjp;
 
 pub use backward::Gradients;
 pub use config::ModelConfig;
-pub use decoder::{Decoder, Tensors, Trained, stacked};
+pub use decoder::{Cache, Decoder, Tensors, Trained, stacked};
 pub use method::{Lora, Method, Parametrisation};
+pub use segments::{Segment, Segments};

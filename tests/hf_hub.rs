@@ -102,8 +102,8 @@ fn hf_hub_creates_commits_lists_and_reads() {
 fn hf_hub_is_refused_where_it_must_be() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let options = ServerOptions {
-        port: 0,
-        token: Some("hf_right".into()),
+        grants: vec!["hf_right".parse().expect("a token")],
+        ..ServerOptions::default()
     };
     let server = Server::start(&dir.path().join("hub"), &options).expect("the Hub starts");
     let cache = dir.path().join("cache");

@@ -100,6 +100,14 @@ pub fn advice(error: &Error) -> Option<String> {
             "each line must be one JSON object; a plain text needs another ending than .jsonl"
         }
         Error::DataTooSmall { .. } => "give a longer text",
+        Error::PromptEmpty => "give some text for the model to go on from",
+        Error::PromptTooLong { .. } => "give a shorter prompt",
+        Error::NoChatTemplate { .. } => {
+            "leave out --chat: the model then goes on from the prompt as it is"
+        }
+        Error::BrokenLogits { .. } => {
+            "the numbers left the range of f32: check the weights with `svdhub verify`"
+        }
         Error::HubUnreachable { .. } => {
             "check the network and --endpoint; with HF_HUB_OFFLINE=1 the cache alone is used"
         }
@@ -117,11 +125,31 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::RateLimited { .. } => "wait, or set HF_TOKEN: the limits of an account are higher",
         Error::BranchMoved { .. } => "somebody pushed in between: run the same command again",
         Error::DownloadCut { .. } => "run the same command again: it goes on where it stopped",
-        Error::Offline { .. } => "unset HF_HUB_OFFLINE once to fetch it",
+        Error::Offline { .. } | Error::NotAllCached { .. } => {
+            "unset HF_HUB_OFFLINE once to fetch it"
+        }
+        Error::HubStatus { status: 500.., .. } => {
+            "the trouble is at the Hub: run the same command again later"
+        }
+        Error::AnswerCut { .. } => "run the same command again",
+        Error::LinkRefused { .. } => {
+            "run the same command again; links expire, early where this machine's clock is wrong"
+        }
+        Error::LoginRefused { .. } => {
+            "name this workflow among the trusted publishers of that repository, or unset HF_OIDC_RESOURCE"
+        }
+        Error::NoIdentity { .. } => {
+            "give the job `permissions: id-token: write`, or an id token in HF_OIDC_ID_TOKEN"
+        }
+        Error::NotPrivate { .. } => {
+            "leave out --private, choose another name, or make it private on its settings page first"
+        }
+        Error::TagTaken { .. } => "choose another --tag, or delete that one first",
+        Error::NotPublishable { .. } => "move it out of the directory",
         Error::RemoteDiffers { .. } => "run the same command again: it sends what differs",
         Error::Device { .. } => "use --device cpu",
         Error::NotAModel { missing, .. } if missing.contains("tokenizer") => {
-            "training and evaluation need a fast tokenizer: put the model's tokenizer.json there"
+            "text needs a fast tokenizer: put the model's tokenizer.json there"
         }
         Error::Architecture { .. } => {
             "a model of another family cannot be trained by this version; `svdhub --version` tells yours"

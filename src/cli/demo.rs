@@ -185,10 +185,8 @@ impl Walk<'_> {
         let server = Server::start(&self.dir("hub"), &ServerOptions::default())
             .map_err(|e| Error::io("serve", self.dir("hub"), e))?;
         let own_hub = Hub::new(HubOptions {
-            endpoint: server.endpoint(),
             token: Some(Token::new("hf_demo")),
-            cache: self.dir("cache"),
-            offline: false,
+            ..HubOptions::new(server.endpoint(), self.dir("cache"))
         })?;
         let (source_hub, repo, revision) = match &self.command.model {
             Some(ModelRef::Repo { id, revision }) => {

@@ -1,60 +1,234 @@
 //! The environment, read in one place: the variables mean what they mean to Python's huggingface_hub.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use svdhub::hub::{HubOptions, Token};
+use svdhub::hub::{HubOptions, Identity, Login, Token};
+use svdhub::{Error, Result};
 
 const PUBLIC_HUB: &str = "https://huggingface.co";
 
-fn variable(name: &str) -> Option<String> {
-    std::env::var(name).ok().filter(|value| !value.is_empty())
+/// The variables that are set to something.
+struct Environment<F>(F);
+
+impl<F: Fn(&str) -> Option<String>> Environment<F> {
+    fn get(&self, name: &str) -> Option<String> {
+        (self.0)(name).filter(|value| !value.is_empty())
+    }
+
+    fn flag(&self, name: &str) -> bool {
+        self.get(name).is_some_and(|value| {
+            matches!(
+                value.to_ascii_uppercase().as_str(),
+                "1" | "ON" | "YES" | "TRUE"
+            )
+        })
+    }
+
+    /// A path, whose `~` is the home directory.
+    fn path(&self, name: &str) -> Option<PathBuf> {
+        let text = self.get(name)?;
+        match text.strip_prefix("~/") {
+            Some(rest) => Some(self.user().join(rest)),
+            None => Some(text.into()),
+        }
+    }
+
+    fn user(&self) -> PathBuf {
+        self.get("HOME").unwrap_or_else(|| ".".into()).into()
+    }
+
+    /// `$HF_HOME`, or the usual place.
+    fn home(&self) -> PathBuf {
+        let cache = || {
+            let cache = self.path("XDG_CACHE_HOME");
+            cache.unwrap_or_else(|| self.user().join(".cache"))
+        };
+        let home = self.path("HF_HOME");
+        home.unwrap_or_else(|| cache().join("huggingface"))
+    }
+
+    fn cache(&self) -> PathBuf {
+        let cache = self.path("HF_HUB_CACHE");
+        let cache = cache.or_else(|| self.path("HUGGINGFACE_HUB_CACHE"));
+        cache.unwrap_or_else(|| self.home().join("hub"))
+    }
+
+    fn token(&self) -> Option<Token> {
+        if self.flag("HF_HUB_DISABLE_IMPLICIT_TOKEN") {
+            return None;
+        }
+        let file = self.path("HF_TOKEN_PATH");
+        let file = file.unwrap_or_else(|| self.home().join("token"));
+        let text = self.get("HF_TOKEN");
+        let text = text.or_else(|| std::fs::read_to_string(file).ok())?;
+        let text = text.replace(['\r', '\n'], "");
+        let text = text.trim();
+        (!text.is_empty()).then(|| Token::new(text))
+    }
+
+    /// The login that `HF_OIDC_RESOURCE` asks for; where it does, nothing else is tried.
+    fn login(&self) -> Result<Option<Login>> {
+        let Some(resource) = self.get("HF_OIDC_RESOURCE") else {
+            return Ok(None);
+        };
+        let given = self.get("HF_OIDC_ID_TOKEN");
+        let runner = || {
+            let url = self.get("ACTIONS_ID_TOKEN_REQUEST_URL")?;
+            let token = Token::new(self.get("ACTIONS_ID_TOKEN_REQUEST_TOKEN")?);
+            Some(Identity::Runner { url, token })
+        };
+        let identity = given.map(|token| Identity::Token(Token::new(token)));
+        match identity.or_else(runner) {
+            Some(identity) => Ok(Some(Login { resource, identity })),
+            None => Err(Error::NoIdentity { resource }),
+        }
+    }
+
+    fn options(&self, endpoint: Option<&str>) -> Result<HubOptions> {
+        let endpoint = endpoint.map(str::to_string);
+        let endpoint = endpoint.or_else(|| self.get("HF_ENDPOINT"));
+        let endpoint = endpoint.unwrap_or_else(|| PUBLIC_HUB.into());
+        let mut options = HubOptions::new(endpoint, self.cache());
+        options.offline = self.flag("HF_HUB_OFFLINE") || self.flag("TRANSFORMERS_OFFLINE");
+        if !options.offline {
+            options.login = self.login()?;
+        }
+        options.token = self.token();
+        let seconds = self.get("HF_HUB_DOWNLOAD_TIMEOUT");
+        let seconds = seconds.and_then(|text| text.parse().ok());
+        if let Some(seconds) = seconds.filter(|&seconds| seconds > 0) {
+            options.patience = Duration::from_secs(seconds);
+        }
+        Ok(options)
+    }
 }
 
-fn flag(name: &str) -> bool {
-    variable(name).is_some_and(|value| {
-        matches!(
-            value.to_ascii_uppercase().as_str(),
-            "1" | "ON" | "YES" | "TRUE"
-        )
-    })
-}
-
-/// `$HF_HOME`, or the usual place.
-fn home() -> PathBuf {
-    let cache = || match variable("XDG_CACHE_HOME") {
-        Some(cache) => PathBuf::from(cache),
-        None => PathBuf::from(variable("HOME").unwrap_or_else(|| ".".into())).join(".cache"),
-    };
-    variable("HF_HOME").map_or_else(|| cache().join("huggingface"), PathBuf::from)
-}
-
-fn token() -> Option<Token> {
-    let file = variable("HF_TOKEN_PATH").map_or_else(|| home().join("token"), PathBuf::from);
-    let text = variable("HF_TOKEN").or_else(|| std::fs::read_to_string(file).ok())?;
-    let text = text.trim();
-    (!text.is_empty()).then(|| Token::new(text))
+fn environment() -> Environment<impl Fn(&str) -> Option<String>> {
+    Environment(|name: &str| std::env::var(name).ok())
 }
 
 /// Which Hub to talk to, as whom, and where its files are kept. A flag wins over the environment.
-pub fn hub_options(endpoint: Option<&str>) -> HubOptions {
-    let endpoint = endpoint
-        .map(str::to_string)
-        .or_else(|| variable("HF_ENDPOINT"))
-        .unwrap_or_else(|| PUBLIC_HUB.into());
-    HubOptions {
-        endpoint,
-        token: token(),
-        cache: variable("HF_HUB_CACHE").map_or_else(|| home().join("hub"), PathBuf::from),
-        offline: flag("HF_HUB_OFFLINE"),
-    }
+pub fn hub_options(endpoint: Option<&str>) -> Result<HubOptions> {
+    environment().options(endpoint)
 }
 
 /// Logs for debugging, where `SVDHUB_LOG` asks for them.
 pub fn start_logging() {
-    if let Some(filter) = variable("SVDHUB_LOG") {
+    if let Some(filter) = environment().get("SVDHUB_LOG") {
         tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_writer(std::io::stderr)
             .init();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn options(variables: &[(&str, &str)]) -> HubOptions {
+        let get = |name: &str| {
+            let found = variables.iter().find(|(key, _)| *key == name)?;
+            Some(found.1.to_string())
+        };
+        Environment(get).options(None).expect("options")
+    }
+
+    #[test]
+    fn caches_lie_where_pythons_do() {
+        let cache = |variables| options(variables).cache;
+        let usual = [("HOME", "/u")];
+        assert_eq!(cache(&usual), Path::new("/u/.cache/huggingface/hub"));
+        let xdg = [("HOME", "/u"), ("XDG_CACHE_HOME", "/c")];
+        assert_eq!(cache(&xdg), Path::new("/c/huggingface/hub"));
+        let home = [("HOME", "/u"), ("XDG_CACHE_HOME", "/c"), ("HF_HOME", "~/h")];
+        assert_eq!(cache(&home), Path::new("/u/h/hub"));
+        let old = [("HF_HOME", "/h"), ("HUGGINGFACE_HUB_CACHE", "/old")];
+        assert_eq!(cache(&old), Path::new("/old"));
+        let all = [
+            ("HF_HOME", "/h"),
+            ("HUGGINGFACE_HUB_CACHE", "/old"),
+            ("HF_HUB_CACHE", "/new"),
+        ];
+        assert_eq!(cache(&all), Path::new("/new"));
+        let empty = [("HOME", "/u"), ("HF_HOME", ""), ("HF_HUB_CACHE", "")];
+        assert_eq!(cache(&empty), Path::new("/u/.cache/huggingface/hub"));
+    }
+
+    #[test]
+    fn flags_and_numbers_are_read_as_python_reads_them() {
+        let offline = |value| options(&[("HF_HUB_OFFLINE", value)]).offline;
+        for yes in ["1", "true", "ON", "Yes"] {
+            assert!(offline(yes), "{yes}");
+        }
+        for no in ["0", "false", "", "2"] {
+            assert!(!offline(no), "{no}");
+        }
+        assert!(options(&[("TRANSFORMERS_OFFLINE", "1")]).offline);
+        let patience = |value| options(&[("HF_HUB_DOWNLOAD_TIMEOUT", value)]).patience;
+        assert_eq!(patience("3"), Duration::from_secs(3));
+        assert_eq!(patience("soon"), options(&[]).patience);
+        assert_eq!(patience("0"), options(&[]).patience);
+    }
+
+    #[test]
+    fn the_endpoint_is_the_flag_then_the_variable_then_the_public_one() {
+        let get = |name: &str| (name == "HF_ENDPOINT").then(|| "http://mine/".to_string());
+        let endpoint = |flag| Environment(get).options(flag).expect("options").endpoint;
+        assert_eq!(endpoint(Some("http://flag")), "http://flag");
+        assert_eq!(endpoint(None), "http://mine/");
+        assert_eq!(options(&[]).endpoint, PUBLIC_HUB);
+    }
+
+    #[test]
+    fn a_token_comes_from_the_variable_or_a_file() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let file = dir.path().join("elsewhere");
+        std::fs::write(&file, "hf_file\n").expect("writes");
+        std::fs::write(dir.path().join("token"), " hf_home\r\n").expect("writes");
+        let home = dir.path().to_str().expect("UTF-8");
+        let file = file.to_str().expect("UTF-8");
+        let token = |variables: &[(&str, &str)]| {
+            let token = options(variables).token;
+            token.map(|token| token == Token::new("hf_file"))
+        };
+        let is = |variables: &[(&str, &str)], text: &str| {
+            assert_eq!(
+                options(variables).token,
+                Some(Token::new(text)),
+                "{variables:?}"
+            );
+        };
+        is(&[("HF_HOME", home)], "hf_home");
+        is(&[("HF_HOME", home), ("HF_TOKEN_PATH", file)], "hf_file");
+        is(&[("HF_HOME", home), ("HF_TOKEN", " hf_set\n")], "hf_set");
+        assert_eq!(token(&[("HF_HOME", "/nowhere")]), None);
+        let quiet = [("HF_HOME", home), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")];
+        assert_eq!(token(&quiet), None);
+    }
+
+    #[test]
+    fn a_job_logs_in_where_it_is_asked_to() {
+        let runner = [
+            ("HF_OIDC_RESOURCE", "org/name"),
+            ("ACTIONS_ID_TOKEN_REQUEST_URL", "http://runner"),
+            ("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "secret"),
+            ("HF_TOKEN", "hf_x"),
+        ];
+        let login = options(&runner).login.expect("a login");
+        assert_eq!(login.resource, "org/name");
+        assert!(matches!(&login.identity, Identity::Runner { url, .. } if url == "http://runner"));
+        let given = [
+            ("HF_OIDC_RESOURCE", "org/name"),
+            ("HF_OIDC_ID_TOKEN", "jwt"),
+        ];
+        let login = options(&given).login.expect("a login");
+        assert!(matches!(login.identity, Identity::Token(_)));
+        assert!(options(&runner[1..]).login.is_none());
+        let get = |name: &str| (name == "HF_OIDC_RESOURCE").then(|| "org/name".to_string());
+        let refused = Environment(get).options(None);
+        assert!(matches!(refused, Err(Error::NoIdentity { .. })));
     }
 }

@@ -14,8 +14,9 @@ use super::session::Session;
 
 /// Push a directory to the Hub, with a card.
 ///
-/// The card is rendered from report.json (a README of your own is left alone). Everything goes up in one commit, and is
-/// then compared with the local files by hash. Files that are there already are not sent again.
+/// The card is rendered from report.json (a README of your own is left alone). All files but hidden ones go up, in one
+/// commit where they fit, else the weights first and the card last; then they are compared with the local ones by hash.
+/// Files that are there already are not sent again: after a break, run the same command once more.
 #[derive(Args)]
 pub struct Command {
     /// A decomposition, an adapter or a model

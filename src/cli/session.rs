@@ -43,7 +43,7 @@ impl Session {
 
     /// The Hub of this session.
     pub fn hub(&self) -> Result<Hub> {
-        Hub::new(env::hub_options(self.endpoint.as_deref()))
+        Hub::new(env::hub_options(self.endpoint.as_deref())?)
     }
 
     /// Prints facts: as JSON where that was asked for, else through `show`.

@@ -3,25 +3,44 @@
 use std::fmt;
 use std::io::Read;
 use std::path::PathBuf;
+use std::sync::Mutex;
 use std::time::Duration;
 
-use hf_hub::{HFClientSync, HFError};
+use hf_hub::HFClientSync;
 use reqwest::blocking::{Client, RequestBuilder, Response};
-use reqwest::header::{AUTHORIZATION, HeaderMap, LINK, LOCATION, RETRY_AFTER};
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LINK, LOCATION};
 use reqwest::redirect::Policy;
 use reqwest::{Method, StatusCode};
 use serde::de::DeserializeOwned;
 
+use super::oidc::{Login, Minted};
+use super::refusal::{unreachable, wait_asked};
 use crate::error::{Error, Result};
 use crate::weights::header::HEADER_BYTES_MAX;
 
 /// An access token. It shows itself nowhere but in the header it is made for.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Token(String);
 
 impl Token {
     pub fn new(text: impl Into<String>) -> Self {
         Self(text.into())
+    }
+}
+
+impl Token {
+    /// Its text, for the one place in a body where it belongs.
+    pub(super) fn reveal(&self) -> &str {
+        &self.0
+    }
+
+    /// The header it is made for, which the logs of other crates do not show either.
+    fn bearer(&self) -> HeaderValue {
+        let text = format!("Bearer {}", self.0);
+        // a token with a line break in it is none, and the Hub says so
+        let mut value = HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("Bearer ?"));
+        value.set_sensitive(true);
+        value
     }
 }
 
@@ -36,9 +55,27 @@ impl fmt::Debug for Token {
 pub struct HubOptions {
     pub endpoint: String,
     pub token: Option<Token>,
+    /// Who a job of a CI system is; where this is given, the token is not used.
+    pub login: Option<Login>,
     /// The cache shared with Python's huggingface_hub (`…/hub`).
     pub cache: PathBuf,
     pub offline: bool,
+    /// Without a byte for this long, a transfer is dead.
+    pub patience: Duration,
+}
+
+impl HubOptions {
+    /// An anonymous client.
+    pub fn new(endpoint: impl Into<String>, cache: impl Into<PathBuf>) -> Self {
+        Self {
+            endpoint: endpoint.into(),
+            token: None,
+            login: None,
+            cache: cache.into(),
+            offline: false,
+            patience: PATIENCE,
+        }
+    }
 }
 
 /// A Hub.
@@ -46,6 +83,8 @@ pub struct HubOptions {
 pub struct Hub {
     pub options: HubOptions,
     http: Client,
+    /// The token that a login gave, until it expires.
+    pub(super) minted: Mutex<Option<Minted>>,
 }
 
 /// One file of a repository, as the Hub lists it.
@@ -55,21 +94,23 @@ pub struct RemoteFile {
     pub size: u64,
     /// sha256 of an LFS file, git blob sha1 of a regular one: the ETag of its download.
     pub oid: String,
+    /// What git holds: of an LFS file, the id of its pointer.
+    pub blob_id: String,
+    pub xet_hash: Option<String>,
     pub lfs: bool,
 }
 
-const TRIES: u32 = 5;
+pub(super) const TRIES: u32 = 5;
 /// Of a listing: a thousand files are on each.
 const PAGES_MAX: usize = 1000;
-/// Of a refusal, so much is read for its message.
-const ERROR_BYTES_MAX: u64 = 64 << 10;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Without a byte for this long, a transfer is dead.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
-/// The answer to an upload comes when all of it has arrived.
-pub(super) const UPLOAD_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The answer to an upload comes when all of it has arrived: slower than this, it has not.
+const UPLOAD_BYTES_PER_S: u64 = 32 << 10;
 /// A Hub may ask for more patience than a user has.
 const WAIT_MAX: Duration = Duration::from_secs(300);
+const FIRST_PAUSE: Duration = Duration::from_millis(300);
+const USER_AGENT: &str = concat!("svdhub/", env!("CARGO_PKG_VERSION"));
 
 impl Hub {
     /// Prepares a client; nothing is sent yet.
@@ -77,14 +118,18 @@ impl Hub {
         let http = Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             // in the blocking client: of waiting for an answer, and of each single read of its body
-            .timeout(READ_TIMEOUT)
+            .timeout(options.patience)
             // an upload that nobody acknowledges any more
-            .tcp_user_timeout(READ_TIMEOUT)
+            .tcp_user_timeout(options.patience)
             .redirect(Policy::none())
-            .user_agent(concat!("svdhub/", env!("CARGO_PKG_VERSION")))
+            .user_agent(USER_AGENT)
             .build()
             .map_err(|e| unreachable(&options.endpoint, e))?;
-        Ok(Self { options, http })
+        Ok(Self {
+            options,
+            http,
+            minted: Mutex::default(),
+        })
     }
 
     pub fn endpoint(&self) -> &str {
@@ -92,13 +137,22 @@ impl Hub {
     }
 
     /// hf-hub with our endpoint and token: passed on always, because its 1.1 stops reading the environment.
+    ///
+    /// With a connection of ours too: its own has no timeouts.
     pub(super) fn api(&self) -> Result<HFClientSync> {
+        self.sign_in()?;
+        let connection = reqwest::Client::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .read_timeout(self.options.patience)
+            .user_agent(USER_AGENT)
+            .build()
+            .map_err(|e| unreachable(self.endpoint(), e))?;
         let mut builder = hf_hub::HFClient::builder()
+            .client(connection)
             .endpoint(self.endpoint())
             .cache_dir(&self.options.cache)
-            .retry_max_attempts(3)
-            .user_agent(concat!("svdhub/", env!("CARGO_PKG_VERSION")));
-        if let Some(Token(token)) = &self.options.token {
+            .retry_max_attempts(3);
+        if let Some(Token(token)) = self.token() {
             builder = builder.token(token);
         }
         builder
@@ -113,29 +167,29 @@ impl Hub {
         if self.options.offline {
             return Err(Error::Offline { repo: repo.into() });
         }
-        let what = Asked {
-            action: "read the repository",
-            url: format!(
-                "{}/api/models/{repo}/revision/{}",
-                self.endpoint(),
-                segment(revision)
-            ),
-            repo: repo.into(),
-            revision: revision.into(),
-            file: String::new(),
-        };
-        let response = self.send(&what, &|url| self.request(Method::GET, url))?;
-        let info: serde_json::Value = self.json(&what, response)?;
+        let info = self.info(repo, revision)?;
         match info["sha"].as_str() {
             Some(sha) if sha.len() == 40 && sha.bytes().all(|b| b.is_ascii_hexdigit()) => {
                 Ok(sha.into())
             }
             _ => Err(Error::HubStatus {
                 status: 200,
-                request: what.action.into(),
+                request: READ.into(),
                 detail: "its answer names no commit".into(),
             }),
         }
+    }
+
+    /// What the Hub tells about a repository at a revision.
+    pub(super) fn info(&self, repo: &str, revision: &str) -> Result<serde_json::Value> {
+        let url = self.api_url(repo, &format!("revision/{}", segment(revision)));
+        let what = Asked::of(READ, url, repo, revision);
+        let info = self.answer(&what, &|url| self.request(Method::GET, url))?;
+        Ok(info.0)
+    }
+
+    pub(super) fn api_url(&self, repo: &str, rest: &str) -> String {
+        format!("{}/api/models/{repo}/{rest}", self.endpoint())
     }
 
     /// Every file of a commit.
@@ -151,27 +205,20 @@ impl Hub {
             #[serde(default)]
             size: u64,
             lfs: Option<Large>,
+            #[serde(rename = "xetHash")]
+            xet_hash: Option<String>,
         }
         #[derive(serde::Deserialize)]
         struct Large {
             oid: String,
         }
-        let mut what = Asked {
-            action: "list the files",
-            url: format!(
-                "{}/api/models/{repo}/tree/{}?recursive=true",
-                self.endpoint(),
-                segment(commit)
-            ),
-            repo: repo.into(),
-            revision: commit.into(),
-            file: String::new(),
-        };
+        let tree = format!("tree/{}?recursive=true", segment(commit));
+        let mut what = Asked::of("list the files", self.api_url(repo, &tree), repo, commit);
         let mut files = Vec::new();
         for _ in 0..PAGES_MAX {
-            let response = self.send(&what, &|url| self.request(Method::GET, url))?;
-            let next = next_page(response.headers());
-            let entries: Vec<Entry> = self.json(&what, response)?;
+            let (entries, headers) = self.answer(&what, &|url| self.request(Method::GET, url))?;
+            let next = next_page(&headers);
+            let entries: Vec<Entry> = entries;
             for entry in entries.into_iter().filter(|e| e.kind == "file") {
                 if !stays_inside(&entry.path) {
                     return Err(Error::HostilePath {
@@ -192,13 +239,22 @@ impl Hub {
                     path: entry.path,
                     size: entry.size,
                     lfs: entry.lfs.is_some(),
+                    blob_id: entry.oid.clone(),
+                    xet_hash: entry.xet_hash,
                     oid: entry.lfs.map_or(entry.oid, |lfs| lfs.oid),
                 });
             }
             match next {
-                // a page elsewhere would get our token, or lead in circles
+                None => return Ok(files),
+                // a page elsewhere is none of this Hub's, and one that comes again leads in circles
                 Some(url) if self.is_ours(&url) && url != what.url => what.url = url,
-                _ => return Ok(files),
+                Some(_) => {
+                    return Err(Error::HubStatus {
+                        status: 200,
+                        request: what.action.into(),
+                        detail: "the next page of its listing leads elsewhere".into(),
+                    });
+                }
             }
         }
         Err(Error::HubStatus {
@@ -208,33 +264,65 @@ impl Hub {
         })
     }
 
-    /// The JSON of an answer.
-    pub(super) fn json<T: DeserializeOwned>(&self, what: &Asked, response: Response) -> Result<T> {
-        let refuse = |detail: String| Error::HubStatus {
-            status: 200,
-            request: what.action.into(),
-            detail,
-        };
-        let mut text = Vec::new();
-        let mut body = response.take(HEADER_BYTES_MAX);
-        body.read_to_end(&mut text)
-            .map_err(|e| refuse(format!("its answer broke off ({e})")))?;
-        serde_json::from_slice(&text)
-            .map_err(|e| refuse(format!("its answer is not what was asked for ({e})")))
-    }
-
-    pub(super) fn request(&self, method: Method, url: &str) -> RequestBuilder {
-        let builder = self.http.request(method, url);
-        match &self.options.token {
-            // only to the Hub itself: a signed link elsewhere needs no token, and must not get one
-            Some(Token(token)) if self.is_ours(url) => {
-                builder.header(AUTHORIZATION, format!("Bearer {token}"))
+    /// Sends a request that may be repeated, and reads the JSON of its answer; one that breaks off is asked for again.
+    pub(super) fn answer<T: DeserializeOwned>(
+        &self,
+        what: &Asked,
+        build: &dyn Fn(&str) -> RequestBuilder,
+    ) -> Result<(T, HeaderMap)> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let response = self.send(what, build)?;
+            let headers = response.headers().clone();
+            match self.json(what, response) {
+                Err(Error::AnswerCut { .. }) if tries < TRIES => {}
+                result => return Ok((result?, headers)),
             }
-            _ => builder,
         }
     }
 
-    fn is_ours(&self, url: &str) -> bool {
+    /// The JSON of an answer.
+    pub(super) fn json<T: DeserializeOwned>(&self, what: &Asked, response: Response) -> Result<T> {
+        let mut text = Vec::new();
+        let mut body = response.take(HEADER_BYTES_MAX);
+        body.read_to_end(&mut text).map_err(|_| Error::AnswerCut {
+            request: what.action.into(),
+        })?;
+        serde_json::from_slice(&text).map_err(|e| Error::HubStatus {
+            status: 200,
+            request: what.action.into(),
+            detail: format!("its answer is not what was asked for ({e})"),
+        })
+    }
+
+    /// A request with what opens the Hub; [`Hub::send`] has signed in before.
+    pub(super) fn request(&self, method: Method, url: &str) -> RequestBuilder {
+        let builder = self.http.request(method, url);
+        // only to the Hub itself: a signed link elsewhere needs no token, and must not get one
+        match self.token().filter(|_| self.is_ours(url)) {
+            Some(token) => builder.header(AUTHORIZATION, token.bearer()),
+            None => builder,
+        }
+    }
+
+    /// A request that shows no token.
+    pub(super) fn anonymous(&self, method: Method, url: &str) -> RequestBuilder {
+        self.http.request(method, url)
+    }
+
+    /// A request to somebody else, with what opens that.
+    pub(super) fn foreign(&self, method: Method, url: &str, token: &Token) -> RequestBuilder {
+        let builder = self.http.request(method, url);
+        builder.header(AUTHORIZATION, token.bearer())
+    }
+
+    /// How long to wait for the answer to an upload.
+    pub(super) fn upload_patience(&self, bytes: u64) -> Duration {
+        self.options.patience + Duration::from_secs(bytes / UPLOAD_BYTES_PER_S)
+    }
+
+    pub(super) fn is_ours(&self, url: &str) -> bool {
         let origin = |url: &str| {
             reqwest::Url::parse(url)
                 .ok()
@@ -245,22 +333,33 @@ impl Hub {
 
     /// Sends a request that may be repeated, follows redirects, and turns every refusal into an [`Error`].
     ///
-    /// Repeats on broken connections, 5xx and 429, waiting as long as the Hub asks.
+    /// Repeats on broken connections, 5xx and 429, waiting as long as the Hub asks; goes back to the Hub where a link it
+    /// gave has expired, and signs in again where a login has.
     pub(super) fn send(
         &self,
         what: &Asked,
         build: &dyn Fn(&str) -> RequestBuilder,
     ) -> Result<Response> {
-        let mut wait = Duration::from_millis(300);
+        self.sign_in()?;
+        let mut pause = FIRST_PAUSE;
         for attempt in 1.. {
             let last = attempt == TRIES;
+            let mut wait = pause;
             match self.follow(&what.url, build) {
                 Ok(response) if response.status().is_success() => return Ok(response),
                 Ok(response) => {
                     let status = response.status();
-                    let asked = retry_after(response.headers());
+                    let asked = wait_asked(response.headers());
+                    let elsewhere = !self.is_ours(response.url().as_str());
+                    let expired = status == StatusCode::UNAUTHORIZED && self.forget_login();
                     let error = self.refusal(what, response);
-                    let again = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
+                    let again = status.is_server_error()
+                        || status == StatusCode::TOO_MANY_REQUESTS
+                        || status == StatusCode::REQUEST_TIMEOUT
+                        || (elsewhere
+                            && self.is_ours(&what.url)
+                            && status == StatusCode::FORBIDDEN)
+                        || expired;
                     if last || !again {
                         return Err(error);
                     }
@@ -269,17 +368,20 @@ impl Hub {
                         Some(asked) => wait = wait.max(asked),
                         None => {}
                     }
-                    tracing::debug!(%status, attempt, "repeating {}", what.url);
+                    if expired {
+                        self.sign_in()?;
+                    }
+                    tracing::debug!(%status, attempt, ?wait, "repeating to {}", what.action);
                 }
                 Err(error) => {
                     if last || error.is_builder() || !self.reachable_later(&error) {
                         return Err(unreachable(self.endpoint(), error));
                     }
-                    tracing::debug!(attempt, "repeating {} after a broken connection", what.url);
+                    tracing::debug!(attempt, "broken connection: repeating to {}", what.action);
                 }
             }
             std::thread::sleep(wait);
-            wait *= 2;
+            pause *= 2;
         }
         unreachable!("the last try returns")
     }
@@ -290,6 +392,7 @@ impl Hub {
         what: &Asked,
         build: impl FnOnce() -> RequestBuilder,
     ) -> Result<Response> {
+        self.sign_in()?;
         let response = build()
             .send()
             .map_err(|e| unreachable(self.endpoint(), e))?;
@@ -330,116 +433,6 @@ impl Hub {
         }
         build(&url).send()
     }
-
-    /// What a refusal means.
-    fn refusal(&self, what: &Asked, response: Response) -> Error {
-        let status = response.status();
-        let header = |name: &str| {
-            let value = response.headers().get(name)?.to_str().ok()?;
-            Some(value.to_string())
-        };
-        let (code, message) = (header("x-error-code"), header("x-error-message"));
-        let wait = retry_after(response.headers());
-        let detail = message.unwrap_or_else(|| shortened(response));
-        self.meaning(what, status.as_u16(), code.as_deref(), detail, wait)
-    }
-
-    fn meaning(
-        &self,
-        what: &Asked,
-        status: u16,
-        code: Option<&str>,
-        detail: String,
-        wait: Option<Duration>,
-    ) -> Error {
-        let (repo, revision) = (what.repo.clone(), what.revision.clone());
-        let endpoint = self.endpoint().to_string();
-        match (status, code) {
-            (_, Some("GatedRepo")) => Error::Gated { repo, endpoint },
-            (_, Some("RepoNotFound")) => Error::RepoNotFound { repo, endpoint },
-            (_, Some("RevisionNotFound")) => Error::RevisionNotFound { repo, revision },
-            (_, Some("EntryNotFound")) => Error::EntryNotFound {
-                repo,
-                revision,
-                file: what.file.clone(),
-            },
-            (401, _) => Error::Unauthorized { detail },
-            (403, _) => Error::Forbidden {
-                action: what.action.into(),
-                detail,
-            },
-            (412, _) => Error::BranchMoved {
-                repo,
-                branch: revision,
-                detail,
-            },
-            (429, _) => Error::RateLimited {
-                retry_after_s: wait.map_or(60, |w| w.as_secs()),
-            },
-            _ => Error::HubStatus {
-                status,
-                request: what.action.into(),
-                detail,
-            },
-        }
-    }
-
-    /// What an error of hf-hub means, in our terms. Its own texts hold URLs, never tokens.
-    pub(super) fn understand(&self, error: HFError, repo: &str, revision: &str) -> Error {
-        let what = Asked {
-            action: "read the repository",
-            url: String::new(),
-            repo: repo.into(),
-            revision: revision.into(),
-            file: String::new(),
-        };
-        // the type of hf-hub's context cannot be named, its fields can
-        macro_rules! told {
-            ($context:expr, $wait:expr) => {{
-                let context = $context;
-                let detail = context
-                    .server_message
-                    .clone()
-                    .unwrap_or_else(|| context.status.to_string());
-                let code = context.error_code.as_deref();
-                self.meaning(&what, context.status.as_u16(), code, detail, $wait)
-            }};
-        }
-        match error {
-            HFError::Http { context }
-            | HFError::AuthRequired { context }
-            | HFError::Forbidden { context }
-            | HFError::Conflict { context } => told!(context, None),
-            HFError::RateLimited {
-                retry_after,
-                context,
-            } => told!(context, retry_after),
-            HFError::RepoNotFound { context, .. } => match context {
-                Some(context) if context.status == StatusCode::UNAUTHORIZED => {
-                    told!(context, None)
-                }
-                _ => Error::RepoNotFound {
-                    repo: repo.into(),
-                    endpoint: self.endpoint().into(),
-                },
-            },
-            HFError::RevisionNotFound { .. } => Error::RevisionNotFound {
-                repo: repo.into(),
-                revision: revision.into(),
-            },
-            HFError::EntryNotFound { path, .. } => Error::EntryNotFound {
-                repo: repo.into(),
-                revision: revision.into(),
-                file: path,
-            },
-            HFError::Request { source, .. } => unreachable(self.endpoint(), source),
-            other => Error::HubStatus {
-                status: 0,
-                request: what.action.into(),
-                detail: other.to_string(),
-            },
-        }
-    }
 }
 
 /// A request in the terms of an error message.
@@ -451,24 +444,19 @@ pub(super) struct Asked {
     pub file: String,
 }
 
-fn unreachable(endpoint: &str, error: reqwest::Error) -> Error {
-    Error::HubUnreachable {
-        endpoint: endpoint.into(),
-        // a URL may carry a signature
-        source: Box::new(error.without_url()),
+impl Asked {
+    pub fn of(action: &'static str, url: String, repo: &str, revision: &str) -> Self {
+        Self {
+            action,
+            url,
+            repo: repo.into(),
+            revision: revision.into(),
+            file: String::new(),
+        }
     }
 }
 
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let seconds = headers
-        .get(RETRY_AFTER)?
-        .to_str()
-        .ok()?
-        .trim()
-        .parse()
-        .ok()?;
-    Some(Duration::from_secs(seconds))
-}
+pub(super) const READ: &str = "read the repository";
 
 /// The address of the next page: `<url>; rel="next"`.
 fn next_page(headers: &HeaderMap) -> Option<String> {
@@ -478,24 +466,6 @@ fn next_page(headers: &HeaderMap) -> Option<String> {
         .find(|link| link.contains("rel=\"next\""))?;
     let url = next.split_once('<')?.1.split_once('>')?.0;
     Some(url.to_string())
-}
-
-/// The beginning of an answer's text, for messages.
-fn shortened(response: Response) -> String {
-    let status = response.status();
-    let mut text = Vec::new();
-    // of a page without end, the beginning too
-    let _ = response.take(ERROR_BYTES_MAX).read_to_end(&mut text);
-    let text = String::from_utf8_lossy(&text);
-    let error = serde_json::from_str::<serde_json::Value>(&text)
-        .ok()
-        .and_then(|json| json["error"].as_str().map(str::to_string));
-    let text = error.unwrap_or_else(|| text.trim().chars().take(200).collect());
-    if text.is_empty() {
-        status.to_string()
-    } else {
-        text
-    }
 }
 
 /// Whether a repository's path names a file inside the folder it is downloaded to.
@@ -551,10 +521,8 @@ mod tests {
     #[test]
     fn the_token_goes_to_the_hub_alone() {
         let hub = Hub::new(HubOptions {
-            endpoint: "http://127.0.0.1:9".into(),
             token: Some(Token::new("hf_secret")),
-            cache: "/nowhere".into(),
-            offline: false,
+            ..HubOptions::new("http://127.0.0.1:9", "/nowhere")
         })
         .expect("builds");
         let carries = |url: &str| {
@@ -568,5 +536,7 @@ mod tests {
         assert!(!carries("http://127.0.0.1:10/api/x"));
         assert!(!carries("http://127.0.0.1.evil.example/api"));
         assert!(!format!("{hub:?}").contains("hf_secret"));
+        let request = hub.request(Method::GET, "http://127.0.0.1:9/api/x").build();
+        assert!(!format!("{request:?}").contains("hf_secret"));
     }
 }

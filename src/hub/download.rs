@@ -6,8 +6,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use reqwest::header::RANGE;
+use reqwest::blocking::Response;
+use reqwest::header::{CONTENT_RANGE, RANGE};
 use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
@@ -16,8 +18,10 @@ use crate::base::is_weights_or_media;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::json;
+use crate::sum::hex;
 use crate::weights::checkpoint::{Checkpoint, Index, Storage, WeightFile};
 use crate::weights::header::HEADER_BYTES_MAX;
+use crate::weights::shard::write_atomically;
 use crate::weights::{Header, Inventory, Layout};
 use crate::workers;
 use crate::workspace::check_free_space;
@@ -30,6 +34,17 @@ pub struct Snapshot {
     pub repo: Option<String>,
     /// 40 hex digits.
     pub commit: Option<String>,
+}
+
+/// What came into a folder.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Downloaded {
+    pub repo: String,
+    pub commit: String,
+    pub files: usize,
+    /// Files that were there already.
+    pub unchanged: usize,
+    pub bytes: u64,
 }
 
 /// Weights of one commit that are read where they are.
@@ -63,9 +78,43 @@ impl Hub {
         revision: &str,
         observer: &dyn Observer,
     ) -> Result<Snapshot> {
-        self.bring(repo, revision, observer, |commit, listed| {
+        self.bring(repo, revision, None, observer, |commit, listed| {
             let weights = self.weight_files(repo, commit, &listed)?;
             Ok(needed(listed, &weights))
+        })
+    }
+
+    /// Downloads every file of a repository into a folder; what is there already, by hash, is not sent again.
+    pub fn download(
+        &self,
+        repo: &str,
+        revision: &str,
+        dir: &Path,
+        observer: &dyn Observer,
+    ) -> Result<Downloaded> {
+        if self.options.offline {
+            return Err(Error::Offline { repo: repo.into() });
+        }
+        let commit = self.commit_of(repo, revision)?;
+        let files = self.files(repo, &commit)?;
+        let mut missing = Vec::new();
+        for file in &files {
+            if !Place::in_folder(dir, file).is_filled(file)? {
+                missing.push(file.clone());
+            }
+        }
+        let sizes = missing.iter().map(|file| file.size);
+        let bytes = sizes.fold(0, u64::saturating_add);
+        check_free_space(dir, bytes)?;
+        self.fetch_all(repo, &commit, &missing, observer, |file| {
+            Place::in_folder(dir, file)
+        })?;
+        Ok(Downloaded {
+            repo: repo.into(),
+            commit,
+            files: files.len(),
+            unchanged: files.len() - missing.len(),
+            bytes,
         })
     }
 
@@ -77,41 +126,53 @@ impl Hub {
         names: &[&str],
         observer: &dyn Observer,
     ) -> Result<Snapshot> {
-        self.bring(repo, revision, observer, |_, mut listed| {
+        self.bring(repo, revision, Some(names), observer, |_, mut listed| {
             listed.retain(|file| names.contains(&file.path.as_str()));
             Ok(listed)
         })
     }
 
     /// Brings those files of a commit into the cache that `choose` picks from its listing.
+    ///
+    /// Offline, and where the Hub cannot be reached, the cache is taken as it is: as long as it holds everything that a
+    /// model, decomposition or adapter needs, or those of the `names` that the repository has.
     fn bring(
         &self,
         repo: &str,
         revision: &str,
+        names: Option<&[&str]>,
         observer: &dyn Observer,
         choose: impl FnOnce(&str, Vec<RemoteFile>) -> Result<Vec<RemoteFile>>,
     ) -> Result<Snapshot> {
         let cache = Cache::of(&self.options.cache, repo);
         if self.options.offline {
-            return cache.offline(repo, revision);
+            return cache.kept(repo, revision, names);
         }
-        let commit = self.commit_of(repo, revision)?;
-        let files = choose(&commit, self.files(repo, &commit)?)?;
+        let commit = match self.commit_of(repo, revision) {
+            Ok(commit) => commit,
+            Err(error @ Error::HubUnreachable { .. }) => {
+                let Ok(kept) = cache.kept(repo, revision, names) else {
+                    return Err(error);
+                };
+                let commit = kept.commit.clone().unwrap_or_default();
+                observer.warn(format!("{error}: taking {commit} of {repo} from the cache"));
+                return Ok(kept);
+            }
+            Err(other) => return Err(other),
+        };
+        let listed = self.files(repo, &commit)?;
+        cache.list(&commit, &listed)?;
+        let files = choose(&commit, listed)?;
         let missing: Vec<RemoteFile> = files
             .iter()
             .filter(|file| !cache.blob(&file.oid).exists())
             .cloned()
             .collect();
         let sizes = missing.iter().map(|file| file.size);
-        let bytes = sizes.fold(0, u64::saturating_add);
-        if !missing.is_empty() {
-            check_free_space(&cache.root, bytes)?;
-            observer.start(Stage::Download, bytes, Unit::Bytes);
-            workers::for_each(&missing, PARALLEL_DOWNLOADS, |file| {
-                self.fetch(repo, &commit, file, &cache, observer)
-            })?;
-            observer.finish(Stage::Download);
-        }
+        check_free_space(&cache.root, sizes.fold(0, u64::saturating_add))?;
+        self.fetch_all(repo, &commit, &missing, observer, |file| {
+            cache.place(&file.oid)
+        })?;
         let dir = cache.link(&commit, &files)?;
         if revision != commit {
             cache.remember(revision, &commit)?;
@@ -121,6 +182,28 @@ impl Hub {
             repo: Some(repo.into()),
             commit: Some(commit),
         })
+    }
+
+    /// Downloads files in parallel, each to its place.
+    fn fetch_all(
+        &self,
+        repo: &str,
+        commit: &str,
+        files: &[RemoteFile],
+        observer: &dyn Observer,
+        place: impl Fn(&RemoteFile) -> Place + Sync,
+    ) -> Result<()> {
+        if files.is_empty() {
+            return Ok(());
+        }
+        let sizes = files.iter().map(|file| file.size);
+        let bytes = sizes.fold(0, u64::saturating_add);
+        observer.start(Stage::Download, bytes, Unit::Bytes);
+        workers::for_each(files, PARALLEL_DOWNLOADS, |file| {
+            self.fetch(repo, commit, file, &place(file), observer)
+        })?;
+        observer.finish(Stage::Download);
+        Ok(())
     }
 
     /// The weight files of whatever the repository holds: single files, and what the indices name.
@@ -163,7 +246,7 @@ impl Hub {
         layout: Layout,
         observer: &dyn Observer,
     ) -> Result<(Snapshot, Checkpoint)> {
-        let found = self.bring(repo, revision, observer, |_, listed| {
+        let found = self.bring(repo, revision, Some(&[]), observer, |_, listed| {
             Ok(needed(listed, &[]))
         })?;
         let commit = found.commit.clone().unwrap_or_else(|| revision.into());
@@ -329,7 +412,11 @@ impl Hub {
             received,
             expected: range.end - range.start,
         };
-        if response.status() != StatusCode::PARTIAL_CONTENT {
+        if response.status() == StatusCode::PARTIAL_CONTENT {
+            if !begins_at(&response, range.start, None) {
+                return Err(cut(0));
+            }
+        } else {
             // a server that ignores ranges sends the file from its beginning
             let skipped = std::io::copy(
                 &mut response.by_ref().take(range.start),
@@ -364,44 +451,45 @@ impl Hub {
         }
     }
 
-    /// One file into the cache: resumed if a part is there, verified, then renamed.
+    /// One file to its place: resumed if a part is there, verified, then renamed.
     fn fetch(
         &self,
         repo: &str,
         commit: &str,
         file: &RemoteFile,
-        cache: &Cache,
+        place: &Place,
         observer: &dyn Observer,
     ) -> Result<()> {
-        let lock_path = cache.lock_path(&file.oid);
-        let lock = File::create(&lock_path).context("create", &lock_path)?;
-        lock.lock().context("lock", &lock_path)?;
-        let blob = cache.blob(&file.oid);
-        if blob.exists() {
+        for path in [&place.lock, &place.partial, &place.target] {
+            let folder = path.parent().expect("every place lies in a folder");
+            std::fs::create_dir_all(folder).context("create", folder)?;
+        }
+        let lock = File::create(&place.lock).context("create", &place.lock)?;
+        lock.lock().context("lock", &place.lock)?;
+        if place.is_filled(file)? {
             // another process brought it while we waited
             observer.advance(Stage::Download, file.size, &file.path);
             return Ok(());
         }
-        let partial = blob.with_extension("incomplete");
         for attempt in 0..=RESUMPTIONS {
-            match self.append(repo, commit, file, &partial, observer) {
+            match self.append(repo, commit, file, &place.partial, observer) {
                 Ok(()) => break,
                 Err(Error::DownloadCut { .. }) if attempt < RESUMPTIONS => {}
                 Err(error) => return Err(error),
             }
         }
-        let found = digest(&partial, file)?;
+        let found = digest(&place.partial, file)?;
         if found != file.oid {
             // nothing of it can be trusted, not even as a beginning
-            std::fs::remove_file(&partial).context("remove", &partial)?;
+            std::fs::remove_file(&place.partial).context("remove", &place.partial)?;
             return Err(Error::Checksum {
                 what: format!("the download of `{}` from {repo}", file.path),
-                path: blob,
+                path: place.target.clone(),
                 expected: file.oid.clone(),
                 found,
             });
         }
-        std::fs::rename(&partial, &blob).context("rename", &blob)
+        std::fs::rename(&place.partial, &place.target).context("rename", &place.target)
     }
 
     fn append(
@@ -434,15 +522,34 @@ impl Hub {
                 request
             }
         })?;
-        if received > 0 && response.status() != StatusCode::PARTIAL_CONTENT {
-            out.set_len(0).context("write", partial)?;
-            received = 0;
-        }
         let cut = |received: u64| Error::DownloadCut {
             file: file.path.clone(),
             received,
             expected: file.size,
         };
+        if response.status() == StatusCode::PARTIAL_CONTENT {
+            if !begins_at(&response, received, Some(file.size)) {
+                return Err(cut(received));
+            }
+        } else if received > 0 {
+            out.set_len(0).context("write", partial)?;
+            received = 0;
+        }
+        // before anything of it is kept: a page that calls itself a success is no beginning of a file
+        match response.content_length() {
+            Some(length) if length != file.size - received => {
+                return Err(Error::HubStatus {
+                    status: response.status().as_u16(),
+                    request: what.action.into(),
+                    detail: format!(
+                        "{length} bytes, where {} of `{}` were asked for",
+                        file.size - received,
+                        file.path
+                    ),
+                });
+            }
+            _ => {}
+        }
         let mut buffer = vec![0u8; 256 << 10];
         loop {
             let n = response.read(&mut buffer).map_err(|_| cut(received))?;
@@ -461,6 +568,20 @@ impl Hub {
     }
 }
 
+/// Whether an answer is a part of a file that begins at `start`, and the file has `size` bytes where that is known.
+fn begins_at(response: &Response, start: u64, size: Option<u64>) -> bool {
+    let header = response.headers().get(CONTENT_RANGE);
+    let told = header.and_then(|range| range.to_str().ok());
+    let told = told.and_then(|range| range.strip_prefix("bytes ")?.split_once('/'));
+    told.is_some_and(|(range, total)| {
+        let first = range
+            .split_once('-')
+            .and_then(|(first, _)| first.parse().ok());
+        let total: Option<u64> = total.parse().ok();
+        first == Some(start) && (size.is_none() || total.is_none() || total == size)
+    })
+}
+
 /// sha256 of an LFS file, git's blob id of a regular one.
 fn digest(path: &Path, file: &RemoteFile) -> Result<String> {
     if file.lfs {
@@ -474,30 +595,55 @@ fn digest(path: &Path, file: &RemoteFile) -> Result<String> {
         // a listing may call any file a regular one: it need not fit into memory
         let n = opened.read(&mut buffer).context("read", path)?;
         if n == 0 {
-            return Ok(crate::sum::hex(&hash.finalize()));
+            return Ok(hex(&hash.finalize()));
         }
         hash.update(&buffer[..n]);
     }
 }
 
-/// The id git gives to a file's contents.
-pub(super) fn git_blob_id(bytes: &[u8]) -> String {
-    let mut hash = Sha1::new();
-    hash.update(format!("blob {}\0", bytes.len()));
-    hash.update(bytes);
-    crate::sum::hex(&hash.finalize())
+/// Where a download goes, and what it uses on its way.
+struct Place {
+    lock: PathBuf,
+    partial: PathBuf,
+    target: PathBuf,
+    /// The target's name is its hash: nothing else can be there.
+    named_by_hash: bool,
 }
 
-/// Of a repository's files, those that some verb reads: `weights`, and what is small and lies at the top.
-fn needed(files: Vec<RemoteFile>, weights: &[String]) -> Vec<RemoteFile> {
-    let index = |path: &str| path.ends_with(".safetensors.index.json");
+impl Place {
+    fn in_folder(dir: &Path, file: &RemoteFile) -> Self {
+        let name = crate::sum::sha256_hex(file.path.as_bytes());
+        // a beginning of other contents is no beginning of these
+        let name = format!("{}-{}", &name[..16], file.oid);
+        let state = dir.join(".cache").join("svdhub");
+        Self {
+            lock: state.join(format!("{name}.lock")),
+            partial: state.join(format!("{name}.incomplete")),
+            target: dir.join(&file.path),
+            named_by_hash: false,
+        }
+    }
+
+    fn is_filled(&self, file: &RemoteFile) -> Result<bool> {
+        if self.named_by_hash {
+            return Ok(self.target.exists());
+        }
+        let size = std::fs::metadata(&self.target).map(|found| found.len());
+        Ok(size.is_ok_and(|size| size == file.size) && digest(&self.target, file)? == file.oid)
+    }
+}
+
+/// Of a repository's files, those that some verb reads.
+fn needed(mut files: Vec<RemoteFile>, weights: &[String]) -> Vec<RemoteFile> {
+    files.retain(|file| is_read(&file.path, weights));
     files
-        .into_iter()
-        .filter(|file| !file.path.contains('/'))
-        .filter(|file| {
-            weights.contains(&file.path) || index(&file.path) || !is_weights_or_media(&file.path)
-        })
-        .collect()
+}
+
+/// Whether some verb reads a file: one of the `weights`, or what is small and lies at the top.
+fn is_read(path: &str, weights: &[String]) -> bool {
+    let index = path.ends_with(".safetensors.index.json");
+    let named = weights.iter().any(|name| name == path);
+    !path.contains('/') && (named || index || !is_weights_or_media(path))
 }
 
 /// One repository's part of the cache, laid out as huggingface_hub does.
@@ -519,11 +665,51 @@ impl Cache {
         self.root.join("blobs").join(oid)
     }
 
-    fn lock_path(&self, oid: &str) -> PathBuf {
-        // the folders are made here, where the first file of a repository passes
-        let _ = std::fs::create_dir_all(&self.locks);
-        let _ = std::fs::create_dir_all(self.root.join("blobs"));
-        self.locks.join(format!("{oid}.lock"))
+    fn place(&self, oid: &str) -> Place {
+        let blob = self.blob(oid);
+        Place {
+            lock: self.locks.join(format!("{oid}.lock")),
+            partial: blob.with_extension("incomplete"),
+            target: blob,
+            named_by_hash: true,
+        }
+    }
+
+    /// Where huggingface_hub 2 keeps the listing of a commit, and looks for it.
+    fn listing_path(&self, commit: &str) -> PathBuf {
+        self.root.join("trees").join(format!("{commit}.json"))
+    }
+
+    /// Keeps the listing of a commit: offline, it tells what is missing.
+    fn list(&self, commit: &str, files: &[RemoteFile]) -> Result<()> {
+        let path = self.listing_path(commit);
+        if path.exists() {
+            return Ok(());
+        }
+        let entry = |file: &RemoteFile| {
+            let mut entry = json!({"size": file.size, "blob_id": file.blob_id});
+            if file.lfs {
+                entry["lfs_sha256"] = json!(file.oid);
+                entry["lfs_size"] = json!(file.size);
+            }
+            if let Some(hash) = &file.xet_hash {
+                entry["xet_hash"] = json!(hash);
+            }
+            (file.path.clone(), entry)
+        };
+        let files: serde_json::Map<_, _> = files.iter().map(entry).collect();
+        let listing = json!({"format_version": 1, "files": files});
+        let folder = path.parent().expect("a listing lies in a folder");
+        std::fs::create_dir_all(folder).context("create", folder)?;
+        write_atomically(&path, listing.to_string().as_bytes()).map(drop)
+    }
+
+    /// The paths of a commit's files, where its listing was kept.
+    fn listed(&self, commit: &str) -> Option<Vec<String>> {
+        let text = std::fs::read(self.listing_path(commit)).ok()?;
+        let listing: Value = serde_json::from_slice(&text).ok()?;
+        let files = listing["files"].as_object()?;
+        Some(files.keys().cloned().collect())
     }
 
     /// Links the files of a commit to their contents.
@@ -548,37 +734,98 @@ impl Cache {
         let path = self.root.join("refs").join(revision);
         let folder = path.parent().expect("a ref lies in a folder");
         std::fs::create_dir_all(folder).context("create", folder)?;
-        crate::weights::shard::write_atomically(&path, commit.as_bytes()).map(drop)
+        write_atomically(&path, commit.as_bytes()).map(drop)
     }
 
-    fn offline(&self, repo: &str, revision: &str) -> Result<Snapshot> {
+    /// A commit as it lies in the cache, if nothing of it is missing: of these names, or of what verbs read.
+    fn kept(&self, repo: &str, revision: &str, names: Option<&[&str]>) -> Result<Snapshot> {
         let named = std::fs::read_to_string(self.root.join("refs").join(revision));
         let commit = named.unwrap_or_else(|_| revision.to_string());
-        let dir = self.root.join("snapshots").join(commit.trim());
+        let commit = commit.trim().to_string();
+        let dir = self.root.join("snapshots").join(&commit);
         if !dir.is_dir() {
             return Err(Error::Offline { repo: repo.into() });
+        }
+        let listed = self.listed(&commit);
+        let wanted = match (names, listed) {
+            (Some(names), Some(listed)) => {
+                let named = |path: &String| names.contains(&path.as_str());
+                listed.into_iter().filter(named).collect()
+            }
+            (Some(_), None) => Vec::new(),
+            (None, listed) => self.needed(&dir, listed)?,
+        };
+        let missing: Vec<String> = wanted
+            .into_iter()
+            .filter(|path| !dir.join(path).is_file())
+            .collect();
+        if !missing.is_empty() {
+            return Err(Error::NotAllCached {
+                repo: repo.into(),
+                missing,
+            });
         }
         Ok(Snapshot {
             dir,
             repo: Some(repo.into()),
-            commit: Some(commit.trim().into()),
+            commit: Some(commit),
         })
+    }
+
+    /// What verbs read of a snapshot, by its listing; without one, what lies there and what its indices name.
+    fn needed(&self, dir: &Path, listed: Option<Vec<String>>) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(dir).context("list", dir)? {
+            names.extend(entry.context("list", dir)?.file_name().into_string());
+        }
+        let mut shards = Vec::new();
+        let mut weights = vec![crate::adapter::WEIGHTS_FILE.to_string()];
+        for layout in [Layout::Model, Layout::Decomposition] {
+            weights.push(layout.single_file());
+            let index = dir.join(layout.index_file());
+            if let Ok(bytes) = std::fs::read(&index) {
+                shards.extend(Index::parse(&index, &bytes)?.files());
+            }
+        }
+        let mut wanted = listed.unwrap_or(names);
+        wanted.retain(|path| is_read(path, &weights));
+        wanted.extend(shards);
+        Ok(wanted)
     }
 }
 
-/// The sha256 and length of what a reader yields, and git's blob id if it is small.
-pub(super) fn local_digest(path: &Path) -> Result<(String, u64)> {
+/// What identifies the contents of a file.
+pub(super) struct Digests {
+    pub size: u64,
+    pub sha256: String,
+    /// The id git gives them, of a file that is no larger than asked.
+    pub blob_id: Option<String>,
+}
+
+/// Reads a file once, for all that identifies it.
+pub(super) fn digests(path: &Path, blob_bytes_max: u64) -> Result<Digests> {
     let mut file = File::open(path).context("open", path)?;
+    let told = file.metadata().context("read", path)?.len();
+    let mut blob =
+        (told <= blob_bytes_max).then(|| Sha1::new_with_prefix(format!("blob {told}\0")));
     let (mut hash, mut size) = (Sha256::new(), 0);
     let mut buffer = vec![0u8; 1 << 20];
     loop {
         let n = file.read(&mut buffer).context("read", path)?;
         if n == 0 {
-            return Ok((crate::sum::hex(&hash.finalize()), size));
+            break;
         }
         hash.update(&buffer[..n]);
+        if let Some(blob) = &mut blob {
+            blob.update(&buffer[..n]);
+        }
         size += n as u64;
     }
+    Ok(Digests {
+        size,
+        sha256: hex(&hash.finalize()),
+        blob_id: blob.map(|blob| hex(&blob.finalize())),
+    })
 }
 
 #[cfg(test)]
@@ -586,12 +833,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blob_ids_are_gits() {
-        // printf 'hello\n' | git hash-object --stdin
-        assert_eq!(
-            git_blob_id(b"hello\n"),
-            "ce013625030ba8dba906f756967f9e9ca394464a"
-        );
+    fn one_reading_gives_gits_id_and_the_sha256() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("hello");
+        std::fs::write(&path, "hello\n").expect("writes");
+        // sha256sum, and git hash-object
+        let found = digests(&path, 6).expect("reads");
+        let sha256 = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03";
+        assert_eq!((found.size, found.sha256.as_str()), (6, sha256));
+        let blob = "ce013625030ba8dba906f756967f9e9ca394464a";
+        assert_eq!(found.blob_id.as_deref(), Some(blob));
+        assert_eq!(digests(&path, 5).expect("reads").blob_id, None);
     }
 
     #[test]
@@ -600,6 +852,8 @@ mod tests {
             path: path.to_string(),
             size: 1,
             oid: String::new(),
+            blob_id: String::new(),
+            xet_hash: None,
             lfs: false,
         };
         let all = [

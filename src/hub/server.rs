@@ -1,27 +1,32 @@
 //! A small Hugging Face Hub on this machine: what tests, offline teams and `svdhub hub serve` publish to.
 //!
 //! It speaks as much of the Hub's protocol as huggingface_hub, hf-hub, huggingface.js and curl use for models and
-//! datasets, with classic LFS (set `HF_HUB_DISABLE_XET=1` for the Python client). Contents come from a second port,
-//! because clients treat a redirect within one origin differently. Tests can break any reply on purpose and read
-//! afterwards what was asked.
+//! datasets, with classic LFS (set `HF_HUB_DISABLE_XET=1` for the Python client), in one piece or in parts. Contents come
+//! from a second port, because clients treat a redirect within one origin differently. Tests can break any reply on
+//! purpose and read afterwards what was asked.
 //!
-//! This file moves bytes; `routes`, `browse` and `publish` decide what to answer, `repo` says what a repository is,
-//! `store` remembers, `fault` breaks.
+//! This file moves bytes; `routes` finds who answers: `access`, `browse`, `publish`, `lfs`, `discuss`. `repo` says what a
+//! repository is, `store` remembers, `fault` breaks.
 
+mod access;
 mod browse;
+mod discuss;
 mod fault;
+mod lfs;
 mod publish;
 mod reply;
 mod repo;
 mod routes;
 mod store;
 
+pub use access::{Grant, Scope};
 pub use fault::{Effect, Fault};
 
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, SeekFrom};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -39,8 +44,8 @@ use tokio::sync::oneshot;
 use tokio::task::block_in_place;
 use tokio_util::io::ReaderStream;
 
+use lfs::Receiving;
 use reply::{Call, Content, Refusal, Reply, header_text};
-use repo::Refused;
 use routes::Hub;
 use store::Store;
 
@@ -54,14 +59,32 @@ const JOURNAL_MAX: usize = 100_000;
 const PIECE_BYTES: usize = 256 << 10;
 
 /// How a Hub is started.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct ServerOptions {
     /// 0: any free port.
     pub port: u16,
-    /// The only token that writes and sees private and gated repositories; `None`: every token `hf_…` does.
+    /// The tokens that are known; with none, every token `hf_…` writes, and every `hf_read…` reads.
     ///
-    /// Either way a token `hf_read…` may read what is public, and must not write.
-    pub token: Option<String>,
+    /// Beside known ones a token `hf_read…` is that of a stranger, who reads what is public.
+    pub grants: Vec<Grant>,
+    /// The most entries of one page of a list.
+    pub page_entries: usize,
+    /// LFS objects larger than this are sent in parts of it, where the client can do that.
+    pub part_bytes: Option<u64>,
+    /// How long a token holds that was exchanged for a job's identity.
+    pub login_seconds: u64,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self {
+            port: 0,
+            grants: Vec::new(),
+            page_entries: 1000,
+            part_bytes: None,
+            login_seconds: 3600,
+        }
+    }
 }
 
 /// A running Hub; it stops when this value is dropped.
@@ -78,6 +101,8 @@ pub struct Request {
     /// With its query. Contents have the path `/objects/<sha256>`.
     pub path: String,
     pub status: u16,
+    /// The length of the request's body, as far as it was read.
+    pub received: u64,
     /// The length of the answer's body.
     pub bytes: u64,
     /// Whether an Authorization header came, with whatever in it.
@@ -95,7 +120,10 @@ impl Server {
         let cdn = format!("http://{cdn_address}");
         let hub = Hub {
             store,
-            token: options.token.clone(),
+            grants: options.grants.clone(),
+            page_entries: options.page_entries.max(1),
+            part_bytes: options.part_bytes,
+            login_seconds: options.login_seconds,
             cdn,
             secret: secret(),
         };
@@ -138,6 +166,11 @@ impl Server {
     /// Lets the next matching requests go wrong; of several faults that match, the oldest comes first.
     pub fn inject(&self, fault: Fault) {
         locked(&self.shared.faults).push(fault);
+    }
+
+    /// Forgets the faults that have not struck yet.
+    pub fn heal(&self) {
+        locked(&self.shared.faults).clear();
     }
 
     /// Serves until the process ends.
@@ -225,12 +258,22 @@ fn run(
 }
 
 async fn handle(shared: Arc<Shared>, side: Side, request: HttpRequest) -> Response<Body> {
-    let (parts, body) = request.into_parts();
+    let (mut parts, body) = request.into_parts();
+    let received = Arc::new(AtomicU64::new(0));
+    let counter = Arc::clone(&received);
+    let body = Body::from_stream(body.into_data_stream().inspect(move |piece| {
+        let bytes = piece.as_ref().map_or(0, Bytes::len);
+        counter.fetch_add(bytes as u64, Ordering::Relaxed);
+    }));
+    let range = header_text(&parts.headers, header::RANGE).map(str::to_owned);
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
     let path = path.to_owned();
     let line = format!("{} {path}", parts.method);
     let effect = fault::take(&mut locked(&shared.faults), &line);
-    let reply = match &effect {
+    if let Some(Effect::IgnoreRange) = effect {
+        parts.headers.remove(header::RANGE);
+    }
+    let mut reply = match &effect {
         Some(Effect::Status {
             status, body: said, ..
         }) => {
@@ -245,6 +288,7 @@ async fn handle(shared: Arc<Shared>, side: Side, request: HttpRequest) -> Respon
         }
         _ => carry_out(&shared, side, &parts, body).await,
     };
+    fault::forge(&mut reply, effect.as_ref());
     if let Some(Effect::Slow { delay_ms }) = effect {
         tokio::time::sleep(Duration::from_millis(delay_ms)).await;
     }
@@ -255,9 +299,10 @@ async fn handle(shared: Arc<Shared>, side: Side, request: HttpRequest) -> Respon
         method: parts.method.to_string(),
         path,
         status: reply.status,
+        received: received.load(Ordering::Relaxed),
         bytes: reply.content.len(),
         authorized: parts.headers.contains_key(header::AUTHORIZATION),
-        range: text(header::RANGE),
+        range,
         user_agent: text(header::USER_AGENT),
     });
     respond(reply, &parts.method, effect).await
@@ -282,20 +327,18 @@ async fn carry_out(shared: &Shared, side: Side, parts: &Parts, body: Body) -> Re
     let call = Call::new(parts, body, &shared.endpoint);
     block_in_place(|| match side {
         Side::Hub => routes::answer(&shared.hub, &call),
-        Side::Cdn => routes::download(&shared.hub, &call),
+        Side::Cdn => lfs::download(&shared.hub, &call).unwrap_or_else(|Refusal(reply)| reply),
     })
 }
 
-/// Takes an LFS object of any size, piece by piece to disk.
+/// Takes an LFS object of any size, or a part of one, piece by piece to disk.
 async fn receive(hub: &Hub, call: &Call, pieces: &mut BodyDataStream) -> Result<Reply, Refusal> {
-    let oid = routes::upload_target(hub, call)?;
-    let mut incoming = hub.store.receive().map_err(Refused::Disk)?;
+    let mut receiving = Receiving::begin(hub, call)?;
     while let Some(piece) = pieces.next().await {
         let piece = piece.map_err(|_| Refusal::new(400, "The body was cut"))?;
-        block_in_place(|| incoming.write(&piece)).map_err(Refused::Disk)?;
+        block_in_place(|| receiving.write(&piece))?;
     }
-    block_in_place(|| incoming.finish(Some(oid)))?;
-    Ok(Reply::empty(200).header("etag", format!("\"{oid}\"")))
+    block_in_place(|| receiving.finish())
 }
 
 async fn respond(reply: Reply, method: &Method, effect: Option<Effect>) -> Response<Body> {
@@ -508,6 +551,102 @@ mod tests {
         );
         let create = || post(&server, "/api/repos/create", r#"{"name": "x"}"#).0;
         assert_eq!((create(), create()), (500, 409));
+    }
+
+    #[test]
+    fn an_object_in_parts_is_put_together_and_checked() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = ServerOptions {
+            part_bytes: Some(400),
+            ..ServerOptions::default()
+        };
+        let server = Server::start(folder.path(), &options).unwrap();
+        assert_eq!(
+            post(&server, "/api/repos/create", r#"{"name": "x"}"#).0,
+            200
+        );
+        let weights: Vec<u8> = (0..1000u32).map(|i| (i * i % 251) as u8).collect();
+        let oid = repo::hex(&Sha256::digest(&weights));
+        let batch = |transfers: &[&str]| {
+            let objects = json!([{"oid": oid, "size": 1000}]);
+            let asked = json!({"operation": "upload", "transfers": transfers, "objects": objects});
+            let path = "/local/x.git/info/lfs/objects/batch";
+            post(&server, path, &asked.to_string()).1
+        };
+        assert_eq!(batch(&["basic"])["transfer"], "basic");
+        let told = batch(&["basic", "multipart"]);
+        assert_eq!(told["transfer"], "multipart");
+        let upload = &told["objects"][0]["actions"]["upload"];
+        assert_eq!(upload["header"]["chunk_size"], "400");
+        let mut parts = Vec::new();
+        for (number, part) in weights.chunks(400).enumerate() {
+            let url = upload["header"][format!("{:05}", number + 1)]
+                .as_str()
+                .unwrap();
+            let answer = ask("PUT", url, "", part);
+            assert_eq!(answer.status, 200);
+            let etag = answer.header("etag").unwrap();
+            parts.push(json!({"partNumber": number + 1, "etag": etag}));
+        }
+        assert_eq!(parts.len(), 3);
+        let complete = |parts: &[Value]| {
+            let body = json!({"oid": oid, "parts": parts}).to_string();
+            ask(
+                "POST",
+                upload["href"].as_str().unwrap(),
+                "",
+                body.as_bytes(),
+            )
+            .status
+        };
+        assert_eq!(complete(&parts[..2]), 400, "a part is missing");
+        assert_eq!(
+            complete(&[parts[1].clone()]),
+            400,
+            "they begin with the first"
+        );
+        let mut swapped = parts.clone();
+        swapped[0]["etag"] = parts[1]["etag"].clone();
+        assert_eq!(complete(&swapped), 400, "another part in its place");
+        assert_eq!(complete(&parts), 200);
+        assert!(batch(&["multipart"])["objects"][0].get("actions").is_none());
+        assert_eq!(
+            std::fs::read(server.shared.hub.store.object(&oid).unwrap().0).unwrap(),
+            weights
+        );
+        let sent: u64 = server
+            .requests()
+            .iter()
+            .filter(|r| r.method == "PUT")
+            .map(|r| r.received)
+            .sum();
+        assert_eq!(sent, 1000, "the journal counts what came in");
+    }
+
+    #[test]
+    fn links_expire_ranges_are_ignored_and_bodies_dawdle() {
+        let (_folder, server, weights) = hub_with_weights();
+        let once = |matching: &str, effect| {
+            let (matching, times) = (matching.to_owned(), 1);
+            server.inject(Fault {
+                matching,
+                times,
+                effect,
+            });
+        };
+        once("/resolve/", Effect::ExpiredLink);
+        assert_eq!(ask("GET", &weights_url(&server), "", b"").status, 403);
+        let url = weights_url(&server);
+        once("GET /objects/", Effect::IgnoreRange);
+        let whole = ask("GET", &url, "Range: bytes=10-19\r\n", b"");
+        assert_eq!((whole.status, whole.body.len()), (200, 1000));
+        once("GET /objects/", Effect::SlowBody { delay_ms: 1 });
+        assert_eq!(ask("GET", &url, "", b"").body, weights);
+        let path = "../../escaped".to_owned();
+        once("/tree/", Effect::ExtraFile { path });
+        let tree = format!("{}/api/models/ada/engine/tree/main", server.endpoint());
+        let listed = ask("GET", &tree, "", b"").body;
+        assert!(String::from_utf8(listed).unwrap().contains("../../escaped"));
     }
 
     #[test]

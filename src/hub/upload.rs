@@ -1,20 +1,22 @@
-//! A directory to the Hub: large files through LFS, everything in one commit, and then compared with what arrived.
+//! A directory to the Hub: large files through LFS, the rest in commits, and then compared with what arrived.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use hf_hub::RepoTypeModel;
+use hf_hub::{HFClientSync, RepoTypeModel};
 use reqwest::Method;
-use reqwest::blocking::Body;
 use serde_json::{Value, json};
 
-use super::client::{Asked, Hub, UPLOAD_TIMEOUT, segment};
-use super::download::{git_blob_id, local_digest};
+use super::client::{Asked, Hub, TRIES, segment};
+use super::download::digests;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
+use crate::weights::place::Home;
 
 /// How to push.
 #[derive(Debug, Clone)]
@@ -58,36 +60,106 @@ pub struct Pushed {
 
 /// One file to push.
 #[derive(Debug, Clone)]
-struct LocalFile {
-    name: String,
-    path: PathBuf,
-    size: u64,
-    sha256: String,
-    lfs: bool,
-    unchanged: bool,
+pub(super) struct LocalFile {
+    pub name: String,
+    pub path: PathBuf,
+    pub size: u64,
+    pub sha256: String,
+    /// The id git gives it, as long as it may travel in a commit.
+    pub blob_id: Option<String>,
+    pub lfs: bool,
+    pub unchanged: bool,
+}
+
+/// A push under way.
+pub(super) struct Push<'a> {
+    pub hub: &'a Hub,
+    pub repo: &'a str,
+    /// What the next commit lands on: the branch, or the pull request once there is one.
+    pub revision: String,
+    pub options: &'a PushOptions,
+    pub observer: &'a dyn Observer,
+}
+
+/// A commit that is on the Hub.
+struct Landed {
+    commit: String,
+    pull_request_url: Option<String>,
 }
 
 /// Files of one preupload request, as the Hub's clients do.
 const PREUPLOAD_FILES: usize = 256;
+/// A larger file never travels in a commit, whatever the Hub says.
+pub(super) const INLINE_BYTES_MAX: u64 = 10_000_000;
+/// Of one commit; the Hub advises against more.
+const COMMIT_FILES: usize = 50;
+const COMMIT_BYTES: u64 = 16_000_000;
 
-/// The files of a directory that are published: no hidden ones, no folders, links only if they lead to files.
+/// The files of a directory that are published, by their paths below it: all but hidden ones and what caches and
+/// interpreters leave behind. Links are followed as long as they stay inside.
 pub fn published_files(dir: &Path) -> Result<Vec<String>> {
+    let home = Home::of(dir)?;
     let mut names = Vec::new();
-    for entry in std::fs::read_dir(dir).context("list", dir)? {
-        let entry = entry.context("list", dir)?;
-        if let Ok(name) = entry.file_name().into_string()
-            && !name.starts_with('.')
-            && entry.path().is_file()
-        {
-            names.push(name);
-        }
-    }
+    let mut above = vec![std::fs::canonicalize(dir).context("find", dir)?];
+    walk(dir, "", &home, &mut above, &mut names)?;
     names.sort();
     Ok(names)
 }
 
+fn walk(
+    dir: &Path,
+    prefix: &str,
+    home: &Home,
+    above: &mut Vec<PathBuf>,
+    names: &mut Vec<String>,
+) -> Result<()> {
+    for entry in std::fs::read_dir(dir).context("list", dir)? {
+        let path = entry.context("list", dir)?.path();
+        let text = path.file_name().and_then(|name| name.to_str());
+        let Some(text) = text else {
+            let reason = "its name is not UTF-8";
+            return Err(Error::NotPublishable { path, reason });
+        };
+        if is_left_behind(text) {
+            continue;
+        }
+        let name = format!("{prefix}{text}");
+        let target = std::fs::canonicalize(&path).context("find", &path)?;
+        if path.is_symlink() && !home.holds(&target) {
+            return Err(Error::LinkOutside { path, target });
+        }
+        if target.is_file() {
+            names.push(name);
+        } else if target.is_dir() {
+            // a link to a folder that holds it would never end
+            if above.contains(&target) {
+                let reason = "it is a link to a folder that holds it";
+                return Err(Error::NotPublishable { path, reason });
+            }
+            above.push(target);
+            walk(&path, &format!("{name}/"), home, above, names)?;
+            above.pop();
+        } else {
+            let reason = "it is no file";
+            return Err(Error::NotPublishable { path, reason });
+        }
+    }
+    Ok(())
+}
+
+/// What is never published: `.git`, `.cache` and everything hidden, and the leavings of Python and of downloads.
+fn is_left_behind(name: &str) -> bool {
+    let endings = [".pyc", ".incomplete", ".lock", ".partial"];
+    name.starts_with('.')
+        || name == "__pycache__"
+        || endings.iter().any(|ending| name.ends_with(ending))
+}
+
 impl Hub {
-    /// Pushes every file of `dir` in one commit: it lands whole or not at all.
+    /// Pushes every file of `dir`, and makes sure that it arrived.
+    ///
+    /// What fits one commit lands whole or not at all; of more, the weights come first, what names them next, and the card
+    /// last. Killed at any time, the same call goes on: what is on the Hub is not sent again.
     pub fn push(
         &self,
         dir: &Path,
@@ -98,100 +170,153 @@ impl Hub {
         if self.options.offline {
             return Err(Error::Offline { repo: repo.into() });
         }
+        let mut files = local_files(dir, observer)?;
         let api = self.api()?;
-        let (owner, name) = hf_hub::split_id(repo);
-        api.create_repository()
-            .repo_id(repo)
-            .repo_type(RepoTypeModel)
-            .private(options.private)
-            .exist_ok(true)
-            .send()
-            .map_err(|e| self.understand(e, repo, "main"))?;
         let branch = options.branch.clone().unwrap_or_else(|| "main".into());
-        let remote = api.model(owner, name);
-        if branch != "main" {
-            let refs = remote
-                .list_refs()
-                .send()
-                .map_err(|e| self.understand(e, repo, &branch))?;
-            if !refs.branches.iter().any(|b| b.name == branch) {
-                remote
-                    .create_branch()
-                    .branch(&branch)
-                    .send()
-                    .map_err(|e| self.understand(e, repo, &branch))?;
+        self.prepare(&api, repo, &branch, options)?;
+        let mut push = Push {
+            hub: self,
+            repo,
+            revision: branch.clone(),
+            options,
+            observer,
+        };
+        let mut head = self.commit_of(repo, &branch)?;
+        push.preupload(&mut files)?;
+        let bytes_sent = push.send_large(&files)?;
+        let mut pull_request_url = None;
+        let batches = batches(&files);
+        for (number, batch) in batches.iter().enumerate() {
+            let title = match batches.len() {
+                1 => options.message.clone(),
+                all => format!("{} ({} of {all})", options.message, number + 1),
+            };
+            let landed = push.commit(&head, batch, &title)?;
+            head = landed.commit;
+            if let Some(url) = landed.pull_request_url {
+                let opened = url.rsplit('/').next().unwrap_or_default();
+                push.revision = format!("refs/pr/{opened}");
+                pull_request_url = Some(url);
             }
         }
-        let parent = self.commit_of(repo, &branch)?;
-        let mut files = self.local_files(dir, observer)?;
-        self.preupload(repo, &branch, options, &mut files)?;
-        let bytes_sent = self.send_large(repo, &branch, &files, observer)?;
-        let answer = self.commit(repo, &branch, &parent, options, &files)?;
-        let commit = answer["commitOid"].as_str().unwrap_or(&parent).to_string();
-        self.compare(repo, &commit, &files)?;
+        let differing = self.differing(repo, &head, &files)?;
+        if !differing.is_empty() {
+            return Err(Error::RemoteDiffers {
+                repo: repo.into(),
+                differing,
+            });
+        }
         if let Some(tag) = &options.tag {
-            remote
-                .create_tag()
-                .tag(tag)
-                .revision(&commit)
-                .send()
-                .map_err(|e| self.understand(e, repo, &branch))?;
+            self.tag(&api, repo, tag, &head)?;
         }
         Ok(Pushed {
             repo: repo.into(),
             branch,
             url: format!("{}/{repo}", self.endpoint()),
-            commit,
-            pull_request_url: answer["pullRequestUrl"].as_str().map(str::to_string),
+            commit: head,
+            pull_request_url,
             files: files.len(),
             bytes_sent,
             unchanged: files.iter().filter(|f| f.unchanged).count(),
         })
     }
 
-    fn local_files(&self, dir: &Path, observer: &dyn Observer) -> Result<Vec<LocalFile>> {
-        let names = published_files(dir)?;
-        let size = |name: &String| std::fs::metadata(dir.join(name)).map_or(0, |m| m.len());
-        observer.start(Stage::Hash, names.iter().map(size).sum(), Unit::Bytes);
-        let files = names
-            .into_iter()
-            .map(|name| {
-                let path = dir.join(&name);
-                let (sha256, size) = local_digest(&path)?;
-                observer.advance(Stage::Hash, size, &name);
-                Ok(LocalFile {
-                    name,
-                    path,
-                    size,
-                    sha256,
-                    lfs: false,
-                    unchanged: false,
-                })
-            })
-            .collect();
-        observer.finish(Stage::Hash);
-        files
-    }
-
-    /// Asks which files go through LFS, and which are there already.
-    fn preupload(
+    /// Makes the repository and the branch, as far as they are not there.
+    fn prepare(
         &self,
+        api: &HFClientSync,
         repo: &str,
         branch: &str,
         options: &PushOptions,
-        files: &mut [LocalFile],
     ) -> Result<()> {
-        let query = if options.pull_request {
-            "?create_pr=1"
-        } else {
-            ""
+        let (owner, name) = hf_hub::split_id(repo);
+        let made = api
+            .create_repository()
+            .repo_id(repo)
+            .repo_type(RepoTypeModel)
+            .private(options.private)
+            .exist_ok(true)
+            .send()
+            .map_err(|e| self.understand(e, repo, "main"));
+        match made {
+            Ok(_) => {}
+            // a token for one repository may write to it, and make none
+            Err(refused @ Error::Forbidden { .. }) => {
+                self.commit_of(repo, "main").map_err(|_| refused)?;
+            }
+            Err(other) => return Err(other),
+        }
+        if options.private && self.info(repo, "main")?["private"] == false {
+            return Err(Error::NotPrivate { repo: repo.into() });
+        }
+        if branch == "main" {
+            return Ok(());
+        }
+        let remote = api.model(owner, name);
+        let is_there = || -> Result<bool> {
+            let refs = remote
+                .list_refs()
+                .send()
+                .map_err(|e| self.understand(e, repo, branch))?;
+            Ok(refs.branches.iter().any(|b| b.name == branch))
         };
-        let url = format!(
-            "{}/api/models/{repo}/preupload/{}{query}",
-            self.endpoint(),
-            segment(branch)
-        );
-        let what = asked("publish", url, repo, branch);
+        if is_there()? {
+            return Ok(());
+        }
+        match remote.create_branch().branch(branch).send() {
+            Ok(()) => Ok(()),
+            // made by a request whose answer was lost, or by somebody else
+            Err(_) if is_there()? => Ok(()),
+            Err(error) => Err(self.understand(error, repo, branch)),
+        }
+    }
+
+    /// Names a commit; a tag that names it already is fine.
+    fn tag(&self, api: &HFClientSync, repo: &str, tag: &str, commit: &str) -> Result<()> {
+        let (owner, name) = hf_hub::split_id(repo);
+        let remote = api.model(owner, name);
+        let made = remote.create_tag().tag(tag).revision(commit).send();
+        let Err(error) = made else {
+            return Ok(());
+        };
+        let refs = remote
+            .list_refs()
+            .send()
+            .map_err(|e| self.understand(e, repo, commit))?;
+        match refs.tags.into_iter().find(|there| there.name == tag) {
+            Some(there) if there.target_commit == commit => Ok(()),
+            Some(there) => Err(Error::TagTaken {
+                repo: repo.into(),
+                tag: tag.into(),
+                commit: there.target_commit,
+            }),
+            None => Err(self.understand(error, repo, commit)),
+        }
+    }
+
+    /// The files that a commit holds otherwise, or not at all, by hash.
+    fn differing<'a>(
+        &self,
+        repo: &str,
+        commit: &str,
+        files: impl IntoIterator<Item = &'a LocalFile>,
+    ) -> Result<Vec<String>> {
+        let remote = self.files(repo, commit)?;
+        let there: std::collections::HashMap<&str, &str> = remote
+            .iter()
+            .map(|file| (file.path.as_str(), file.oid.as_str()))
+            .collect();
+        let differs = |file: &&LocalFile| there.get(file.name.as_str()).copied() != file.oid();
+        let files = files.into_iter().filter(differs);
+        Ok(files.map(|file| file.name.clone()).collect())
+    }
+}
+
+impl Push<'_> {
+    /// Asks which files go through LFS, and which are there already.
+    fn preupload(&self, files: &mut [LocalFile]) -> Result<()> {
+        let url = self.revision_url("preupload");
+        let what = Asked::of("publish", url, self.repo, &self.revision);
         for batch in files.chunks_mut(PREUPLOAD_FILES) {
             let asked: Vec<Value> = batch
                 .iter()
@@ -206,263 +331,349 @@ impl Hub {
                 })
                 .collect::<Result<_>>()?;
             let body = json!({ "files": asked });
-            let response = self.send(&what, &|url| self.request(Method::POST, url).json(&body))?;
-            let answer: Value = self.json(&what, response)?;
+            let post = |url: &str| self.hub.request(Method::POST, url).json(&body);
+            let (answer, _): (Value, _) = self.hub.answer(&what, &post)?;
             for told in answer["files"].as_array().into_iter().flatten() {
                 let Some(file) = batch.iter_mut().find(|f| told["path"] == f.name.as_str()) else {
                     continue;
                 };
-                file.lfs = told["uploadMode"] == "lfs";
-                if let Some(oid) = told["oid"].as_str() {
-                    file.unchanged = oid == file.remote_oid()?;
+                file.lfs = told["uploadMode"] == "lfs" || file.size > INLINE_BYTES_MAX;
+                file.unchanged = told["oid"]
+                    .as_str()
+                    .is_some_and(|oid| Some(oid) == file.oid());
+            }
+        }
+        Ok(())
+    }
+
+    /// One commit on top of `parent`.
+    ///
+    /// Where its answer is lost, the Hub is asked whether it has landed before it is sent once more.
+    fn commit(&self, parent: &str, batch: &[&LocalFile], title: &str) -> Result<Landed> {
+        let body = commit_body(parent, batch, title)?;
+        let before = self.pull_requests()?;
+        let mut pause = Duration::from_millis(300);
+        for attempt in 1.. {
+            let error = match self.send_commit(&body) {
+                Ok(landed) => return Ok(landed),
+                Err(error) => error,
+            };
+            let wait = match &error {
+                // not carried out
+                Error::RateLimited { retry_after_s } if *retry_after_s <= 300 => {
+                    Duration::from_secs(*retry_after_s)
+                }
+                error if is_lost(error) => pause,
+                Error::BranchMoved { .. } if attempt > 1 => pause,
+                _ => return Err(error),
+            };
+            // the Hub may be at it still
+            std::thread::sleep(wait.max(pause));
+            if let Some(landed) = self.landed(parent, batch, &before)? {
+                tracing::debug!(
+                    commit = landed.commit,
+                    "the commit whose answer was lost is there"
+                );
+                return Ok(landed);
+            }
+            if attempt == TRIES {
+                return Err(error);
+            }
+            pause *= 2;
+        }
+        unreachable!("the last try returns")
+    }
+
+    fn send_commit(&self, body: &str) -> Result<Landed> {
+        let url = self.revision_url("commit");
+        let what = Asked::of("commit", url, self.repo, &self.revision);
+        let response = self.hub.send_once(&what, || {
+            self.hub
+                .request(Method::POST, &what.url)
+                .header("Content-Type", "application/x-ndjson")
+                .timeout(self.hub.upload_patience(body.len() as u64))
+                .body(body.to_owned())
+        })?;
+        let answer: Value = self.hub.json(&what, response)?;
+        match answer["commitOid"].as_str() {
+            Some(commit) => Ok(Landed {
+                commit: commit.into(),
+                pull_request_url: answer["pullRequestUrl"].as_str().map(str::to_string),
+            }),
+            None => Err(Error::AnswerCut {
+                request: what.action.into(),
+            }),
+        }
+    }
+
+    /// The commit that holds a batch, if it landed on `parent`, or in a pull request that was not there `before`.
+    fn landed(
+        &self,
+        parent: &str,
+        batch: &[&LocalFile],
+        before: &BTreeSet<(String, String)>,
+    ) -> Result<Option<Landed>> {
+        let holds = |commit: &str| -> Result<bool> {
+            let differing = self
+                .hub
+                .differing(self.repo, commit, batch.iter().copied())?;
+            Ok(differing.is_empty())
+        };
+        if self.opens_pull_request() {
+            for (name, commit) in self.pull_requests()?.difference(before) {
+                if holds(commit)? {
+                    let number = name.rsplit('/').next().unwrap_or_default();
+                    let (endpoint, repo) = (self.hub.endpoint(), self.repo);
+                    return Ok(Some(Landed {
+                        commit: commit.clone(),
+                        pull_request_url: Some(format!("{endpoint}/{repo}/discussions/{number}")),
+                    }));
                 }
             }
+            return Ok(None);
         }
-        Ok(())
+        let head = self.hub.commit_of(self.repo, &self.revision)?;
+        if head == parent {
+            return Ok(None);
+        }
+        if holds(&head)? {
+            return Ok(Some(Landed {
+                commit: head,
+                pull_request_url: None,
+            }));
+        }
+        Err(Error::BranchMoved {
+            repo: self.repo.into(),
+            branch: self.revision.clone(),
+            detail: format!("{head} is not ours"),
+        })
     }
 
-    /// Sends the contents of LFS files that the Hub does not have.
-    fn send_large(
-        &self,
-        repo: &str,
-        branch: &str,
-        files: &[LocalFile],
-        observer: &dyn Observer,
-    ) -> Result<u64> {
-        let large: Vec<&LocalFile> = files.iter().filter(|f| f.lfs && !f.unchanged).collect();
-        if large.is_empty() {
-            return Ok(0);
+    /// Every pull request with its commit, where one is about to be opened.
+    fn pull_requests(&self) -> Result<BTreeSet<(String, String)>> {
+        if !self.opens_pull_request() {
+            return Ok(BTreeSet::new());
         }
-        let url = format!("{}/{repo}.git/info/lfs/objects/batch", self.endpoint());
-        let what = asked("upload a large file", url, repo, branch);
-        let objects: Vec<Value> = large
-            .iter()
-            .map(|f| json!({"oid": f.sha256, "size": f.size}))
-            .collect();
-        let body = json!({
-            "operation": "upload",
-            "transfers": ["basic", "multipart"],
-            "hash_algo": "sha256",
-            "ref": {"name": format!("refs/heads/{branch}")},
-            "objects": objects,
-        });
-        let response = self.send(&what, &|url| {
-            self.request(Method::POST, url)
-                .header("Accept", "application/vnd.git-lfs+json")
-                .header("Content-Type", "application/vnd.git-lfs+json")
-                .body(body.to_string())
-        })?;
-        let answer: Value = self.json(&what, response)?;
-        observer.start(
-            Stage::Upload,
-            large.iter().map(|f| f.size).sum(),
-            Unit::Bytes,
-        );
-        let mut sent = 0;
-        for file in large {
-            let objects = answer["objects"].as_array();
-            let told = objects
-                .into_iter()
-                .flatten()
-                .find(|o| o["oid"] == file.sha256.as_str());
-            let Some(told) = told else {
-                return Err(Error::HubStatus {
-                    status: 200,
-                    request: what.action.into(),
-                    detail: format!("its answer does not say where `{}` goes", file.name),
-                });
-            };
-            if let Some(message) = told["error"]["message"].as_str() {
-                return Err(Error::HubStatus {
-                    status: told["error"]["code"].as_u64().unwrap_or(0) as u16,
-                    request: what.action.into(),
-                    detail: message.into(),
-                });
-            }
-            let upload = &told["actions"]["upload"];
-            if upload.is_object() {
-                self.send_object(repo, branch, file, upload)?;
-                sent += file.size;
-            }
-            let verify = &told["actions"]["verify"];
-            if let Some(href) = verify["href"].as_str() {
-                let body = json!({"oid": file.sha256, "size": file.size});
-                let what = asked("confirm an upload", href.into(), repo, branch);
-                self.send(&what, &|url| {
-                    with_headers(self.request(Method::POST, url), &verify["header"]).json(&body)
-                })?;
-            }
-            observer.advance(Stage::Upload, file.size, &file.name);
-        }
-        observer.finish(Stage::Upload);
-        Ok(sent)
+        let (owner, name) = hf_hub::split_id(self.repo);
+        let refs = self
+            .hub
+            .api()?
+            .model(owner, name)
+            .list_refs()
+            .include_pull_requests(true)
+            .send()
+            .map_err(|e| self.hub.understand(e, self.repo, &self.revision))?;
+        let requests = refs.pull_requests.into_iter();
+        Ok(requests.map(|it| (it.git_ref, it.target_commit)).collect())
     }
 
-    /// One object: in one piece, or in the parts the Hub asks for.
-    fn send_object(
-        &self,
-        repo: &str,
-        branch: &str,
-        file: &LocalFile,
-        upload: &Value,
-    ) -> Result<()> {
-        let href = upload["href"].as_str().unwrap_or_default().to_string();
-        let header = &upload["header"];
-        let chunk = header["chunk_size"]
-            .as_str()
-            .and_then(|size| size.parse::<u64>().ok())
-            .filter(|&size| size > 0);
-        let Some(chunk) = chunk else {
-            self.put(repo, branch, file, &href, 0, file.size, header)?;
-            return Ok(());
-        };
-        let mut parts = Vec::new();
-        for (number, start) in (0..file.size).step_by(chunk as usize).enumerate() {
-            let number = number + 1;
-            let part = header[format!("{number:05}")]
-                .as_str()
-                .unwrap_or_default()
-                .to_string();
-            let length = chunk.min(file.size - start);
-            let etag = self.put(repo, branch, file, &part, start, length, &Value::Null)?;
-            parts.push(json!({"partNumber": number, "etag": etag}));
-        }
-        let body = json!({"oid": file.sha256, "parts": parts});
-        let what = asked("complete an upload", href, repo, branch);
-        self.send(&what, &|url| self.request(Method::POST, url).json(&body))?;
-        Ok(())
+    fn opens_pull_request(&self) -> bool {
+        self.options.pull_request && !self.revision.starts_with("refs/pr/")
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn put(
-        &self,
-        repo: &str,
-        branch: &str,
-        file: &LocalFile,
-        href: &str,
-        start: u64,
-        length: u64,
-        header: &Value,
-    ) -> Result<String> {
-        use std::io::{Seek, SeekFrom};
-        let what = asked("upload a large file", href.into(), repo, branch);
-        // opened before the request is built, so that a missing file is an error of its own
-        File::open(&file.path).context("open", &file.path)?;
-        let response = self.send(&what, &|url| {
-            let request =
-                with_headers(self.request(Method::PUT, url), header).timeout(UPLOAD_TIMEOUT);
-            let body = File::open(&file.path).and_then(|mut opened| {
-                opened.seek(SeekFrom::Start(start))?;
-                Ok(opened.take(length))
-            });
-            match body {
-                Ok(body) => request.body(Body::sized(body, length)),
-                Err(_) => request,
-            }
-        })?;
-        let etag = response.headers().get("etag").and_then(|e| e.to_str().ok());
-        Ok(etag.unwrap_or_default().to_string())
-    }
-
-    /// One commit with everything that changed. It is sent once: a repeated commit could land twice.
-    fn commit(
-        &self,
-        repo: &str,
-        branch: &str,
-        parent: &str,
-        options: &PushOptions,
-        files: &[LocalFile],
-    ) -> Result<Value> {
-        let changed: Vec<&LocalFile> = files.iter().filter(|f| !f.unchanged).collect();
-        if changed.is_empty() {
-            return Ok(json!({ "commitOid": parent }));
-        }
-        let header = json!({"key": "header", "value":
-            {"summary": options.message, "description": "", "parentCommit": parent}});
-        let mut lines = vec![header.to_string()];
-        for file in changed {
-            let line = if file.lfs {
-                json!({"key": "lfsFile", "value":
-                    {"path": file.name, "algo": "sha256", "oid": file.sha256, "size": file.size}})
-            } else {
-                let bytes = std::fs::read(&file.path).context("read", &file.path)?;
-                json!({"key": "file", "value":
-                    {"path": file.name, "content": STANDARD.encode(bytes), "encoding": "base64"}})
-            };
-            lines.push(line.to_string());
-        }
-        let body = lines.join("\n");
-        let query = if options.pull_request {
+    fn revision_url(&self, verb: &str) -> String {
+        let query = if self.opens_pull_request() {
             "?create_pr=1"
         } else {
             ""
         };
-        let url = format!(
-            "{}/api/models/{repo}/commit/{}{query}",
-            self.endpoint(),
-            segment(branch)
-        );
-        let what = asked("commit", url, repo, branch);
-        let response = self.send_once(&what, || {
-            self.request(Method::POST, &what.url)
-                .header("Content-Type", "application/x-ndjson")
-                .timeout(UPLOAD_TIMEOUT)
-                .body(body)
-        })?;
-        self.json(&what, response)
-    }
-
-    /// Compares the commit's files with the local ones by hash.
-    fn compare(&self, repo: &str, commit: &str, files: &[LocalFile]) -> Result<()> {
-        let remote = self.files(repo, commit)?;
-        let mut differing = Vec::new();
-        for file in files {
-            let expected = file.remote_oid()?;
-            let there = remote.iter().find(|r| r.path == file.name);
-            if there.is_none_or(|r| r.oid != expected) {
-                differing.push(file.name.clone());
-            }
-        }
-        if differing.is_empty() {
-            Ok(())
-        } else {
-            Err(Error::RemoteDiffers {
-                repo: repo.into(),
-                differing,
-            })
-        }
+        let rest = format!("{verb}/{}{query}", segment(&self.revision));
+        self.hub.api_url(self.repo, &rest)
     }
 }
 
 impl LocalFile {
     /// The id under which the Hub keeps these contents.
-    fn remote_oid(&self) -> Result<String> {
+    fn oid(&self) -> Option<&str> {
         if self.lfs {
-            return Ok(self.sha256.clone());
+            Some(&self.sha256)
+        } else {
+            self.blob_id.as_deref()
         }
-        let bytes = std::fs::read(&self.path).context("read", &self.path)?;
-        Ok(git_blob_id(&bytes))
+    }
+
+    /// How late it is sent: weights, then what names them, then the card.
+    fn turn(&self) -> u8 {
+        match self.name.as_str() {
+            "README.md" => 2,
+            name if name == "config.json" || name.ends_with(".index.json") => 1,
+            _ => 0,
+        }
     }
 }
 
-fn asked(action: &'static str, url: String, repo: &str, revision: &str) -> Asked {
-    Asked {
-        action,
-        url,
-        repo: repo.into(),
-        revision: revision.into(),
-        file: String::new(),
+fn local_files(dir: &Path, observer: &dyn Observer) -> Result<Vec<LocalFile>> {
+    let names = published_files(dir)?;
+    let size = |name: &String| std::fs::metadata(dir.join(name)).map_or(0, |m| m.len());
+    observer.start(Stage::Hash, names.iter().map(size).sum(), Unit::Bytes);
+    let files = names
+        .into_iter()
+        .map(|name| {
+            let path = dir.join(&name);
+            let found = digests(&path, INLINE_BYTES_MAX)?;
+            observer.advance(Stage::Hash, found.size, &name);
+            Ok(LocalFile {
+                name,
+                path,
+                size: found.size,
+                sha256: found.sha256,
+                blob_id: found.blob_id,
+                lfs: false,
+                unchanged: false,
+            })
+        })
+        .collect();
+    observer.finish(Stage::Hash);
+    files
+}
+
+/// What is to be committed together: weights first, what names them later, the card in the last commit.
+fn batches(files: &[LocalFile]) -> Vec<Vec<&LocalFile>> {
+    let mut changed: Vec<&LocalFile> = files.iter().filter(|f| !f.unchanged).collect();
+    changed.sort_by_key(|file| file.turn());
+    let mut batches: Vec<Vec<&LocalFile>> = Vec::new();
+    let mut inline = 0;
+    for file in changed {
+        let bytes = if file.lfs { 0 } else { file.size };
+        let fits = |batch: &&mut Vec<&LocalFile>| {
+            batch.len() < COMMIT_FILES && inline + bytes <= COMMIT_BYTES
+        };
+        match batches.last_mut().filter(fits) {
+            Some(batch) => {
+                batch.push(file);
+                inline += bytes;
+            }
+            None => {
+                batches.push(vec![file]);
+                inline = bytes;
+            }
+        }
+    }
+    batches
+}
+
+fn commit_body(parent: &str, batch: &[&LocalFile], title: &str) -> Result<String> {
+    let header = json!({"key": "header", "value":
+        {"summary": title, "description": "", "parentCommit": parent}});
+    let mut body = header.to_string();
+    for file in batch {
+        let line = if file.lfs {
+            json!({"key": "lfsFile", "value":
+                {"path": file.name, "algo": "sha256", "oid": file.sha256, "size": file.size}})
+        } else {
+            let bytes = std::fs::read(&file.path).context("read", &file.path)?;
+            json!({"key": "file", "value":
+                {"path": file.name, "content": STANDARD.encode(bytes), "encoding": "base64"}})
+        };
+        body.push('\n');
+        body.push_str(&line.to_string());
+    }
+    Ok(body)
+}
+
+/// Whether a request may have been carried out although its answer was none.
+fn is_lost(error: &Error) -> bool {
+    match error {
+        Error::AnswerCut { .. } | Error::HubUnreachable { .. } => true,
+        Error::HubStatus { status, .. } => matches!(status, 200 | 408 | 500..),
+        _ => false,
     }
 }
 
-fn with_headers(
-    mut request: reqwest::blocking::RequestBuilder,
-    headers: &Value,
-) -> reqwest::blocking::RequestBuilder {
-    for (name, value) in headers.as_object().into_iter().flatten() {
-        if let Some(value) = value.as_str() {
-            request = request.header(name, value);
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(name: &str, size: u64, lfs: bool) -> LocalFile {
+        LocalFile {
+            name: name.into(),
+            path: name.into(),
+            size,
+            sha256: String::new(),
+            blob_id: None,
+            lfs,
+            unchanged: false,
         }
     }
-    request
+
+    #[test]
+    fn the_card_and_what_names_the_weights_come_last() {
+        let mut files = vec![
+            file("README.md", 100, false),
+            file("config.json", 100, false),
+            file("model.safetensors.index.json", 100, false),
+        ];
+        files.extend((0..120).map(|i| file(&format!("model-{i}.safetensors"), 1 << 30, true)));
+        files.push(file("tokenizer.json", 9_000_000, false));
+        files.push(file("merges.txt", 9_000_000, false));
+        let batches = batches(&files);
+        let sizes: Vec<usize> = batches.iter().map(Vec::len).collect();
+        assert_eq!(sizes, [50, 50, 21, 4]);
+        assert_eq!(sizes.iter().sum::<usize>(), files.len());
+        let last: Vec<&str> = batches[3].iter().map(|file| file.name.as_str()).collect();
+        let expected = [
+            "merges.txt",
+            "config.json",
+            "model.safetensors.index.json",
+            "README.md",
+        ];
+        assert_eq!(last, expected);
+        assert!(super::batches(&[]).is_empty());
+    }
+
+    #[test]
+    fn what_is_published_is_what_lies_inside_and_is_not_hidden() {
+        let room = tempfile::tempdir().expect("temporary directory");
+        let dir = room.path().join("model");
+        for folder in [
+            ".git",
+            ".cache/huggingface",
+            "__pycache__",
+            "runs/one",
+            "shared",
+        ] {
+            std::fs::create_dir_all(dir.join(folder)).expect("creates");
+        }
+        for name in [
+            ".git/config",
+            ".cache/huggingface/x",
+            ".env",
+            "__pycache__/a.pyc",
+            "model.safetensors.incomplete",
+            "config.json",
+            "runs/one/events",
+            "shared/LICENSE",
+        ] {
+            std::fs::write(dir.join(name), name).expect("writes");
+        }
+        let link = |from: &str, to: &str| {
+            std::os::unix::fs::symlink(to, dir.join(from)).expect("links");
+        };
+        link("LICENSE", "shared/LICENSE");
+        link("also", "runs");
+        let expected = [
+            "LICENSE",
+            "also/one/events",
+            "config.json",
+            "runs/one/events",
+            "shared/LICENSE",
+        ];
+        assert_eq!(published_files(&dir).expect("lists"), expected);
+        std::fs::write(room.path().join("secret"), "x").expect("writes");
+        for (target, refused) in [
+            ("../../secret", "LinkOutside"),
+            ("../..", "LinkOutside"),
+            ("..", "NotPublishable"),
+            (".", "NotPublishable"),
+            ("nowhere", "Io"),
+        ] {
+            link("runs/link", target);
+            let error = published_files(&dir).expect_err(target);
+            assert!(format!("{error:?}").starts_with(refused), "{error:?}");
+            std::fs::remove_file(dir.join("runs/link")).expect("removes");
+        }
+        let _listener = std::os::unix::net::UnixListener::bind(dir.join("door")).expect("binds");
+        let error = published_files(&dir).expect_err("a socket");
+        assert!(matches!(error, Error::NotPublishable { .. }), "{error:?}");
+    }
 }

@@ -6,6 +6,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result as CandleResult, Tensor, Var};
 
 use super::decoder::Decoder;
+use super::segments::Segments;
 use super::vjp::attach;
 use crate::error::Result;
 
@@ -36,7 +37,9 @@ impl Decoder {
     }
 
     fn recomputed(&self, ids: &Tensor) -> CandleResult<Gradients> {
-        let pass = self.pass(ids)?;
+        let (b, t) = ids.dims2()?;
+        let segments = Segments::whole(b, t);
+        let pass = self.pass(ids, &segments)?;
         let embedded = self.embed(ids)?;
         let mut read = vec![embedded.detach()];
         for at in 0..self.blocks() {
@@ -45,7 +48,7 @@ impl Decoder {
         }
         let mut next = || Var::from_tensor(&read.pop().expect("one for each block and the head"));
         let top = next()?;
-        let (sum, predicted) = self.loss_from_blocks(&top, ids)?;
+        let (sum, predicted) = self.loss_from_blocks(&top, ids, &segments)?;
         let mean = (sum / predicted as f64)?;
         let mut found = Gradients::of(&mean)?;
         if !found.loss.is_finite() {

@@ -57,7 +57,8 @@ pub struct ModelConfig {
     pub output_bias: bool,
     pub mlp_bias: bool,
     pub names: &'static Names,
-    pub eos: Option<u32>,
+    /// The tokens that end a text.
+    pub eos: Vec<u32>,
 }
 
 /// What one layer's attention sees.
@@ -234,8 +235,17 @@ impl ModelConfig {
             output_bias,
             mlp_bias: flag("mlp_bias") || matches!(family.biases, Biases::Everywhere),
             names: family.names,
-            eos: token(&json["eos_token_id"]),
+            eos: token_ids(&json["eos_token_id"]),
         })
+    }
+
+    /// How many positions the model reaches, its ropes stretched.
+    pub fn positions_reached(&self) -> usize {
+        let reached = self
+            .ropes
+            .iter()
+            .map(|r| r.positions_max(self.positions_max));
+        reached.max().unwrap_or(self.positions_max)
     }
 
     /// What stands before the names of a checkpoint that `has` tensors: it may be of the inner model alone.
@@ -307,10 +317,13 @@ impl ModelConfig {
     }
 }
 
-/// A token id that may be a list of ids, as `eos_token_id` is in some configs: the first counts.
-fn token(value: &Value) -> Option<u32> {
-    let value = if value.is_array() { &value[0] } else { value };
-    value.as_u64().and_then(|id| u32::try_from(id).ok())
+/// Token ids, of which some files hold one and others a list.
+pub fn token_ids(value: &Value) -> Vec<u32> {
+    let list = value
+        .as_array()
+        .map_or(std::slice::from_ref(value), Vec::as_slice);
+    let id = |id: &Value| u32::try_from(id.as_u64()?).ok();
+    list.iter().filter_map(id).collect()
 }
 
 /// What each layer sees; `ropes` is how many ropes there are.

@@ -1,6 +1,5 @@
 //! The decoder: numbers from `config.json`, structure from the same table that checks a checkpoint's shapes.
 
-use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
@@ -12,6 +11,7 @@ use super::layers::{Head, Linear, Norm};
 use super::method::{self, Method, Place, Updates};
 use super::ops::{self, Scores};
 use super::rope::Angles;
+use super::segments::{Segments, mask, reach};
 use crate::error::{Error, Result};
 use crate::split::{Change, Factors};
 use crate::weights::element::is_float;
@@ -104,27 +104,6 @@ impl Projections {
     }
 }
 
-/// 0 where position i may look at j, −∞ elsewhere. (t, t)
-pub fn causal_mask(
-    t: usize,
-    window: Option<usize>,
-    dtype: DType,
-    device: &Device,
-) -> candle_core::Result<Tensor> {
-    let reach = window.unwrap_or(usize::MAX);
-    let visible = |i: usize, j: usize| j <= i && i - j < reach;
-    let mask: Vec<f32> = (0..t * t)
-        .map(|at| {
-            if visible(at / t, at % t) {
-                0.0
-            } else {
-                f32::NEG_INFINITY
-            }
-        })
-        .collect();
-    Tensor::from_vec(mask, (t, t), device)?.to_dtype(dtype)
-}
-
 /// Windows of equal length as one (b, t) tensor.
 pub fn stacked(batch: &[&[u32]], device: &Device) -> Result<Tensor> {
     let (b, t) = (batch.len(), batch[0].len());
@@ -182,20 +161,6 @@ impl Decoder {
         })
     }
 
-    /// The last hidden states: `ids (b, t) u32 → (b, t, hidden)`.
-    pub fn hidden(&self, ids: &Tensor) -> Result<Tensor> {
-        Ok(self.hidden_states(ids)?)
-    }
-
-    fn hidden_states(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
-        let pass = self.pass(ids)?;
-        let mut x = self.embed(ids)?;
-        for at in 0..self.blocks.len() {
-            x = self.block(at, &x, &pass)?;
-        }
-        self.norm.forward(&x)
-    }
-
     /// `ids (b, t) → (b, t, hidden)`, what the first block reads.
     pub(super) fn embed(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
         let (b, t) = ids.dims2()?;
@@ -205,18 +170,27 @@ impl Decoder {
         scaled(embedded, self.config.embedding_scale)
     }
 
+    /// The last hidden states: `ids (b, t) u32 → (b, t, hidden)`.
+    fn hidden(&self, ids: &Tensor, segments: &Segments) -> candle_core::Result<Tensor> {
+        let pass = self.pass(ids, segments)?;
+        let mut x = self.embed(ids)?;
+        for at in 0..self.blocks.len() {
+            x = self.block(at, &x, &pass)?;
+        }
+        self.norm.forward(&x)
+    }
+
     /// What all blocks read beside their input.
-    pub(super) fn pass(&self, ids: &Tensor) -> candle_core::Result<Pass> {
+    pub(super) fn pass(&self, ids: &Tensor, segments: &Segments) -> candle_core::Result<Pass> {
         let (_, t) = ids.dims2()?;
+        let (positions, shape) = segments.positions();
         let angles = (self.config.ropes.iter())
-            .map(|rope| rope.angles(t, &self.device))
+            .map(|rope| rope.angles(&positions, &shape, &self.device))
             .collect::<candle_core::Result<Vec<_>>>()?;
-        let mut masks = BTreeMap::new();
+        let mut masks = Masks::default();
         for block in &self.blocks {
             let window = block.window(t);
-            if let Entry::Vacant(mask) = masks.entry(window) {
-                mask.insert(causal_mask(t, window, self.dtype, &self.device)?);
-            }
+            masks.of(window, || segments.mask(window, self.dtype, &self.device))?;
         }
         Ok(Pass { t, angles, masks })
     }
@@ -228,22 +202,81 @@ impl Decoder {
     /// One block: `x (b, t, hidden) → (b, t, hidden)`.
     pub(super) fn block(&self, at: usize, x: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
         let block = &self.blocks[at];
-        let mask = &pass.masks[&block.window(pass.t)];
+        let mask = &pass.masks.0[&block.window(pass.t)];
         let angles = block.sees.rope.map(|rope| &pass.angles[rope]);
-        block.forward(&self.config, x, angles, mask)
+        block.forward(&self.config, x, angles, mask, None)
     }
 
     /// The logits of every position: `ids (b, t) → (b, t, vocabulary)`, without gradients.
     pub fn logits(&self, ids: &Tensor) -> Result<Tensor> {
-        let hidden = self.hidden_states(ids)?.detach();
+        let (b, t) = ids.dims2()?;
+        self.logits_of(ids, &Segments::whole(b, t))
+    }
+
+    /// The same of rows that hold several sequences, or padding; the logits of padding mean nothing.
+    pub fn logits_of(&self, ids: &Tensor, segments: &Segments) -> Result<Tensor> {
+        let hidden = self.hidden(ids, segments)?.detach();
         Ok(self.head.logits(&hidden)?)
+    }
+
+    /// The logits of what follows `ids`, which go on where `cache` has read to: `ids (b, t) → (b, vocabulary)`, without
+    /// gradients.
+    ///
+    /// They are those of the whole sequence read at once, with one exception, which is transformers' too: where θ grows
+    /// with the sequence ([`Scaling::Dynamic`]), what was read keeps the angles it was read with.
+    pub fn next_logits(&self, cache: &mut Cache, ids: &Tensor) -> Result<Tensor> {
+        let (_, t) = ids.dims2()?;
+        let before = cache.tokens();
+        let turns_anew = (self.config.ropes.iter()).any(|rope| rope.turns_anew(before, before + t));
+        if turns_anew && let Some(read) = cache.ids.take() {
+            *cache = Cache::default();
+            return Ok(self.read_on(cache, &Tensor::cat(&[&read, ids], 1)?)?);
+        }
+        Ok(self.read_on(cache, ids)?)
+    }
+
+    fn read_on(&self, cache: &mut Cache, ids: &Tensor) -> candle_core::Result<Tensor> {
+        let (_, t) = ids.dims2()?;
+        let (before, after) = (cache.tokens(), cache.tokens() + t);
+        let positions: Vec<usize> = (before..after).collect();
+        let angles = (self.config.ropes.iter())
+            .map(|rope| rope.angles(&positions, &[t], &self.device))
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        cache.layers.resize_with(self.blocks.len(), || None);
+        let mut masks = Masks::default();
+        let mut x = self.embed(ids)?.detach();
+        for (block, past) in self.blocks.iter().zip(&mut cache.layers) {
+            let window = block.sees.window.filter(|&window| window < after);
+            let first = reach(before, window);
+            let seen = (before..after).map(|at| reach(at, window) - first..at + 1 - first);
+            let shape = [t, after - first];
+            let mask = masks.of(window, || mask(seen, &shape, self.dtype, &self.device))?;
+            let angles = block.sees.rope.map(|rope| &angles[rope]);
+            // without its graph: nothing of a step but keys and values is needed in the next
+            x = (block.forward(&self.config, &x, angles, &mask, Some(past))?).detach();
+        }
+        cache.ids = Some(match cache.ids.take() {
+            Some(read) => Tensor::cat(&[&read, ids], 1)?,
+            None => ids.clone(),
+        });
+        let last = x.narrow(1, t - 1, 1)?.contiguous()?;
+        self.head
+            .logits(&self.norm.forward(&last)?.detach())?
+            .squeeze(1)
     }
 
     /// Σ of the next-token losses in nats, and how many tokens were predicted.
     ///
     /// `ids (b, t)`: each row predicts its tokens 1 … t − 1 from those before.
     pub fn loss(&self, ids: &Tensor) -> Result<(Tensor, usize)> {
-        Ok(self.loss_from(&self.hidden_states(ids)?, ids)?)
+        let (b, t) = ids.dims2()?;
+        self.loss_of(ids, &Segments::whole(b, t))
+    }
+
+    /// The same of rows that hold several sequences, or padding: each token but the first of its sequence is predicted
+    /// from those before it there.
+    pub fn loss_of(&self, ids: &Tensor, segments: &Segments) -> Result<(Tensor, usize)> {
+        Ok(self.loss_from(&self.hidden(ids, segments)?, ids, segments)?)
     }
 
     /// The same from the stream behind the last block, `x (b, t, hidden)`.
@@ -251,19 +284,68 @@ impl Decoder {
         &self,
         x: &Tensor,
         ids: &Tensor,
+        segments: &Segments,
     ) -> candle_core::Result<(Tensor, usize)> {
-        self.loss_from(&self.norm.forward(x)?, ids)
+        self.loss_from(&self.norm.forward(x)?, ids, segments)
     }
 
-    fn loss_from(&self, hidden: &Tensor, ids: &Tensor) -> candle_core::Result<(Tensor, usize)> {
+    fn loss_from(
+        &self,
+        hidden: &Tensor,
+        ids: &Tensor,
+        segments: &Segments,
+    ) -> candle_core::Result<(Tensor, usize)> {
         let (b, t) = ids.dims2()?;
-        let predicting = hidden
-            .narrow(1, 0, t - 1)?
-            .contiguous()?
-            .reshape((b * (t - 1), self.config.hidden))?;
-        let targets = ids.narrow(1, 1, t - 1)?.contiguous()?.flatten_all()?;
+        let (predicting, targets) = if segments.is_whole() {
+            let hidden = hidden.narrow(1, 0, t - 1)?.contiguous()?;
+            let targets = ids.narrow(1, 1, t - 1)?.contiguous()?.flatten_all()?;
+            (hidden.reshape((b * (t - 1), self.config.hidden))?, targets)
+        } else {
+            let from = segments.predicting();
+            let to: Vec<u32> = from.iter().map(|token| token + 1).collect();
+            let from = Tensor::new(from, &self.device)?;
+            let to = Tensor::new(to, &self.device)?;
+            let hidden = hidden.reshape((b * t, self.config.hidden))?;
+            let targets = ids.flatten_all()?.index_select(&to, 0)?;
+            (hidden.index_select(&from, 0)?, targets)
+        };
         let loss = self.head.cross_entropy(&predicting, &targets)?;
-        Ok((loss, b * (t - 1)))
+        Ok((loss, targets.elem_count()))
+    }
+}
+
+/// The masks of one pass, by window: layers share them.
+#[derive(Default)]
+struct Masks(BTreeMap<Option<usize>, Tensor>);
+
+impl Masks {
+    fn of(
+        &mut self,
+        window: Option<usize>,
+        make: impl FnOnce() -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        if let Some(mask) = self.0.get(&window) {
+            return Ok(mask.clone());
+        }
+        let mask = make()?;
+        self.0.insert(window, mask.clone());
+        Ok(mask)
+    }
+}
+
+/// What a decoder has read of a sequence, so that it can go on without reading it again.
+#[derive(Debug, Default)]
+pub struct Cache {
+    /// (b, n) u32
+    ids: Option<Tensor>,
+    /// Keys and values of each layer, (b, kv, n, d): of one with a window only those that the next token sees.
+    layers: Vec<Option<(Tensor, Tensor)>>,
+}
+
+impl Cache {
+    /// Tokens read so far, of each row.
+    pub fn tokens(&self) -> usize {
+        self.ids.as_ref().map_or(0, |ids| ids.dims()[1])
     }
 }
 
@@ -271,7 +353,7 @@ impl Decoder {
 pub(super) struct Pass {
     t: usize,
     angles: Vec<Angles>,
-    masks: BTreeMap<Option<usize>, Tensor>,
+    masks: Masks,
 }
 
 impl Block {
@@ -280,15 +362,17 @@ impl Block {
         self.sees.window.filter(|&window| window < t)
     }
 
+    /// `x (b, t, hidden) → (b, t, hidden)`; behind a `past` of keys and values it goes on, and leaves its own there.
     fn forward(
         &self,
         config: &ModelConfig,
         x: &Tensor,
         angles: Option<&Angles>,
         mask: &Tensor,
+        past: Option<&mut Option<(Tensor, Tensor)>>,
     ) -> candle_core::Result<Tensor> {
         let [before_attention, after_attention, before_mlp, after_mlp] = &self.norms;
-        let attended = self.attention(config, &normed(before_attention, x)?, angles, mask)?;
+        let attended = self.attention(config, &normed(before_attention, x)?, angles, mask, past)?;
         let attended = normed(after_attention, &attended)?;
         let y = (x + scaled(attended, config.residual_scale)?)?;
         let read = if config.parallel { x } else { &y };
@@ -303,6 +387,7 @@ impl Block {
         x: &Tensor,
         angles: Option<&Angles>,
         mask: &Tensor,
+        past: Option<&mut Option<(Tensor, Tensor)>>,
     ) -> candle_core::Result<Tensor> {
         let (b, t, _) = x.dims3()?;
         let (heads, kv, d) = (config.heads, config.kv_heads, config.head_dim);
@@ -331,12 +416,17 @@ impl Block {
                 None => Ok(y),
             }
         };
+        let (q, k) = (turned(&q)?, turned(&k)?);
         let v = per_head(v, kv)?.transpose(1, 2)?.contiguous()?;
+        let (k, v) = match past {
+            Some(past) => joined(past, k.detach(), v.detach(), self.sees.window)?,
+            None => (k, v),
+        };
         let scores = Scores {
             scale: config.attention_scale,
             cap: config.attention_cap,
         };
-        let attended = ops::attention(&turned(&q)?, &turned(&k)?, &v, mask, scores)?
+        let attended = ops::attention(&q, &k, &v, mask, scores)?
             .transpose(1, 2)?
             .contiguous()?
             .reshape((b, t, heads * d))?;
@@ -353,6 +443,26 @@ impl Block {
         };
         self.down.forward(&mixed)
     }
+}
+
+/// Keys and values behind those of the `past`, which becomes what the next token sees of them.
+fn joined(
+    past: &mut Option<(Tensor, Tensor)>,
+    k: Tensor,
+    v: Tensor,
+    window: Option<usize>,
+) -> candle_core::Result<(Tensor, Tensor)> {
+    let (k, v) = match past.take() {
+        Some((keys, values)) => (Tensor::cat(&[keys, k], 2)?, Tensor::cat(&[values, v], 2)?),
+        None => (k, v),
+    };
+    let keys = k.dim(2)?;
+    let first = reach(keys, window);
+    if first < keys {
+        let seen = |all: &Tensor| all.narrow(2, first, keys - first);
+        *past = Some((seen(&k)?, seen(&v)?));
+    }
+    Ok((k, v))
 }
 
 fn normed(norm: &Option<Norm>, x: &Tensor) -> candle_core::Result<Tensor> {

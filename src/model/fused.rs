@@ -192,16 +192,17 @@ pub fn rms_norm_gradient(
     Ok(Some((dx, Tensor::from_vec(dw, n, x.device())?)))
 }
 
-/// Softmax of each row of `scores (…, t)` where `mask (t, t)` is finite, in place. False where it does not apply.
+/// Softmax of each row of `scores (b, h, t, s)` where the mask, (t, s) or (b, 1, t, s), is finite, in place. False where
+/// it does not apply.
 pub fn masked_softmax(scores: &Tensor, mask: &Tensor) -> Result<bool> {
     if !applies(&[scores, mask]) {
         return Ok(false);
     }
-    let t = mask.dim(0)?;
+    let (_, h, t, s) = scores.dims4()?;
     with_slices([mask], |[mask]| {
         // what a position sees is one run of positions
         let seen: Vec<(usize, usize)> = mask
-            .chunks_exact(t)
+            .chunks_exact(s)
             .map(|row| {
                 let first = row.iter().position(|m| m.is_finite()).unwrap_or(0);
                 let last = row.iter().rposition(|m| m.is_finite()).unwrap_or(0);
@@ -209,13 +210,16 @@ pub fn masked_softmax(scores: &Tensor, mask: &Tensor) -> Result<bool> {
             })
             .collect();
         in_place(scores, |scores| {
-            let group = t * rows_per_group(t);
+            let group = s * rows_per_group(s);
             scores
                 .par_chunks_mut(group)
                 .enumerate()
                 .for_each(|(at, rows)| {
-                    for (i, row) in rows.chunks_exact_mut(t).enumerate() {
-                        let (first, end) = seen[(at * group / t + i) % t];
+                    for (i, row) in rows.chunks_exact_mut(s).enumerate() {
+                        let row_number = at * group / s + i;
+                        // a mask that all rows of the batch share has t rows
+                        let of_batch = row_number / (h * t) * t % seen.len();
+                        let (first, end) = seen[of_batch + row_number % t];
                         row[..first].fill(0.0);
                         row[end..].fill(0.0);
                         softmax(&mut row[first..end]);
@@ -301,6 +305,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Option<f64>> {
 #[cfg(test)]
 mod tests {
     use super::super::ops;
+    use super::super::segments::{Segment, Segments, mask};
     use super::*;
     use candle_core::Var;
 
@@ -380,13 +385,38 @@ mod tests {
                 random(&[2, 3, t, 8]),
                 random(&[2, 3, t, 8]),
             ];
-            let f = |x: &[Tensor]| {
-                let mask =
-                    super::super::decoder::causal_mask(t, window, x[0].dtype(), &Device::Cpu)?;
-                ops::attention(&x[0], &x[1], &x[2], &mask, scores)
-            };
-            assert_twins(&inputs, f, "attention");
+            let halves = vec![Segment::Sequence(t / 2), Segment::Sequence(t - t / 2)];
+            let padded = vec![Segment::Padding(t / 3), Segment::Sequence(t - t / 3)];
+            for segments in [
+                Segments::whole(2, t),
+                Segments::new(vec![halves.clone(), padded]),
+            ] {
+                let f = |x: &[Tensor]| {
+                    let mask = segments.mask(window, x[0].dtype(), &Device::Cpu)?;
+                    ops::attention(&x[0], &x[1], &x[2], &mask, scores)
+                };
+                assert_twins(&inputs, f, "attention");
+            }
         }
+    }
+
+    #[test]
+    fn attention_over_more_keys_than_queries_is_its_composition() {
+        let scores = ops::Scores {
+            scale: 0.3,
+            cap: None,
+        };
+        let inputs = [
+            random(&[2, 6, 3, 8]),
+            random(&[2, 3, 11, 8]),
+            random(&[2, 3, 11, 8]),
+        ];
+        let f = |x: &[Tensor]| {
+            let seen = [2..9, 3..10, 4..11];
+            let mask = mask(seen.into_iter(), &[3, 11], x[0].dtype(), &Device::Cpu)?;
+            ops::attention(&x[0], &x[1], &x[2], &mask, scores)
+        };
+        assert_twins(&inputs, f, "attention");
     }
 
     #[test]

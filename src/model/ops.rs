@@ -182,8 +182,9 @@ pub fn capped(x: &Tensor, cap: f64) -> Result<(Tensor, Tensor)> {
 
 /// Scaled dot-product attention with shared key–value heads.
 ///
-/// `q (b, h, t, d), k and v (b, kv, t, d), mask (t, t) of 0 and −∞ → (b, h, t, d)`; h is a multiple of kv, and no key or
-/// value is repeated. The probabilities are computed again in the pullback, not kept.
+/// `q (b, h, t, d), k and v (b, kv, s, d) → (b, h, t, d)`; the mask of 0 and −∞ is (t, s), or (b, 1, t, s) where rows
+/// differ. h is a multiple of kv, and no key or value is repeated. The probabilities are computed again in the pullback,
+/// not kept.
 pub fn attention(
     q: &Tensor,
     k: &Tensor,
@@ -192,7 +193,7 @@ pub fn attention(
     scores: Scores,
 ) -> Result<Tensor> {
     let (b, h, t, d) = q.dims4()?;
-    let kv = k.dim(1)?;
+    let (_, kv, s, _) = k.dims4()?;
     let shared = h / kv;
     let grouped = (b, kv, shared * t, d);
     let (qd, kd, vd) = (
@@ -207,7 +208,7 @@ pub fn attention(
         let (qd, kd) = (qd.clone(), kd.clone());
         move || -> Result<(Tensor, Option<Tensor>)> {
             let scores = (&qd * scale)?.matmul(&kd.t()?)?;
-            let scores = scores.reshape((b * h, t, t))?;
+            let scores = scores.reshape((b, h, t, s))?;
             let (scores, slope) = match cap {
                 Some(cap) => {
                     let (scores, slope) = capped(&scores, cap)?;
@@ -220,7 +221,7 @@ pub fn attention(
             } else {
                 softmax_last_dim(&scores.broadcast_add(&mask)?)?
             };
-            Ok((p.reshape((b, kv, shared * t, t))?, slope))
+            Ok((p.reshape((b, kv, shared * t, s))?, slope))
         }
     };
     let y = probabilities()?.0.matmul(&vd)?.reshape((b, h, t, d))?;
@@ -237,7 +238,7 @@ pub fn attention(
             (p * dp.broadcast_sub(&along)?)?
         };
         if let Some(slope) = slope {
-            ds = (ds * slope.reshape((b, kv, shared * t, t))?)?;
+            ds = (ds * slope.reshape((b, kv, shared * t, s))?)?;
         }
         let dq = (ds.matmul(&kd)? * scale)?.reshape((b, h, t, d))?;
         let dk = (ds.t()?.matmul(&qd)? * scale)?;
@@ -247,6 +248,7 @@ pub fn attention(
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::segments::{Segment, Segments};
     use super::*;
     use candle_core::{DType, Device, Var};
 
@@ -419,12 +421,18 @@ pub(super) mod tests {
             random(&[2, 2, 5, 4], DType::F64),
             random(&[2, 2, 5, 4], DType::F64),
         ];
-        let mask =
-            super::super::decoder::causal_mask(5, Some(3), DType::F64, &Device::Cpu).expect("mask");
-        for cap in [None, Some(0.7)] {
-            let scores = Scores { scale: 0.5, cap };
-            let f = |t: &[Tensor]| attention(&t[0], &t[1], &t[2], &mask, scores);
-            assert_gradient(&inputs, f, 1e-5, 1e-6);
+        let whole = Segments::whole(2, 5).mask(Some(3), DType::F64, &Device::Cpu);
+        let packed = Segments::new(vec![
+            vec![Segment::Sequence(2), Segment::Sequence(3)],
+            vec![Segment::Padding(1), Segment::Sequence(4)],
+        ])
+        .mask(Some(3), DType::F64, &Device::Cpu);
+        for mask in [whole.expect("mask"), packed.expect("mask")] {
+            for cap in [None, Some(0.7)] {
+                let scores = Scores { scale: 0.5, cap };
+                let f = |t: &[Tensor]| attention(&t[0], &t[1], &t[2], &mask, scores);
+                assert_gradient(&inputs, f, 1e-5, 1e-6);
+            }
         }
     }
 }

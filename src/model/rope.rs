@@ -4,7 +4,7 @@ use candle_core::{D, Device, Result, Tensor};
 
 use super::config::{Rope, Scaling};
 
-/// cos and sin of positions 0 … t − 1, each (t, dim/2) in f32.
+/// cos and sin of each token's position: (t, dim/2) where all rows of a batch share them, else (b, t, dim/2). f32
 #[derive(Debug, Clone)]
 pub struct Angles {
     cos: Tensor,
@@ -13,32 +13,59 @@ pub struct Angles {
 }
 
 impl Rope {
-    /// The angles of the first `length` positions.
+    /// The angles of tokens at `positions`; `shape` is (t) or (b, t). What depends on the length of a sequence goes by the
+    /// last position of all.
     ///
     /// Computed in f64 from the config's numbers; stored in f32 whatever the model's dtype, because bf16 cannot tell
     /// position 257 from 256.
-    pub fn angles(&self, length: usize, device: &Device) -> Result<Angles> {
+    pub fn angles(&self, positions: &[usize], shape: &[usize], device: &Device) -> Result<Angles> {
+        let length = positions.iter().max().map_or(0, |last| last + 1);
         let frequencies = self.frequencies(length);
         let attention = match &self.scaling {
             Scaling::LongRope { attention, .. } | Scaling::Yarn { attention, .. } => *attention,
             _ => 1.0,
         };
         let half = frequencies.len();
-        let mut cos = Vec::with_capacity(length * half);
-        let mut sin = Vec::with_capacity(length * half);
-        for position in 0..length {
+        let mut cos = Vec::with_capacity(positions.len() * half);
+        let mut sin = Vec::with_capacity(positions.len() * half);
+        for position in positions {
             for frequency in &frequencies {
                 // the reference multiplies in f32: the angle of a late position carries its rounding
-                let angle = f64::from(position as f32 * *frequency as f32);
+                let angle = f64::from(*position as f32 * *frequency as f32);
                 cos.push((angle.cos() * attention) as f32);
                 sin.push((angle.sin() * attention) as f32);
             }
         }
+        let shape = [shape, &[half]].concat();
         Ok(Angles {
-            cos: Tensor::from_vec(cos, (length, half), device)?,
-            sin: Tensor::from_vec(sin, (length, half), device)?,
+            cos: Tensor::from_vec(cos, shape.as_slice(), device)?,
+            sin: Tensor::from_vec(sin, shape.as_slice(), device)?,
             dim: self.dim,
         })
+    }
+
+    /// Whether keys that were turned in a sequence of `before` positions must be turned anew in one of `after`.
+    ///
+    /// As transformers does with a cache: where LongRoPE changes its factors a sequence is read again, and where θ grows
+    /// with the sequence each key keeps the angles of its own time.
+    pub fn turns_anew(&self, before: usize, after: usize) -> bool {
+        match &self.scaling {
+            Scaling::LongRope { original, .. } => before <= *original && after > *original,
+            _ => false,
+        }
+    }
+
+    /// How many positions a model reaches that says it has `positions_max`: stretching by a factor multiplies them.
+    pub fn positions_max(&self, positions_max: usize) -> usize {
+        match &self.scaling {
+            Scaling::Linear { factor } | Scaling::Dynamic { factor, .. } => {
+                (positions_max as f64 * factor) as usize
+            }
+            Scaling::Yarn {
+                factor, original, ..
+            } => positions_max.max((original * factor) as usize),
+            _ => positions_max,
+        }
     }
 
     /// θ^(−2i/dim), stretched as the scaling says (transformers, `modeling_rope_utils`).

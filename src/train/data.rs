@@ -55,7 +55,7 @@ impl Corpus {
                     reason: e.to_string(),
                 })?;
             ids.extend_from_slice(encoded.get_ids());
-            if let (true, Some(eos)) = (several, config.eos) {
+            if let (true, Some(&eos)) = (several, config.eos.first()) {
                 ids.push(eos);
             }
         }

@@ -10,8 +10,7 @@ use crate::error::{Error, IoContext, Result};
 /// a merged model, and published with it. A snapshot in the Hub's cache consists of links to the `blobs` of its own
 /// repository: these are where they belong.
 pub fn refuse_links_outside(dir: &Path) -> Result<()> {
-    let home = std::fs::canonicalize(dir).context("find", dir)?;
-    let blobs = blobs_of(&home);
+    let home = Home::of(dir)?;
     for entry in std::fs::read_dir(dir).context("list", dir)? {
         let path = entry.context("list", dir)?.path();
         if !path.is_symlink() {
@@ -21,12 +20,31 @@ pub fn refuse_links_outside(dir: &Path) -> Result<()> {
         let Ok(target) = std::fs::canonicalize(&path) else {
             continue;
         };
-        let inside = target.starts_with(&home) || target.parent() == blobs.as_deref();
-        if !inside && !target.is_dir() {
+        if !home.holds(&target) && !target.is_dir() {
             return Err(Error::LinkOutside { path, target });
         }
     }
     Ok(())
+}
+
+/// A directory, and what belongs to it wherever it lies.
+pub struct Home {
+    dir: PathBuf,
+    blobs: Option<PathBuf>,
+}
+
+impl Home {
+    pub fn of(dir: &Path) -> Result<Self> {
+        let dir = std::fs::canonicalize(dir).context("find", dir)?;
+        let blobs = blobs_of(&dir);
+        Ok(Self { dir, blobs })
+    }
+
+    /// Whether the canonical path `target` lies in the directory, or among the blobs beside a snapshot.
+    pub fn holds(&self, target: &Path) -> bool {
+        target.starts_with(&self.dir)
+            || (self.blobs.is_some() && target.parent() == self.blobs.as_deref())
+    }
 }
 
 /// Of `<repository>/snapshots/<commit>`: `<repository>/blobs`.

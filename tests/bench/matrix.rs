@@ -10,8 +10,9 @@ use svdhub::linalg::{gemm, spectrum};
 use svdhub::sum::sha256_hex;
 use svdhub::weights::{Checkpoint, Dtype, Elements, Header, Layout, ShardWriter};
 
+use crate::Result;
+use crate::machine::loudly;
 use crate::peers::Peers;
-use crate::{Result, loudly};
 
 /// (m, n) = (out, in).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,13 +4,16 @@
 //! and decomposes parts of it in a process of its own, whose largest resident set the kernel reports. Exits with 1 where
 //! a process takes more than promised, or the plan is off by more than a quarter.
 
+mod process;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use clap::Parser;
 use half::{bf16, f16};
+use process::output_and_peak;
 use serde_json::{Value, json};
 use svdhub::model::ModelConfig;
 use svdhub::plan::expected_inventory;
@@ -237,7 +240,7 @@ fn measure(model: &Path, out: &Path, setting: &Setting) -> Result<Row> {
     let mut command = Command::new(program);
     command.args(["decompose", "--quiet"]).arg(model);
     command.arg("--out").arg(out).args(options());
-    let measured = peak_bytes(&mut command)?;
+    let (_, measured) = output_and_peak(&mut command)?;
     let seconds = started.elapsed().as_secs_f64();
     let config: Value = serde_json::from_slice(&std::fs::read(out.join("config.json"))?)?;
     let records = config["svd"]["modules"].as_object().ok_or("no modules")?;
@@ -262,31 +265,6 @@ fn measure(model: &Path, out: &Path, setting: &Setting) -> Result<Row> {
             layout: setting.layout.clone(),
             ..*setting
         },
-    })
-}
-
-/// The largest resident set of a process, in bytes, once it has ended well.
-///
-/// Linux counts in what this process held when it started the other, so that it must stay small itself: it does.
-#[allow(clippy::zombie_processes)] // wait4 is what waits
-fn peak_bytes(command: &mut Command) -> Result<u64> {
-    let child = command.stdout(Stdio::null()).spawn()?;
-    let (mut status, mut usage) = (0, std::mem::MaybeUninit::<libc::rusage>::zeroed());
-    // SAFETY: the child is ours and nobody else waits for it; both results are written to places of their type.
-    let ended = unsafe { libc::wait4(child.id() as i32, &mut status, 0, usage.as_mut_ptr()) };
-    if ended < 0 {
-        return Err(std::io::Error::last_os_error().into());
-    }
-    if status != 0 {
-        return Err(format!("{command:?} ended with {status}").into());
-    }
-    // SAFETY: wait4 filled it; zeros would be valid too.
-    let peak = unsafe { usage.assume_init() }.ru_maxrss as u64;
-    // kilobytes everywhere but on Apple's systems
-    Ok(if cfg!(target_vendor = "apple") {
-        peak
-    } else {
-        peak * 1024
     })
 }
 

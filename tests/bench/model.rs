@@ -12,8 +12,8 @@ use svdhub::format::Rank;
 use svdhub::linalg::Algorithm;
 use svdhub::plan::PlanOptions;
 
-use crate::measure::Spread;
 use crate::peers::Peers;
+use crate::spread::Spread;
 use crate::{Result, case_name, fast};
 
 /// The model that the wanted ratios are about.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
@@ -12,11 +12,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use svdhub::weights::Checkpoint;
 
+use crate::Result;
+use crate::machine::loudly;
 use crate::matrix::{Reference, matrix_of};
-use crate::{Result, loudly};
-
-/// Environment variables that make numpy's and scipy's OpenBLAS slower than it need be: removed for the peers.
-pub const HARMFUL: [&str; 2] = ["OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"];
+use crate::python::{HARMFUL, beside, environment};
 
 /// The peers of one matrix; their names are those of peers.py.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -95,7 +94,7 @@ impl Peers {
     pub fn start(python: Option<&Path>, target: &Path, threads: usize) -> Result<Self> {
         let python = match python {
             Some(python) => python.to_path_buf(),
-            None => environment(&target.with_file_name("bench-venv"))?,
+            None => environment(&target.with_file_name("bench-venv"), "requirements.txt")?,
         };
         let script = beside("peers.py");
         let threads = threads.to_string();
@@ -229,42 +228,4 @@ impl Drop for Peers {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
-}
-
-fn beside(file: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/bench")
-        .join(file)
-}
-
-/// The interpreter of a virtual environment that holds what requirements.txt pins; made on the first run.
-fn environment(dir: &Path) -> Result<PathBuf> {
-    let requirements = beside("requirements.txt");
-    let wanted = std::fs::read_to_string(&requirements)?;
-    let installed = dir.join("installed.txt");
-    let python = dir.join("bin").join("python");
-    if std::fs::read_to_string(&installed).is_ok_and(|text| text == wanted) {
-        return Ok(python);
-    }
-    eprintln!("Installing the peers with pip (some 3 GB, once)");
-    let succeed = |command: &mut Command| -> Result<()> {
-        let status = command
-            .stdout(Stdio::null())
-            .status()
-            .map_err(|error| format!("{:?} does not start: {error}", command.get_program()))?;
-        if status.success() {
-            Ok(())
-        } else {
-            Err(format!("{command:?}: {status}").into())
-        }
-    };
-    succeed(Command::new("python3").args(["-m", "venv"]).arg(dir))?;
-    succeed(
-        Command::new(&python)
-            .args(["-m", "pip", "install", "--quiet", "--no-deps"])
-            .args(["--disable-pip-version-check", "--requirement"])
-            .arg(&requirements),
-    )?;
-    std::fs::write(&installed, wanted)?;
-    Ok(python)
 }

@@ -5,10 +5,13 @@
 //! matrix is the wall time over their number. Rounds alternate (ours, theirs, ours, theirs …), so that whatever else the
 //! machine does hits both; a ratio is taken within a round, and the median of the rounds is what counts.
 
+mod machine;
 mod matrix;
 mod measure;
 mod model;
 mod peers;
+mod python;
+mod spread;
 mod table;
 mod targets;
 
@@ -21,9 +24,11 @@ use ndarray::{Array2, ArrayView2};
 use serde::Serialize;
 use svdhub::linalg::{self, Algorithm, Wanted};
 
+use machine::{load, loudly};
 use matrix::{Kind, Matrix, Shape};
-use measure::{Accuracy, Spread};
+use measure::Accuracy;
 use peers::{Peer, Peers};
+use spread::Spread;
 
 /// A benchmark says what went wrong and stops: nobody handles its errors by kind.
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -221,11 +226,6 @@ fn run(args: &Args) -> Result<bool> {
     Ok(missed == 0 && !findings.verdicts.is_empty())
 }
 
-/// A line that nobody overlooks.
-fn loudly(message: &str) {
-    eprintln!("!!! {message}");
-}
-
 /// What ran, and under which circumstances.
 fn environment(args: &Args, peers: Option<&Peers>) -> Vec<String> {
     let mut lines = vec![format!(
@@ -240,7 +240,7 @@ fn environment(args: &Args, peers: Option<&Peers>) -> Vec<String> {
         ));
         lines.push(format!("their BLAS: {}", peers.blas()));
     }
-    let set: Vec<String> = peers::HARMFUL
+    let set: Vec<String> = python::HARMFUL
         .iter()
         .filter_map(|name| {
             let value = std::env::var(name).ok()?;
@@ -259,25 +259,8 @@ fn environment(args: &Args, peers: Option<&Peers>) -> Vec<String> {
          of its tridiagonal matrix"
             .into(),
     );
-    if let Some(load) = load_average() {
-        lines.push(format!("load average at the start: {load}"));
-        if load > BUSY * args.threads as f64 {
-            loudly(&format!(
-                "THE MACHINE IS BUSY (load {load}): threads that wait for each other, theirs, suffer most; \
-                 no ratio of this run is worth quoting"
-            ));
-        }
-    }
+    lines.extend(load(args.threads));
     lines
-}
-
-/// More than this share of our threads at work for somebody else makes a run worthless.
-const BUSY: f64 = 0.25;
-
-/// How many threads wanted to run, on average over the last minute; where the system says.
-fn load_average() -> Option<f64> {
-    let text = std::fs::read_to_string("/proc/loadavg").ok()?;
-    text.split_whitespace().next()?.parse().ok()
 }
 
 /// A matrix to come, and the rank fractions wanted of it.

@@ -1,6 +1,7 @@
 //! The findings as aligned text.
 
-use crate::measure::{Accuracy, Spread};
+use crate::measure::Accuracy;
+use crate::spread::Spread;
 use crate::targets::Verdict;
 use crate::{Case, Who, model};
 

@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
-use crate::measure::Spread;
 use crate::peers::Peer;
+use crate::spread::Spread;
 use crate::{Case, Who, model};
 
 /// (f, at most this share of torch.svd_lowrank's time), for weights four times as long as wide.

@@ -1,6 +1,7 @@
 //! From a Hub and back to it.
 
-use svdhub::hub::server::{Effect, Fault};
+use serde_json::json;
+use svdhub::hub::server::{Effect, ServerOptions};
 use svdhub::weights::Dtype;
 
 use crate::world::{TOKEN, World, arg, files, fixture};
@@ -11,14 +12,6 @@ fn published_base(shard_bytes: u64) -> World {
     let base = world.model("base", Dtype::BF16, shard_bytes);
     world.run(&["publish", arg(&base), "org/base"]).succeeds();
     world
-}
-
-fn fault(world: &World, matching: &str, times: usize, effect: Effect) {
-    world.hub().inject(Fault {
-        matching: matching.into(),
-        times,
-        effect,
-    });
 }
 
 #[test]
@@ -131,8 +124,7 @@ fn plan_reads_headers_by_range_and_no_weights() {
 #[test]
 fn a_cut_download_goes_on_and_ends_in_the_right_bytes() {
     let world = published_base(u64::MAX);
-    fault(
-        &world,
+    world.fault(
         "GET /objects/",
         2,
         Effect::CutBody {
@@ -151,7 +143,7 @@ fn a_cut_download_goes_on_and_ends_in_the_right_bytes() {
 #[test]
 fn wrong_bytes_never_reach_the_cache() {
     let world = published_base(u64::MAX);
-    fault(&world, "GET /objects/", 1, Effect::WrongBytes);
+    world.fault("GET /objects/", 1, Effect::WrongBytes);
     world.run(&["verify", "org/base"]).refuses(&[
         "model.safetensors",
         "sha256",
@@ -181,17 +173,23 @@ fn server_trouble_passes_and_error_pages_are_no_files() {
         headers: vec![],
         body: "<html>expired</html>".into(),
     };
-    fault(&world, "/tree/", 1, page(503));
-    fault(&world, "GET /objects/", 1, page(500));
+    world.fault("/tree/", 1, page(503));
+    world.fault("GET /objects/", 1, page(500));
     world.run(&["verify", "org/base"]).succeeds();
+    // a link of the other origin that expired is asked for anew
     let other = World::new();
-    fault(&world, "GET /objects/", 1, page(403));
-    let run = other
-        .command(&["verify", "org/base"])
-        .env("HF_ENDPOINT", world.hub().endpoint())
-        .output()
-        .expect("runs");
-    crate::world::Run::of(run).refuses(&["no right to download"]);
+    let verify = || {
+        let run = other
+            .command(&["verify", "org/base"])
+            .env("HF_ENDPOINT", world.hub().endpoint())
+            .output()
+            .expect("runs");
+        crate::world::Run::of(run)
+    };
+    world.fault("GET /objects/", 9, page(403));
+    verify().refuses(&["link", "opens nothing", "expired", "again"]);
+    world.hub().heal();
+    verify().succeeds();
 }
 
 #[test]
@@ -199,8 +197,7 @@ fn a_hostile_file_name_is_refused() {
     let world = published_base(u64::MAX);
     let listing = r#"[{"type":"file","oid":"ce013625030ba8dba906f756967f9e9ca394464a","size":6,"path":"../../escaped.json"}]"#;
     let headers = vec![("content-type".to_string(), "application/json".to_string())];
-    fault(
-        &world,
+    world.fault(
         "/tree/",
         1,
         Effect::Status {
@@ -230,6 +227,98 @@ fn the_token_is_sent_to_the_hub_alone() {
     for (name, bytes) in files(&world.path("base")) {
         assert!(!String::from_utf8_lossy(&bytes).contains(TOKEN), "{name}");
     }
+}
+
+#[test]
+fn a_long_listing_is_read_to_its_end() {
+    let world = World::with_hub_of(ServerOptions {
+        page_entries: 2,
+        ..ServerOptions::default()
+    });
+    let base = world.model("base", Dtype::BF16, 300_000);
+    let pushed = world.json(&["publish", arg(&base), "org/base"]);
+    let fetch = ["hub", "download", "org/base", "--out", "fetched"];
+    let fetched = world.json(&fetch);
+    let all = pushed["files"].as_u64().expect("a number") + 1;
+    assert!(all > 6 && fetched["files"] == all, "{fetched}");
+    // a next page that is not this Hub's is not asked for, and the rest is not taken for all
+    let link = "<http://127.0.0.1:9/next>; rel=\"next\"";
+    world.fault(
+        "/tree/",
+        1,
+        Effect::Status {
+            status: 200,
+            headers: vec![("Link".into(), link.into())],
+            body: "[]".into(),
+        },
+    );
+    world.run(&fetch).refuses(&["leads elsewhere"]);
+}
+
+#[test]
+fn a_repository_larger_than_the_disk_is_refused_before_it_starts() {
+    let world = published_base(u64::MAX);
+    let listing = |size: u64| {
+        let sha256 = "0".repeat(64);
+        let blob = "ce013625030ba8dba906f756967f9e9ca394464a";
+        let file = json!([{"type": "file", "oid": blob, "size": size, "path": "model.safetensors",
+            "lfs": {"oid": sha256, "size": size, "pointerSize": 130}}]);
+        Effect::Status {
+            status: 200,
+            headers: vec![],
+            body: file.to_string(),
+        }
+    };
+    for arguments in [
+        vec!["verify", "org/base"],
+        vec!["hub", "download", "org/base", "--out", "fetched"],
+    ] {
+        world.fault("/tree/", 1, listing(1 << 60));
+        world
+            .run(&arguments)
+            .refuses(&["needs 1152921504606846976 bytes", "free", "another disk"]);
+    }
+    assert!(world.asked(0, "/resolve/").is_empty(), "nothing was begun");
+    assert!(!world.path("fetched").exists());
+}
+
+#[test]
+fn the_variables_of_python_are_heeded() {
+    let world = published_base(u64::MAX);
+    world
+        .run(&[
+            "publish",
+            arg(&world.path("base")),
+            "org/secret",
+            "--private",
+        ])
+        .succeeds();
+    std::fs::write(world.path("login"), format!("{TOKEN}\n")).expect("writes");
+    std::fs::create_dir_all(world.path("home")).expect("creates");
+    std::fs::write(world.path("home/token"), TOKEN).expect("writes");
+    let verify = |variables: &[(&str, &str)]| {
+        let mut command = world.command(&["verify", "org/secret"]);
+        command
+            .env_remove("HF_TOKEN")
+            .envs(variables.iter().copied());
+        crate::world::Run::of(command.output().expect("runs"))
+    };
+    verify(&[]).refuses(&["no repository `org/secret`"]);
+    verify(&[("HF_TOKEN_PATH", "login")]).succeeds();
+    assert!(world.path("hf/hub/models--org--secret").is_dir());
+    verify(&[("HF_HOME", "home")]).succeeds();
+    assert!(world.path("home/hub/models--org--secret").is_dir());
+    let quiet = ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1");
+    verify(&[("HF_HOME", "home"), quiet]).refuses(&["no repository"]);
+    verify(&[("HF_TOKEN", TOKEN), ("HF_HUB_CACHE", "cache")]).succeeds();
+    assert!(world.path("cache/models--org--secret").is_dir());
+    // Xet is never used here, whether or not it is turned off
+    verify(&[("HF_TOKEN", TOKEN), ("HF_HUB_DISABLE_XET", "1")]).succeeds();
+    // a flag wins over the variable
+    let endpoint = world.hub().endpoint();
+    let mut command = world.command(&["verify", "org/base", "--endpoint", &endpoint]);
+    command.env("HF_ENDPOINT", "http://127.0.0.1:9");
+    crate::world::Run::of(command.output().expect("runs")).succeeds();
 }
 
 #[test]
@@ -270,8 +359,7 @@ fn refusals_say_what_helps() {
         .refuses(&["does not accept the token", "HF_TOKEN"]);
     with(Some("hf_read_only"), &["publish", arg(&base), "org/new"]).refuses(&["write"]);
     with(None, &["publish", arg(&base), "org/new"]).refuses(&["HF_TOKEN"]);
-    fault(
-        &world,
+    world.fault(
         "/api/models/org/base",
         9,
         Effect::Status {
@@ -299,8 +387,7 @@ fn a_branch_that_moved_is_a_conflict() {
     let world = published_base(u64::MAX);
     let base = world.path("base");
     std::fs::write(base.join("NOTICE"), "new").expect("writes");
-    fault(
-        &world,
+    world.fault(
         "/commit/main",
         1,
         Effect::Status {

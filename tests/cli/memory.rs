@@ -1,8 +1,5 @@
 //! What `plan` says of training's memory, beside what the kernel saw it take.
 
-#[path = "../bench/peak.rs"]
-mod peak;
-
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -10,8 +7,7 @@ use serde_json::json;
 use svdhub::model::ModelConfig;
 use svdhub::weights::{Dtype, Elements};
 
-use crate::world::{World, arg, fixture, write_model};
-use peak::peak_bytes;
+use crate::world::{World, arg, fixture, peak_bytes, write_model};
 
 /// 18 million numbers: enough that program and allocator are little beside them.
 fn model(world: &World) -> PathBuf {
@@ -81,8 +77,10 @@ fn training_takes_the_memory_that_the_plan_foretells() {
             arg(&out),
         ];
         let more = ["--steps", "3", "--lr", "1e-4", "--quiet"];
-        let mut command = world.command(&[&train[..], &more, options].concat());
-        let measured = peak_bytes(&mut command).expect("trains") as f64;
+        let child = world
+            .command(&[&train[..], &more, options].concat())
+            .spawn();
+        let measured = peak_bytes(child.expect("starts")) as f64;
         let off = planned / measured;
         assert!(
             (0.8..1.2).contains(&off),

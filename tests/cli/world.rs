@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
-use svdhub::hub::server::{Server, ServerOptions};
+use svdhub::hub::server::{Effect, Fault, Request, Server, ServerOptions};
 use svdhub::model::ModelConfig;
 use svdhub::weights::{Checkpoint, Dtype, Elements, Header, Layout, ShardWriter};
 use tempfile::TempDir;
@@ -41,17 +41,44 @@ impl World {
 
     /// A world with a Hub in it.
     pub fn with_hub() -> Self {
+        Self::with_hub_of(ServerOptions::default())
+    }
+
+    /// A world with a Hub that serves like this, where `TOKEN` alone writes.
+    pub fn with_hub_of(mut options: ServerOptions) -> Self {
         let mut world = Self::new();
-        let options = ServerOptions {
-            port: 0,
-            token: Some(TOKEN.into()),
-        };
+        options.grants.push(TOKEN.parse().expect("a token"));
         world.server = Some(Server::start(&world.path("hub"), &options).expect("the Hub starts"));
         world
     }
 
     pub fn hub(&self) -> &Server {
         self.server.as_ref().expect("this world has a Hub")
+    }
+
+    /// What the Hub answers below `/api/models/`, asked with the token.
+    pub fn api(&self, path: &str) -> Value {
+        let url = format!("{}/api/models/{path}", self.hub().endpoint());
+        let client = reqwest::blocking::Client::new();
+        let answer = client.get(url).bearer_auth(TOKEN).send();
+        answer.expect("an answer").json().expect("JSON")
+    }
+
+    /// The next requests that match go wrong.
+    pub fn fault(&self, matching: &str, times: usize, effect: Effect) {
+        self.hub().inject(Fault {
+            matching: matching.into(),
+            times,
+            effect,
+        });
+    }
+
+    /// What was asked of the Hub since the journal had `before` lines, as far as it matches `METHOD /path`.
+    pub fn asked(&self, before: usize, matching: &str) -> Vec<Request> {
+        let requests = self.hub().requests().into_iter().skip(before);
+        requests
+            .filter(|r| format!("{} {}", r.method, r.path).contains(matching))
+            .collect()
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -197,6 +224,17 @@ pub fn write_model(dir: &Path, tensors: &BTreeMap<String, Elements>, shard_bytes
     }
 }
 
+/// Waits until something is so; a test that waits in vain fails.
+pub fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    for _ in 0..6000 {
+        if is_so() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    panic!("waited in vain until {what}");
+}
+
 impl Run {
     pub fn of(output: Output) -> Self {
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("output is UTF-8");
@@ -298,4 +336,23 @@ pub fn loss(world: &World, model: &[&str]) -> f64 {
         .concat(),
     );
     facts["loss"].as_f64().expect("a loss")
+}
+
+/// Waits for a child to succeed, and says how much memory it took at most.
+///
+/// Not by rusage, which counts in what this process held when it started the child: the tests beside hold more.
+pub fn peak_bytes(mut child: std::process::Child) -> u64 {
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    loop {
+        if let Some(ended) = child.try_wait().expect("it is our child") {
+            assert!(ended.success(), "the program fails: {ended}");
+            return peak;
+        }
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        let high = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kilobytes = high.and_then(|high| high.trim().strip_suffix(" kB")?.parse().ok());
+        peak = peak.max(1024 * kilobytes.unwrap_or(0));
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
 }

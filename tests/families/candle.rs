@@ -7,11 +7,14 @@ use candle_nn::{VarBuilder, VarMap};
 use candle_transformers::models as theirs;
 use serde_json::{Value, json};
 
+use svdhub::generate::choice::likeliest;
+use svdhub::generate::go_on;
 use svdhub::model::{Decoder, ModelConfig, Trained};
 use svdhub::plan::{Role, role};
 use svdhub::weights::Elements;
 
 use crate::differences::assert_gradients;
+use crate::generation::greedy;
 use crate::memory::Memory;
 
 const LENGTH: usize = 24;
@@ -33,21 +36,25 @@ fn ids() -> Tensor {
     Tensor::from_vec(ids, (1, LENGTH), &Device::Cpu).expect("ids")
 }
 
+/// The logits of the last of some tokens, read at once.
+type Theirs = Box<dyn FnMut(&Tensor) -> candle_core::Result<Tensor>>;
+
 /// Builds the other decoder on random weights, and ours on the same ones.
 fn against(
     config: &Value,
-    build: impl FnOnce(VarBuilder, &VarMap) -> candle_core::Result<Tensor>,
+    build: impl FnOnce(VarBuilder, &VarMap) -> candle_core::Result<Theirs>,
 ) -> (Memory, Vec<f32>) {
     let variables = VarMap::new();
-    let logits = build(
+    let mut theirs = build(
         VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu),
         &variables,
     )
-    .expect("their decoder runs");
-    let logits: Vec<f32> = logits
-        .flatten_all()
-        .and_then(|l| l.to_vec1())
-        .expect("logits");
+    .expect("their decoder builds");
+    let mut their_logits = |ids: &Tensor| -> Vec<f32> {
+        let logits = theirs(ids).and_then(|l| l.flatten_all()?.to_vec1());
+        logits.expect("their decoder runs")
+    };
+    let logits = their_logits(&ids());
     let tensors = variables
         .data()
         .lock()
@@ -82,6 +89,17 @@ fn against(
         .fold(0f32, |w, (a, b)| w.max((a - b).abs()));
     assert!(last.iter().any(|x| x.abs() > 0.1), "the logits are alive");
     assert!(worst < 2e-5, "{} is {worst:.1e} off", config["model_type"]);
+
+    // ours goes on from what it has read, theirs reads everything again for each token
+    let mut all: Vec<u32> = ids().flatten_all().and_then(|i| i.to_vec1()).expect("ids");
+    let (new, _) = go_on(&decoder, &all, &greedy(12), &mut |_| Ok(())).expect("goes on");
+    for id in &new {
+        let read = Tensor::new(&all[..], &Device::Cpu).and_then(|i| i.unsqueeze(0));
+        let logits = their_logits(&read.expect("ids"));
+        let chosen = likeliest(&logits[logits.len() - 32..]);
+        assert_eq!(chosen, *id, "{} goes on from {all:?}", config["model_type"]);
+        all.push(chosen);
+    }
     (memory, ours)
 }
 
@@ -118,7 +136,10 @@ macro_rules! theirs {
             let parsed = serde_json::from_value($config.clone()).expect("their config parses");
             let mut model = <$model>::new($($first,)? &parsed, vb)?;
             randomise(variables);
-            model.forward(&ids(), 0)
+            Ok(Box::new(move |ids: &Tensor| {
+                model.clear_kv_cache();
+                model.forward(ids, 0)
+            }))
         })
     };
 }
@@ -136,11 +157,10 @@ fn llama_with_stretched_rope() {
         let parsed = parsed.into_config(false);
         let model = theirs::llama::Llama::load(vb, &parsed)?;
         randomise(variables);
-        model.forward(
-            &ids(),
-            0,
-            &mut theirs::llama::Cache::new(false, DType::F32, &parsed, &Device::Cpu)?,
-        )
+        Ok(Box::new(move |ids: &Tensor| {
+            let mut cache = theirs::llama::Cache::new(false, DType::F32, &parsed, &Device::Cpu)?;
+            model.forward(ids, 0, &mut cache)
+        }))
     });
     assert_gradients(memory, &config, &ids());
 }
@@ -182,7 +202,10 @@ fn mistral_with_a_sliding_window() {
         let parsed = serde_json::from_value(other).expect("their config parses");
         let mut model = theirs::mistral::Model::new(&parsed, vb)?;
         randomise(variables);
-        model.forward(&ids(), 0)
+        Ok(Box::new(move |ids: &Tensor| {
+            model.clear_kv_cache();
+            model.forward(ids, 0)
+        }))
     });
     assert_gradients(memory, &ours, &ids());
 }

@@ -2,6 +2,7 @@
 
 mod candle;
 mod differences;
+mod generation;
 mod memory;
 mod refused;
 mod round_trip;

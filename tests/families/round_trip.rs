@@ -11,6 +11,7 @@ use svdhub::artifact::Artifact;
 use svdhub::base::Base;
 use svdhub::event::Silent;
 use svdhub::format::Origin;
+use svdhub::generate::go_on;
 use svdhub::json::Tool;
 use svdhub::linalg::single_threaded_blas;
 use svdhub::model::{ModelConfig, Trained};
@@ -19,6 +20,7 @@ use svdhub::source::{Source, load};
 use svdhub::weights::{Dtype, Elements, Header, ShardWriter};
 use svdhub::{decompose, merge, verify};
 
+use crate::generation::greedy;
 use crate::transformers::{golden, model};
 
 /// Writes the golden model of a family as a repository of one file.
@@ -104,13 +106,17 @@ fn moved(dir: &Path, artifact: &Artifact) -> Adapter {
     Adapter::open(dir, artifact).expect("opens")
 }
 
-fn logits(source: &Source, ids: &Tensor) -> Vec<f32> {
+/// The logits of `ids`, and the tokens that follow the first few of them.
+fn answers(source: &Source, ids: &Tensor) -> (Vec<f32>, Vec<u32>) {
     let decoder = load(source, Trained::default(), &Device::Cpu, &Silent).expect("loads");
     let logits = decoder.logits(ids).expect("forward");
-    logits
-        .flatten_all()
-        .and_then(|l| l.to_vec1())
-        .expect("logits")
+    let logits = logits.flatten_all().and_then(|l| l.to_vec1());
+    let prompt: Vec<u32> = ids.get(0).and_then(|row| row.to_vec1()).expect("ids");
+    let mut options = greedy(24);
+    // a random model with a tied head says one thing again and again
+    options.choice.repetition_penalty = 2.0;
+    let (new, _) = go_on(&decoder, &prompt[..6], &options, &mut |_| Ok(())).expect("goes on");
+    (logits.expect("logits"), new)
 }
 
 /// Largest difference, relative to the largest value.
@@ -164,18 +170,20 @@ fn assert_round_trip(name: &str, dtype: Dtype) {
         ..merge::Options::default()
     };
     merge::run(&artifact(), &mixture, &path("merged"), &exact, &Silent).expect("merges");
-    let before = logits(&Source::Model(base), &ids);
+    let (before, untrained) = answers(&Source::Model(base), &ids);
     let trained = Source::Decomposition {
         artifact: artifact(),
         mixture,
     };
-    let trained = logits(&trained, &ids);
+    let (trained, new) = answers(&trained, &ids);
     let merged = Base::open(&path("merged"), None, None).expect("opens");
-    let merged = logits(&Source::Model(merged), &ids);
+    let (merged, new_of_merged) = answers(&Source::Model(merged), &ids);
     assert!(difference(&before, &trained) > 0.05, "{name} moved");
     let off = difference(&trained, &merged);
     // two orders of summation in f32 through a few layers
     assert!(off < 1e-4, "{name}: merged logits are {off:.1e} off");
+    assert_ne!(new, untrained, "{name} moved");
+    assert_eq!(new, new_of_merged, "{name}");
 }
 
 macro_rules! round_trip {

@@ -1,13 +1,15 @@
-//! Against transformers: logits, losses and the gradients of autograd (`fixtures/make_families.py`).
+//! Against transformers: logits, losses, the gradients of autograd, padded and packed rows, and steps of AdamW (`fixtures/make_families.py`).
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use svdhub::model::{Decoder, Method, ModelConfig, Trained};
+use svdhub::model::{Decoder, Method, ModelConfig, Segment, Segments, Trained};
 use svdhub::split::Factors;
+use svdhub::train::Run;
+use svdhub::train::optimizer::AdamW;
 use svdhub::weights::Elements;
 
 use crate::memory::Memory;
@@ -66,7 +68,8 @@ fn factors(module: &str, stored: &Elements) -> (Factors, Vec<f32>) {
     (factors, vec![0.0; TRIPLETS])
 }
 
-fn list(value: &Value) -> Vec<f64> {
+/// The numbers of a list.
+pub fn list(value: &Value) -> Vec<f64> {
     let list = value.as_array().expect("a list");
     list.iter().map(|x| x.as_f64().expect("a number")).collect()
 }
@@ -118,9 +121,9 @@ pub fn ids(golden: &Value) -> Tensor {
     Tensor::from_vec(ids, (rows.len(), length), &Device::Cpu).expect("ids")
 }
 
-fn assert_parity(name: &str) {
-    let golden = golden(name);
-    let (config, tensors) = model(&golden);
+/// A golden model whose Σ, norms and embedding are trained.
+fn trained(golden: &Value) -> Decoder {
+    let (config, tensors) = model(golden);
     let memory = Memory {
         tensors,
         factors: Some(Box::new(factors)),
@@ -130,8 +133,98 @@ fn assert_parity(name: &str) {
         norms: true,
         embeddings: true,
     };
+    Decoder::load(&config, &memory, trained, &Device::Cpu, DType::F32).expect("loads")
+}
+
+/// Rows that are padded on either side, and rows of several sequences.
+fn assert_layouts(name: &str) {
+    let golden = golden(name);
+    let decoder = trained(&golden);
+    let layouts = golden["layouts"].as_object().expect("layouts");
+    assert!(["left", "right", "packed"].iter().eq(layouts.keys()));
+    for (layout, golden) in layouts {
+        let what = |part: &str| format!("{name}, {layout}: {part}");
+        let segment = |tokens: f64| match tokens < 0.0 {
+            true => Segment::Padding(-tokens as usize),
+            false => Segment::Sequence(tokens as usize),
+        };
+        let rows = golden["segments"].as_array().expect("rows");
+        let rows = rows
+            .iter()
+            .map(|row| list(row).into_iter().map(segment).collect());
+        let segments = Segments::new(rows.collect());
+        let ids = ids(golden);
+        let logits = decoder.logits_of(&ids, &segments).expect("forward");
+        for place in golden["logits"].as_array().expect("places") {
+            let at = list(&place["at"]);
+            let row = logits
+                .get(at[0] as usize)
+                .and_then(|l| l.get(at[1] as usize));
+            let every_fourth: Vec<f64> = values(&row.expect("a row"))
+                .into_iter()
+                .step_by(4)
+                .collect();
+            assert_near(
+                &every_fourth,
+                &place["values"],
+                &what(&format!("the logits at {at:?}")),
+            );
+        }
+        let (sum, predicted) = decoder.loss_of(&ids, &segments).expect("forward");
+        let loss = (sum / predicted as f64).expect("a mean");
+        assert_near(&values(&loss), &json!([golden["loss"]]), &what("the loss"));
+        let gradients = loss.backward().expect("backward");
+        for (module, wanted) in golden["sigma"].as_object().expect("modules") {
+            let variable = &decoder.variables[&format!("{module}.delta")];
+            let gradient = gradients.get(variable).expect("a gradient");
+            assert_near(
+                &values(gradient),
+                wanted,
+                &what(&format!("the gradient of Σ in {module}")),
+            );
+        }
+    }
+}
+
+/// The losses of the script's steps, from the forward pass to AdamW.
+fn assert_steps(name: &str) {
+    let golden = golden(name);
+    let (config, tensors) = model(&golden);
+    let memory = Memory {
+        tensors,
+        factors: Some(Box::new(factors)),
+    };
+    let trained = Trained {
+        linear: Some(Method::default()),
+        ..Trained::default()
+    };
     let decoder =
         Decoder::load(&config, &memory, trained, &Device::Cpu, DType::F32).expect("loads");
+    let number = |key: &str| golden["steps"][key].as_f64().expect("a number");
+    let mut run = Run {
+        decoder: &decoder,
+        method: Method::default(),
+        recompute: false,
+        optimizer: AdamW {
+            weight_decay: number("weight_decay"),
+            ..AdamW::default()
+        },
+        losses: Vec::new(),
+    };
+    let rows: Vec<Vec<u32>> = ids(&golden).to_vec2().expect("rows");
+    let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+    let wanted = list(&golden["steps"]["losses"]);
+    for (step, wanted) in wanted.iter().enumerate() {
+        let loss = run.step(&rows, number("lr"), step == 0).expect("steps");
+        let off = (f64::from(loss) - wanted).abs() / wanted;
+        assert!(off < TOLERANCE, "{name}: loss {step} is {off:.1e} off");
+    }
+    assert_eq!(wanted.len(), 10);
+}
+
+fn assert_parity(name: &str) {
+    let golden = golden(name);
+    let decoder = trained(&golden);
     let ids = ids(&golden);
     let logits = decoder.logits(&ids).expect("forward");
     for place in golden["logits"].as_array().expect("places") {
@@ -188,6 +281,8 @@ macro_rules! parity {
         $(#[test]
         fn $test() {
             assert_parity($name);
+            assert_layouts($name);
+            assert_steps($name);
         })*
     };
 }

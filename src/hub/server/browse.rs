@@ -4,15 +4,18 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::reply::{Refusal, Reply};
-use super::repo::{Commit, Entry, EntryKind, git_id};
-use super::routes::{USER, Visit, object_url};
-
-/// The most entries of one page, as on the public Hub.
-const PAGE_ENTRIES_MAX: usize = 1000;
+use super::lfs::object_url;
+use super::reply::{Refusal, Reply, encode, refuse};
+use super::repo::{Commit, Entry, EntryKind, git_id, lfs_pointer};
+use super::routes::{USER, Visit};
 
 impl Visit<'_> {
     pub fn info(&self, revision: &str) -> Result<Reply, Refusal> {
+        self.summary(revision).map(Reply::json)
+    }
+
+    /// The facts of the repository at a revision.
+    pub fn summary(&self, revision: &str) -> Result<Value, Refusal> {
         let commit = self.hub.store.commit_at(&self.id, revision)?;
         let with_sizes = self.call.flag("blobs");
         let sibling = |(path, entry): (&String, &Entry)| {
@@ -27,14 +30,14 @@ impl Visit<'_> {
             sibling
         };
         let name = self.id.to_string();
-        Ok(Reply::json(json!({
+        Ok(json!({
             "_id": &git_id("repo", name.as_bytes())[..24], "id": name, "modelId": name,
             "author": self.id.owner(), "sha": commit.id,
             "private": self.repo.private, "gated": self.repo.gated_json(), "disabled": false,
             "downloads": 0, "likes": 0, "tags": [],
             "lastModified": commit.date, "createdAt": self.repo.created,
             "siblings": commit.tree.iter().map(sibling).collect::<Vec<_>>(),
-        })))
+        }))
     }
 
     pub fn refs(&self) -> Result<Reply, Refusal> {
@@ -78,7 +81,7 @@ impl Visit<'_> {
         }
         // The cursor is the last path of the page before: it stays right when the branch moves meanwhile.
         let cursor = self.call.parameter("cursor").unwrap_or_default();
-        let limit = self.call.limit(PAGE_ENTRIES_MAX);
+        let limit = self.call.limit(self.hub.page_entries);
         let mut rest = entries.into_iter().filter(|(path, _)| *path > cursor);
         let (paths, page): (Vec<&str>, Vec<Value>) = rest.by_ref().take(limit).unzip();
         let mut reply = Reply::json(page.into()).header("x-repo-commit", &commit.id);
@@ -110,7 +113,7 @@ impl Visit<'_> {
         };
         let page = self.call.parameter("p").and_then(|page| page.parse().ok());
         let page: usize = page.unwrap_or(0);
-        let pages = history.chunks(self.call.limit(PAGE_ENTRIES_MAX));
+        let pages = history.chunks(self.call.limit(self.hub.page_entries));
         let more = pages.len() > page.saturating_add(1);
         let shown: Vec<Value> = pages.skip(page).take(1).flatten().map(entry).collect();
         let reply = Reply::json(shown.into()).header("x-total-count", history.len().to_string());
@@ -120,14 +123,71 @@ impl Visit<'_> {
         })
     }
 
-    /// Small files come from here, LFS objects by a redirect to the other origin.
-    pub fn resolve(&self, revision: &str, path: &str) -> Result<Reply, Refusal> {
+    /// What differs between two commits, `<from>..<to>`, as `git diff --raw` tells it.
+    pub fn compare(&self, range: &str) -> Result<Reply, Refusal> {
+        let Some((from, to)) = range.split_once("..") else {
+            return refuse(400, "Expected <from>..<to>");
+        };
+        let before = self.hub.store.commit_at(&self.id, from)?;
+        let after = self
+            .hub
+            .store
+            .commit_at(&self.id, to.trim_start_matches('.'))?;
+        let side = |entry: Option<&Entry>| match entry {
+            Some(entry) => ("100644", entry.oid.clone()),
+            None => ("000000", "0".repeat(40)),
+        };
+        let line = |(path, entry): (&String, &Option<Entry>)| {
+            let (old_mode, old) = side(before.tree.get(path));
+            let (mode, new) = side(entry.as_ref());
+            let letter = match (old_mode, mode) {
+                ("000000", _) => 'A',
+                (_, "000000") => 'D',
+                _ => 'M',
+            };
+            format!(":{old_mode} {mode} {old} {new} {letter}\t{path}\n")
+        };
+        let lines: String = before.changed(&after).iter().map(line).collect();
+        Ok(Reply::text(lines))
+    }
+
+    /// A file as git holds it: of an LFS object, the pointer.
+    pub fn raw(&self, revision: &str, path: &str) -> Result<Reply, Refusal> {
+        let commit = self.hub.store.commit_at(&self.id, revision)?;
+        let entry = commit
+            .tree
+            .get(path)
+            .ok_or_else(|| no_entry(&commit, path))?;
+        let reply = match entry.kind {
+            EntryKind::Lfs => Reply::text(lfs_pointer(&entry.sha256, entry.size)),
+            EntryKind::Regular => {
+                let (file, size) = self.hub.store.content(entry)?;
+                Reply::file(file, size, &entry.oid, self.call)
+            }
+        };
+        Ok(reply.header("x-repo-commit", &commit.id))
+    }
+
+    /// Small files of public repositories come from a cache on this origin, of others from here; LFS objects by a redirect
+    /// to the other origin.
+    pub fn resolve(&self, revision: &str, path: &str, cached: bool) -> Result<Reply, Refusal> {
         let commit = self.hub.store.commit_at(&self.id, revision)?;
         let missing = || no_entry(&commit, path);
         let entry = commit.tree.get(path).ok_or_else(missing)?;
         let (file, size) = self.hub.store.content(entry)?;
         let tag = format!("\"{}\"", entry.sha256);
         let reply = match entry.kind {
+            EntryKind::Regular if !cached && !self.repo.private && self.repo.gated.is_none() => {
+                let kind = self.id.kind.plural();
+                let path: Vec<String> = path.split('/').map(encode).collect();
+                let path = path.join("/");
+                // relative, as the public Hub's is
+                let location =
+                    format!("/api/resolve-cache/{kind}/{}/{}/{path}", self.id, commit.id);
+                Reply::empty(307)
+                    .header("location", location)
+                    .header("etag", format!("\"{}\"", entry.oid))
+            }
             EntryKind::Regular => Reply::file(file, size, &entry.oid, self.call),
             EntryKind::Lfs if self.call.knows(&entry.sha256) => {
                 Reply::empty(304).header("etag", tag)

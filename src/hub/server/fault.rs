@@ -5,6 +5,11 @@ use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use futures_util::{StreamExt, stream};
+use serde_json::{Value, json};
+
+use super::reply::{Content, Reply};
+
+const SLOW_PIECE_BYTES: usize = 64 << 10;
 
 /// Something to go wrong.
 #[derive(Clone, Debug)]
@@ -32,6 +37,14 @@ pub enum Effect {
     StatusAfter { status: u16 },
     /// The right answer, late.
     Slow { delay_ms: u64 },
+    /// The right headers, then the body in pieces of at most 64 KiB, each late.
+    SlowBody { delay_ms: u64 },
+    /// The addresses on the CDN that the answer names permit nothing any more.
+    ExpiredLink,
+    /// The range that was asked for is not heeded.
+    IgnoreRange,
+    /// A list of files names one more, of six bytes.
+    ExtraFile { path: String },
 }
 
 /// Takes the oldest fault that matches a request off the list, or one of its times.
@@ -43,11 +56,39 @@ pub fn take(faults: &mut Vec<Fault>, request: &str) -> Option<Effect> {
     Some(fault.effect.clone())
 }
 
+/// Applies the effects that concern what an answer says.
+pub fn forge(reply: &mut Reply, effect: Option<&Effect>) {
+    match (effect, &mut reply.content) {
+        (Some(Effect::ExpiredLink), content) => {
+            let expire = |text: &str| text.replace("signature=", "signature=expired-");
+            for (_, value) in reply
+                .headers
+                .iter_mut()
+                .filter(|(name, _)| *name == "location")
+            {
+                *value = expire(value);
+            }
+            if let Content::Bytes(bytes) = content {
+                *bytes = expire(&String::from_utf8_lossy(bytes)).into_bytes();
+            }
+        }
+        (Some(Effect::ExtraFile { path }), Content::Bytes(bytes)) => {
+            if let Ok(Value::Array(mut entries)) = serde_json::from_slice(bytes) {
+                let oid = "ce013625030ba8dba906f756967f9e9ca394464a";
+                entries.push(json!({"type": "file", "oid": oid, "size": 6, "path": path}));
+                *bytes = Value::Array(entries).to_string().into_bytes();
+            }
+        }
+        _ => {}
+    }
+}
+
 /// Applies the effects that concern the bytes of a body.
 pub fn spoil(body: Body, bytes: u64, effect: Option<Effect>) -> Body {
     match effect {
         Some(Effect::WrongBytes) => wrong(body, bytes / 2),
         Some(Effect::CutBody { after_bytes }) => cut(body, after_bytes),
+        Some(Effect::SlowBody { delay_ms }) => slow(body, Duration::from_millis(delay_ms)),
         _ => body,
     }
 }
@@ -70,6 +111,23 @@ fn wrong(body: Body, position: u64) -> Body {
         body.into_data_stream()
             .map(move |piece| piece.map(&mut flip)),
     )
+}
+
+fn slow(body: Body, delay: Duration) -> Body {
+    let pieces = body.into_data_stream().flat_map(|piece| {
+        let pieces: Vec<_> = match piece {
+            Ok(piece) => (0..piece.len())
+                .step_by(SLOW_PIECE_BYTES)
+                .map(|at| Ok(piece.slice(at..piece.len().min(at + SLOW_PIECE_BYTES))))
+                .collect(),
+            Err(error) => vec![Err(error)],
+        };
+        stream::iter(pieces)
+    });
+    Body::from_stream(pieces.then(move |piece| async move {
+        tokio::time::sleep(delay).await;
+        piece
+    }))
 }
 
 fn cut(body: Body, after_bytes: u64) -> Body {

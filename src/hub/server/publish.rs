@@ -7,12 +7,13 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::discuss::{Discussion, Status};
 use super::reply::{Call, Refusal, Reply, list, refuse, text};
 use super::repo::{
     Change, Commit, Draft, EntryKind, Gate, INLINE_BYTES_MAX, Refused, Repo, To, add_ref,
     remove_ref,
 };
-use super::routes::{Visit, object_url};
+use super::routes::Visit;
 
 impl Visit<'_> {
     pub fn change_settings(&self) -> Result<Reply, Refusal> {
@@ -86,52 +87,13 @@ impl Visit<'_> {
         Ok(Reply::json(json!({"files": files, "commitOid": commit.id})))
     }
 
-    pub fn lfs_batch(&self, batch: &Value) -> Result<Reply, Refusal> {
-        let upload = batch["operation"] != "download";
-        let verify = format!("{}.git/info/lfs/verify", self.page());
-        let mut objects = Vec::new();
-        for object in list(batch, "objects")? {
-            let (oid, size) = (text(object, "oid")?, &object["size"]);
-            let found = self.hub.store.object(oid);
-            let there = found.is_some_and(|(_, found)| *size == found);
-            let mut answer = json!({"oid": oid, "size": size, "authenticated": true});
-            // No `actions` at all says that there is nothing to do; clients stumble over `null`.
-            match (upload, there) {
-                (true, true) => {}
-                (true, false) => {
-                    let upload = json!({"href": object_url(self.hub, "upload", oid)});
-                    answer["actions"] = json!({"upload": upload, "verify": {"href": verify}});
-                }
-                (false, true) => {
-                    let download = json!({"href": object_url(self.hub, "download", oid)});
-                    answer["actions"] = json!({"download": download});
-                }
-                (false, false) => {
-                    answer["error"] = json!({"code": 404, "message": "No such object"})
-                }
-            }
-            objects.push(answer);
-        }
-        // `basic` is what every client must understand, whatever transfers it offers.
-        Ok(
-            Reply::json(json!({"transfer": "basic", "objects": objects}))
-                .header("content-type", "application/vnd.git-lfs+json"),
-        )
-    }
-
-    pub fn lfs_verify(&self) -> Result<Reply, Refusal> {
-        let object = self.call.json()?;
-        match self.hub.store.object(text(&object, "oid")?) {
-            Some((_, size)) if object["size"] == size => Ok(Reply::done()),
-            _ => refuse(404, "Object does not exist or has another size"),
-        }
-    }
-
     pub fn commit(&self, revision: &str) -> Result<Reply, Refusal> {
         let draft = draft(self.call)?;
         let store = &self.hub.store;
         let (made, number) = if self.call.flag("create_pr") {
-            let (made, number) = store.open_pull_request(&self.id, revision, draft)?;
+            let (title, said) = (draft.title.clone(), draft.message.clone());
+            let discussion = |base| Discussion::new(&title, &said, Status::Open, Some(base));
+            let (made, number) = store.open_pull_request(&self.id, revision, draft, discussion)?;
             (made, Some(number))
         } else {
             (store.commit(&self.id, revision, draft)?, None)
@@ -139,7 +101,7 @@ impl Visit<'_> {
         let url = format!("{}/commit/{made}", self.page());
         let mut answer = json!({"success": true, "commitOid": made, "commitUrl": url});
         if let Some(number) = number {
-            answer["pullRequestUrl"] = json!(format!("{}/discussions/{number}", self.page()));
+            answer["pullRequestUrl"] = json!(self.discussion_url(number));
         }
         Ok(Reply::json(answer))
     }
@@ -150,11 +112,6 @@ impl Visit<'_> {
     {
         self.hub.store.change(&self.id, change)?;
         Ok(Reply::done().status(status))
-    }
-
-    /// The address of the repository for a browser.
-    fn page(&self) -> String {
-        format!("{}/{}{}", self.call.base, self.id.kind.prefix(), self.id)
     }
 
     fn attributes(&self, commit: &Commit) -> Result<String, Refusal> {

@@ -140,6 +140,14 @@ impl Reply {
         }
     }
 
+    pub fn text(text: String) -> Reply {
+        Reply {
+            status: 200,
+            headers: vec![("content-type", "text/plain; charset=utf-8".to_owned())],
+            content: Content::Bytes(text.into_bytes()),
+        }
+    }
+
     /// The answer to a change about which there is nothing to say.
     pub fn done() -> Reply {
         Reply::json(json!({}))
@@ -294,7 +302,7 @@ fn decode(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-fn encode(text: &str) -> String {
+pub fn encode(text: &str) -> String {
     let byte = |byte: u8| match char::from(byte) {
         plain if plain.is_ascii_alphanumeric() || "-_.~".contains(plain) => plain.to_string(),
         _ => format!("%{byte:02X}"),

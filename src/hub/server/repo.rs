@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha1::{Digest, Sha1};
 
+use super::discuss::Discussion;
+
 /// The largest file that may travel inside a commit; the public Hub asks for LFS above it.
 pub const INLINE_BYTES_MAX: u64 = 10_000_000;
 
@@ -39,6 +41,8 @@ pub struct Repo {
     pub tags: BTreeMap<String, String>,
     /// Keys are whole ref names, `refs/pr/1`.
     pub pull_requests: BTreeMap<String, String>,
+    #[serde(default)]
+    pub discussions: BTreeMap<usize, Discussion>,
 }
 
 /// How access to a gated repository is granted.
@@ -131,6 +135,8 @@ pub enum Refused {
     TooLarge { path: String, bytes: u64 },
     #[error("LFS pointer of {path}: no object {sha256} of that size")]
     NoObject { path: String, sha256: String },
+    #[error("part {0} of the object did not arrive, or another in its place")]
+    NoPart(usize),
     #[error("the content has the sha256 {found}, not {expected}")]
     Digest { expected: String, found: String },
     #[error("the content {0} is missing in the folder of the Hub")]
@@ -140,7 +146,14 @@ pub enum Refused {
 }
 
 impl RepoKind {
-    fn plural(self) -> &'static str {
+    pub fn singular(self) -> &'static str {
+        match self {
+            RepoKind::Model => "model",
+            RepoKind::Dataset => "dataset",
+        }
+    }
+
+    pub fn plural(self) -> &'static str {
         match self {
             RepoKind::Model => "models",
             RepoKind::Dataset => "datasets",
@@ -175,6 +188,11 @@ impl RepoId {
             .collect()
     }
 
+    /// `owner/name`, or `datasets/owner/name`.
+    pub fn full_name(&self) -> String {
+        format!("{}{self}", self.kind.prefix())
+    }
+
     pub fn owner(&self) -> &str {
         &self.owner
     }
@@ -202,6 +220,16 @@ impl Repo {
             .cloned()
     }
 
+    /// Adds a discussion and says its number; those of pull requests are counted with it.
+    pub fn discuss(&mut self, discussion: Discussion) -> usize {
+        let of_ref = |name: &String| name.rsplit('/').next()?.parse().ok();
+        let numbers = self.pull_requests.keys().filter_map(of_ref);
+        let last = numbers.chain(self.discussions.keys().copied()).max();
+        let number = last.unwrap_or(0) + 1;
+        self.discussions.insert(number, discussion);
+        number
+    }
+
     /// The Hub says `false` where nothing is gated.
     pub fn gated_json(&self) -> Value {
         self.gated.map_or(Value::Bool(false), |gate| json!(gate))
@@ -217,6 +245,14 @@ impl Repo {
 }
 
 impl Commit {
+    /// What a later commit makes of the paths in which it differs: a file, or none.
+    pub fn changed(&self, later: &Commit) -> BTreeMap<String, Option<Entry>> {
+        let paths = self.tree.keys().chain(later.tree.keys());
+        let differs = |path: &&String| self.tree.get(*path) != later.tree.get(*path);
+        let to = |path: &String| (path.clone(), later.tree.get(path).cloned());
+        paths.filter(differs).map(to).collect()
+    }
+
     /// Every folder of the tree with an id that changes with its contents; `""` is the root.
     pub fn folders(&self) -> BTreeMap<&str, String> {
         let mut contents: BTreeMap<&str, String> = BTreeMap::from([("", String::new())]);

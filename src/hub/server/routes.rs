@@ -1,16 +1,18 @@
 //! What the Hub answers: from a request with its small body to a reply, without any network.
 //!
-//! Here: addresses, and who may do what. What is told about a repository is in `browse`, what changes one in
-//! `publish`. Addresses, headers and payloads are those of huggingface_hub 2.4, hf-hub 1.0 and huggingface.js.
-//! The bytes of LFS objects do not pass here: a reply names the file to send, and `upload_target` says whether
-//! an upload may be received.
+//! Here: addresses. Who may do what is in `access`, what is told about a repository in `browse`, what changes one in
+//! `publish`, large files in `lfs`, pull requests in `discuss`. Addresses, headers and payloads are those of
+//! huggingface_hub 2.4, hf-hub 1.0 and huggingface.js. The bytes of LFS objects do not pass here: a reply names the file
+//! to send, and `lfs::Receiving` takes what arrives.
 
-use axum::http::header;
+use std::collections::BTreeMap;
+
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
+use super::access::{self, Caller, Grant};
+use super::lfs;
 use super::reply::{Call, Refusal, Reply, refuse, text};
-use super::repo::{Refused, Repo, RepoId, RepoKind, hex};
+use super::repo::{Refused, Repo, RepoId, RepoKind};
 use super::store::Store;
 
 /// The account behind every token.
@@ -19,8 +21,11 @@ pub const USER: &str = "local";
 /// What every answer depends on besides the request.
 pub struct Hub {
     pub store: Store,
-    /// See `ServerOptions::token`.
-    pub token: Option<String>,
+    /// See `ServerOptions`, as the following.
+    pub grants: Vec<Grant>,
+    pub page_entries: usize,
+    pub part_bytes: Option<u64>,
+    pub login_seconds: u64,
     /// The origin that contents come from; another one than the Hub's, as in the real world.
     pub cdn: String,
     /// Makes the CDN's addresses unguessable.
@@ -33,17 +38,7 @@ pub struct Visit<'a> {
     pub call: &'a Call,
     pub id: RepoId,
     pub repo: Repo,
-    role: Role,
-}
-
-/// Who asks; each may do what those before may do.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Role {
-    Anonymous,
-    /// An account without rights here: what is private or gated stays closed.
-    Stranger,
-    Reader,
-    Writer,
+    caller: Caller,
 }
 
 /// Answers a request to the Hub itself.
@@ -51,48 +46,47 @@ pub fn answer(hub: &Hub, call: &Call) -> Reply {
     route(hub, call).unwrap_or_else(|Refusal(reply)| reply)
 }
 
-/// Answers a download from the CDN, which knows no accounts: the signed address is the permission.
-pub fn download(hub: &Hub, call: &Call) -> Reply {
-    let oid = match signed_object(hub, call, "download") {
-        Ok(oid) => oid,
-        Err(Refusal(reply)) => return reply,
-    };
-    match hub.store.object(oid) {
-        Some((path, size)) => Reply::file(path, size, oid, call),
-        None => Refusal::new(404, "No such object").0,
-    }
-}
-
-/// The sha256 that an upload to the CDN promises, if its address was given out by this Hub.
-pub fn upload_target<'a>(hub: &Hub, call: &'a Call) -> Result<&'a str, Refusal> {
-    signed_object(hub, call, "upload")
-}
-
-/// The address on the CDN that permits one thing with one object.
-pub fn object_url(hub: &Hub, verb: &str, oid: &str) -> String {
-    let signature = signature(hub, verb, oid);
-    format!("{}/objects/{oid}?signature={signature}", hub.cdn)
-}
-
 fn route(hub: &Hub, call: &Call) -> Result<Reply, Refusal> {
-    let role = role(hub, call)?;
+    let caller = access::caller(hub, call)?;
     let segments: Vec<&str> = call.segments.iter().map(String::as_str).collect();
     let visit = |kind, owner: &str, name: &str| {
         let name = name.strip_suffix(".git").unwrap_or(name);
-        visit(hub, call, role, RepoId::new(kind, owner, name))
+        visit(hub, call, caller.clone(), RepoId::new(kind, owner, name))
     };
     match (call.method.as_str(), segments.as_slice()) {
-        ("GET", ["api", "whoami-v2"]) => whoami(role),
+        ("GET", ["api", "whoami-v2"]) => access::whoami(&caller),
+        ("GET", ["oidc", "token"]) => access::identity(hub, call, &caller),
+        ("POST", ["oauth", "token"]) => access::exchange(hub, call),
+        ("POST", ["api", "complete_multipart"]) => lfs::complete(hub, call),
         ("POST", ["api", "validate-yaml"]) => validate_card(call),
-        ("POST", ["api", "repos", "create"]) => {
-            check_writer(role)?;
-            create_repo(hub, call)
-        }
+        ("POST", ["api", "repos", "create"]) => create_repo(hub, call, &caller),
         ("DELETE", ["api", "repos", "delete"]) => {
-            check_writer(role)?;
-            let visit = self::visit(hub, call, role, Some(named_repo(&call.json()?)?))?;
+            let id = named_repo(&call.json()?)?;
+            caller.check_writes(&id)?;
+            let visit = self::visit(hub, call, caller, Some(id))?;
             hub.store.delete(&visit.id)?;
             Ok(Reply::done())
+        }
+        ("POST", ["api", "repos", "move"]) => move_repo(hub, call, &caller),
+        ("GET", ["api", "models"]) => list_repos(hub, call, &caller, RepoKind::Model),
+        ("GET", ["api", "datasets"]) => list_repos(hub, call, &caller, RepoKind::Dataset),
+        (
+            "GET",
+            [
+                "api",
+                "resolve-cache",
+                kind,
+                owner,
+                name,
+                revision,
+                path @ ..,
+            ],
+        ) => {
+            let kind = match *kind {
+                "datasets" => RepoKind::Dataset,
+                _ => RepoKind::Model,
+            };
+            visit(kind, owner, name)?.resolve(revision, &path.join("/"), true)
         }
         (_, ["api", "models", owner, name, rest @ ..]) => {
             visit(RepoKind::Model, owner, name)?.api(rest)
@@ -114,11 +108,17 @@ impl Visit<'_> {
         let method = self.call.method.as_str();
         // `paths-info` is a question too long for an address.
         if method != "GET" && rest.first() != Some(&"paths-info") {
-            check_writer(self.role)?;
+            self.caller.check_writes(&self.id)?;
         }
         match (method, rest) {
             ("GET", []) => self.info("main"),
             ("GET", ["refs"]) => self.refs(),
+            ("GET", ["discussions"]) => self.discussions(),
+            ("POST", ["discussions"]) => self.open_discussion(),
+            ("GET", ["discussions", number]) => self.discussion(number),
+            ("POST", ["discussions", number, "comment"]) => self.comment(number),
+            ("POST", ["discussions", number, "status"]) => self.change_status(number),
+            ("POST", ["discussions", number, "merge"]) => self.merge(number),
             ("PUT", ["settings"]) => self.change_settings(),
             ("POST", ["branch", name @ ..]) => self.create_branch(&name.join("/")),
             ("DELETE", ["branch", name @ ..]) => self.delete_branch(&name.join("/")),
@@ -131,6 +131,7 @@ impl Visit<'_> {
                     ("GET", "revision") => self.info(&revision),
                     ("GET", "tree") => self.tree(&revision, &path),
                     ("GET", "commits") => self.commits(&revision),
+                    ("GET", "compare") => self.compare(&revision),
                     ("POST", "paths-info") => self.paths_info(&revision),
                     ("POST", "preupload") => self.preupload(&revision),
                     ("POST", "commit") => self.commit(&revision),
@@ -145,13 +146,25 @@ impl Visit<'_> {
         }
     }
 
+    /// The address of the repository for a browser.
+    pub fn page(&self) -> String {
+        format!("{}/{}{}", self.call.base, self.id.kind.prefix(), self.id)
+    }
+
     /// `/<owner>/<name>/resolve/…`, and the LFS addresses below `/<owner>/<name>.git/`.
     fn files(&self, rest: &[&str]) -> Result<Reply, Refusal> {
         match (self.call.method.as_str(), rest) {
             ("GET", ["resolve", rest @ ..]) => {
                 self.check_gate()?;
                 match split_revision(rest) {
-                    Some((revision, path)) => self.resolve(&revision, &path),
+                    Some((revision, path)) => self.resolve(&revision, &path, false),
+                    None => no_route(self.call),
+                }
+            }
+            ("GET", ["raw", rest @ ..]) => {
+                self.check_gate()?;
+                match split_revision(rest) {
+                    Some((revision, path)) => self.raw(&revision, &path),
                     None => no_route(self.call),
                 }
             }
@@ -160,12 +173,12 @@ impl Visit<'_> {
                 if batch["operation"] == "download" {
                     self.check_gate()?;
                 } else {
-                    check_writer(self.role)?;
+                    self.caller.check_writes(&self.id)?;
                 }
                 self.lfs_batch(&batch)
             }
             ("POST", ["info", "lfs", "verify"]) => {
-                check_writer(self.role)?;
+                self.caller.check_writes(&self.id)?;
                 self.lfs_verify()
             }
             _ => no_route(self.call),
@@ -173,104 +186,93 @@ impl Visit<'_> {
     }
 
     fn check_gate(&self) -> Result<(), Refusal> {
-        if self.repo.gated.is_none() || self.role >= Role::Reader {
+        if self.repo.gated.is_none() || self.caller.reads(&self.id) {
             return Ok(());
         }
-        let status = if self.role == Role::Anonymous {
-            401
-        } else {
-            403
-        };
+        let status = if self.caller.is_anonymous() { 401 } else { 403 };
         let message = format!("Access to model {} is restricted.", self.id);
         Err(Refusal::new(status, message).code("GatedRepo"))
-    }
-}
-
-fn role(hub: &Hub, call: &Call) -> Result<Role, Refusal> {
-    let Some(authorization) = call.headers.get(header::AUTHORIZATION) else {
-        return Ok(Role::Anonymous);
-    };
-    let words = authorization.to_str().unwrap_or_default();
-    let token = words.strip_prefix("Bearer ").unwrap_or_default();
-    match &hub.token {
-        Some(expected) if token == expected => Ok(Role::Writer),
-        Some(_) if token.starts_with("hf_read") => Ok(Role::Stranger),
-        None if token.starts_with("hf_read") => Ok(Role::Reader),
-        None if token.starts_with("hf_") => Ok(Role::Writer),
-        // The Python client reads this very sentence to tell a bad token from a missing repository.
-        _ => refuse(401, "Invalid credentials in Authorization header"),
-    }
-}
-
-fn check_writer(role: Role) -> Result<(), Refusal> {
-    match role {
-        Role::Anonymous => refuse(401, "Invalid username or password."),
-        Role::Writer => Ok(()),
-        _ => refuse(403, "Forbidden: your token has no write permission"),
     }
 }
 
 fn visit<'a>(
     hub: &'a Hub,
     call: &'a Call,
-    role: Role,
+    caller: Caller,
     id: Option<RepoId>,
 ) -> Result<Visit<'a>, Refusal> {
     // To a stranger a private repository does not exist; the status asks the anonymous to log in.
-    let status = if role == Role::Anonymous { 401 } else { 404 };
+    let status = if caller.is_anonymous() { 401 } else { 404 };
     let unseen = || Refusal::new(status, "Repository not found").code("RepoNotFound");
     let id = id.ok_or_else(unseen)?;
     match hub.store.repo(&id) {
-        Ok(repo) if repo.private && role < Role::Reader => Err(unseen()),
+        Ok(repo) if repo.private && !caller.reads(&id) => Err(unseen()),
         Ok(repo) => Ok(Visit {
             hub,
             call,
             id,
             repo,
-            role,
+            caller,
         }),
         Err(Refused::NoRepo) => Err(unseen()),
         Err(other) => Err(other.into()),
     }
 }
 
-fn whoami(role: Role) -> Result<Reply, Refusal> {
-    if role == Role::Anonymous {
-        return refuse(401, "Invalid username or password.");
-    }
-    let access = if role == Role::Writer {
-        "write"
-    } else {
-        "read"
-    };
-    let since = "2026-01-01T00:00:00.000Z";
-    let token = json!({"displayName": "token", "role": access, "createdAt": since});
-    Ok(Reply::json(json!({
-        "type": "user", "id": "1", "name": USER, "fullname": USER, "email": null,
-        "isPro": false, "canPay": false, "periodEnd": null, "avatarUrl": "", "orgs": [],
-        "auth": {"type": "access_token", "accessToken": token},
-    })))
-}
-
+/// Checks the front matter of a card, as far as that goes without a reader of YAML: keys at the left margin, once each;
+/// quotes that close; no tabs; a licence with a name where it is `other`.
 fn validate_card(call: &Call) -> Result<Reply, Refusal> {
     let body = call.json()?;
+    let (mut errors, mut warnings) = (Vec::new(), Vec::new());
     let mut lines = text(&body, "content")?.lines();
-    let is_fence = |line: &str| line.trim_end() == "---";
-    let (status, errors, warnings) = if !lines.next().is_some_and(is_fence) {
-        let warning = json!({"message": "empty or missing yaml metadata in repo card"});
-        (200, vec![], vec![warning])
-    } else if !lines.any(is_fence) {
-        let error = json!({"message": "the yaml metadata does not end with a line `---`"});
-        (400, vec![error], vec![])
+    let is_fence = |line: &&str| line.trim_end() == "---";
+    if lines.next().is_some_and(|line| is_fence(&line)) {
+        let metadata: Vec<&str> = lines.by_ref().take_while(|line| !is_fence(line)).collect();
+        let closed = text(&body, "content")?.lines().filter(is_fence).count() > 1;
+        if !closed {
+            errors.push("the yaml metadata does not end with a line `---`".to_owned());
+        }
+        let mut seen = BTreeMap::new();
+        for line in &metadata {
+            if line.starts_with('\t') {
+                errors.push(format!("a tab indents `{}`", line.trim()));
+            }
+            let top = !line.starts_with([' ', '\t', '-', '#']) && !line.trim().is_empty();
+            match line.split_once(':').filter(|_| top) {
+                Some((key, value)) => {
+                    let value = value.trim();
+                    let open = ['"', '\'']
+                        .into_iter()
+                        .any(|quote| value.starts_with(quote) && !value[1..].ends_with(quote));
+                    if open {
+                        errors.push(format!("a quote of `{key}` does not close"));
+                    }
+                    if seen.insert(key, value).is_some() {
+                        errors.push(format!("duplicated mapping key `{key}`"));
+                    }
+                }
+                None if top && closed => errors.push(format!("`{line}` is no mapping")),
+                None => {}
+            }
+        }
+        if seen.get("license") == Some(&"other") && !seen.contains_key("license_name") {
+            warnings.push("`license: other` needs a `license_name`".to_owned());
+        }
     } else {
-        (200, vec![], vec![])
+        warnings.push("empty or missing yaml metadata in repo card".to_owned());
+    }
+    let messages = |texts: &[String]| -> Vec<Value> {
+        texts.iter().map(|text| json!({"message": text})).collect()
     };
-    Ok(Reply::json(json!({"errors": errors, "warnings": warnings})).status(status))
+    let status = if errors.is_empty() { 200 } else { 400 };
+    let answer = json!({"errors": messages(&errors), "warnings": messages(&warnings)});
+    Ok(Reply::json(answer).status(status))
 }
 
-fn create_repo(hub: &Hub, call: &Call) -> Result<Reply, Refusal> {
+fn create_repo(hub: &Hub, call: &Call, caller: &Caller) -> Result<Reply, Refusal> {
     let wanted = call.json()?;
     let id = named_repo(&wanted)?;
+    caller.check_writes(&id)?;
     // hf-hub sends `private`, the Python client `visibility`.
     let private = wanted["private"] == true || wanted["visibility"] == "private";
     let name = id.to_string();
@@ -286,13 +288,46 @@ fn create_repo(hub: &Hub, call: &Call) -> Result<Reply, Refusal> {
     }
 }
 
+fn move_repo(hub: &Hub, call: &Call, caller: &Caller) -> Result<Reply, Refusal> {
+    let wanted = call.json()?;
+    let kind = repo_kind(&wanted)?;
+    let id = |key| -> Result<RepoId, Refusal> {
+        let name = text(&wanted, key)?;
+        let id = name
+            .split_once('/')
+            .and_then(|(owner, name)| RepoId::new(kind, owner, name));
+        id.ok_or_else(|| Refusal::new(400, format!("Invalid repo name: {name}")))
+    };
+    let (from, to) = (id("fromRepo")?, id("toRepo")?);
+    caller.check_writes(&from)?;
+    caller.check_writes(&to)?;
+    hub.store.rename(&from, &to)?;
+    Ok(Reply::done())
+}
+
+fn list_repos(hub: &Hub, call: &Call, caller: &Caller, kind: RepoKind) -> Result<Reply, Refusal> {
+    let (author, search) = (
+        call.parameter("author"),
+        call.parameter("search").unwrap_or(""),
+    );
+    let mut found = Vec::new();
+    for id in hub.store.repos(kind)? {
+        let wanted =
+            author.is_none_or(|author| id.owner() == author) && id.to_string().contains(search);
+        // one that is being deleted at this moment is gone
+        let Ok(visit) = visit(hub, call, caller.clone(), Some(id)) else {
+            continue;
+        };
+        if wanted && found.len() < call.limit(hub.page_entries) {
+            found.push(visit.summary("main")?);
+        }
+    }
+    Ok(Reply::json(found.into()))
+}
+
 /// The repository that a body means with `name`, `organization` and `type`.
 fn named_repo(body: &Value) -> Result<RepoId, Refusal> {
-    let kind = match body["type"].as_str() {
-        None | Some("model") => RepoKind::Model,
-        Some("dataset") => RepoKind::Dataset,
-        Some(other) => return refuse(400, format!("This Hub has no repositories of type {other}")),
-    };
+    let kind = repo_kind(body)?;
     let name = text(body, "name")?;
     let organization = body["organization"].as_str().unwrap_or(USER);
     let (owner, name) = name.split_once('/').unwrap_or((organization, name));
@@ -300,23 +335,19 @@ fn named_repo(body: &Value) -> Result<RepoId, Refusal> {
     RepoId::new(kind, owner, name).ok_or_else(invalid)
 }
 
+fn repo_kind(body: &Value) -> Result<RepoKind, Refusal> {
+    match body["type"].as_str() {
+        None | Some("model") => Ok(RepoKind::Model),
+        Some("dataset") => Ok(RepoKind::Dataset),
+        Some(other) => refuse(400, format!("This Hub has no repositories of type {other}")),
+    }
+}
+
 /// A revision is one segment with its slashes encoded; `refs/pr/1` may come with plain slashes too.
 fn split_revision(segments: &[&str]) -> Option<(String, String)> {
     let plain = segments.len() >= 3 && segments[0] == "refs";
     let (revision, path) = segments.split_at_checked(if plain { 3 } else { 1 })?;
     Some((revision.join("/"), path.join("/")))
-}
-
-fn signature(hub: &Hub, verb: &str, oid: &str) -> String {
-    hex(&Sha256::digest(format!("{} {verb} {oid}", hub.secret))[..16])
-}
-
-fn signed_object<'a>(hub: &Hub, call: &'a Call, verb: &str) -> Result<&'a str, Refusal> {
-    let given = call.parameter("signature").unwrap_or_default();
-    match call.segments.as_slice() {
-        [folder, oid] if folder == "objects" && given == signature(hub, verb, oid) => Ok(oid),
-        _ => refuse(403, "The signature of this address is wrong"),
-    }
 }
 
 fn no_route(call: &Call) -> Result<Reply, Refusal> {
@@ -342,12 +373,15 @@ mod tests {
         let id = RepoId::new(RepoKind::Model, "ada", "engine").unwrap();
         store.create(&id, false).unwrap();
         let (cdn, secret) = ("http://cdn".to_owned(), "secret".to_owned());
-        let token = token.map(str::to_owned);
+        let grants = token.map(|token| token.parse().unwrap());
         (
             folder,
             Hub {
                 store,
-                token,
+                grants: Vec::from_iter(grants),
+                page_entries: 1000,
+                part_bytes: None,
+                login_seconds: 3600,
                 cdn,
                 secret,
             },
@@ -427,13 +461,17 @@ mod tests {
             "http://hub/ada/engine/discussions/1"
         );
         for revision in ["refs%2Fpr%2F1", "refs/pr/1"] {
-            let reply = ask(
-                &hub,
-                "",
-                &format!("GET /ada/engine/resolve/{revision}/d/f"),
-                "",
+            let line = format!("GET /ada/engine/resolve/{revision}/d/f");
+            let moved = ask(&hub, "", &line, "");
+            let cache = header_of(&moved, "location").unwrap();
+            assert!(
+                moved.status == 307 && cache.starts_with("/api/resolve-cache/models/ada/engine/")
             );
+            let reply = ask(&hub, "", &format!("GET {cache}"), "");
             assert_eq!((reply.status, reply.bytes()), (200, 3), "{revision}");
+            for name in ["etag", "x-repo-commit"] {
+                assert_eq!(header_of(&moved, name), header_of(&reply, name), "{name}");
+            }
         }
         let missing = ask(&hub, "", "GET /ada/engine/resolve/dev%2Fx/d/f", "");
         assert_eq!(missing.status, 404);
@@ -490,6 +528,224 @@ mod tests {
     }
 
     #[test]
+    fn a_token_for_one_repository_opens_no_other() {
+        let (_folder, mut hub) = hub(Some("hf_mine"));
+        for grant in ["hf_one=ada/engine", "hf_all=read"] {
+            hub.grants.push(grant.parse().unwrap());
+        }
+        let create = r#"{"name": "other", "organization": "ada", "private": true}"#;
+        let status = |token: &str, line: &str, body: &str| ask(&hub, token, line, body).status;
+        assert_eq!(status("hf_one", "POST /api/repos/create", create), 403);
+        assert_eq!(status("hf_mine", "POST /api/repos/create", create), 200);
+        assert_eq!(status("hf_one", "GET /api/models/ada/other", ""), 404);
+        assert_eq!(status("hf_all", "GET /api/models/ada/other", ""), 200);
+        assert_eq!(status("hf_one", &format!("POST {REPO}/branch/b"), ""), 201);
+        assert_eq!(status("hf_all", &format!("POST {REPO}/branch/c"), ""), 403);
+        let role = |token: &str| {
+            let told = json_of(&ask(&hub, token, "GET /api/whoami-v2", ""));
+            told["auth"]["accessToken"]["role"].clone()
+        };
+        assert_eq!(role("hf_mine"), "write");
+        assert_eq!(role("hf_one"), "fineGrained");
+        assert_eq!(role("hf_all"), "read");
+        let listed = |token: &str| {
+            let told = json_of(&ask(&hub, token, "GET /api/models?author=ada", ""));
+            told.as_array().unwrap().len()
+        };
+        assert_eq!((listed("hf_mine"), listed("hf_one"), listed("")), (2, 1, 1));
+    }
+
+    #[test]
+    fn a_jobs_identity_is_exchanged_for_a_token_of_one_repository() {
+        let (_folder, mut hub) = hub(Some("hf_runner"));
+        let identity = |token: &str, audience: &str| {
+            let line = format!("GET /oidc/token?job=1&audience={audience}");
+            let reply = ask(&hub, token, &line, "");
+            (
+                reply.status,
+                json_of(&reply)["value"].as_str().map(str::to_owned),
+            )
+        };
+        assert_eq!(identity("", "http%3A%2F%2Fhub").0, 401);
+        let (ours, theirs) = (
+            identity("hf_runner", "http%3A%2F%2Fhub").1.unwrap(),
+            identity("hf_runner", "http%3A%2F%2Felsewhere").1.unwrap(),
+        );
+        let exchange = |hub: &Hub, identity: &str, resource: &str| {
+            let asked = json!({
+                "grant_type": "urn:ietf:params:oauth:grant-type:token-exchange",
+                "subject_token_type": "urn:ietf:params:oauth:token-type:id_token",
+                "subject_token": identity, "resource": resource,
+            });
+            let reply = ask(hub, "", "POST /oauth/token", &asked.to_string());
+            (reply.status, json_of(&reply))
+        };
+        let forged = ours.replace('.', "A.");
+        for (identity, resource) in [
+            (theirs.as_str(), "ada/engine"),
+            (forged.as_str(), "ada/engine"),
+            ("a.b", "ada/engine"),
+            (ours.as_str(), "ada/none"),
+            (ours.as_str(), "datasets/ada/engine"),
+        ] {
+            let (status, told) = exchange(&hub, identity, resource);
+            assert_eq!((status, &told["error"]), (400, &json!("invalid_grant")));
+        }
+        let (status, told) = exchange(&hub, &ours, "ada/engine");
+        assert_eq!((status, &told["expires_in"]), (200, &json!(3600)));
+        let token = told["access_token"].as_str().unwrap().to_owned();
+        assert!(token.starts_with("hf_jwt_"));
+        assert_eq!(
+            ask(&hub, &token, &format!("POST {REPO}/branch/b"), "").status,
+            201
+        );
+        let other = ask(&hub, &token, "POST /api/repos/create", r#"{"name": "x"}"#);
+        assert_eq!(other.status, 403);
+        // an account reads what is gated, and writes nothing
+        let reads = exchange(&hub, &ours, "ada").1["access_token"].clone();
+        let reads = reads.as_str().unwrap();
+        assert_eq!(
+            ask(&hub, reads, &format!("POST {REPO}/branch/c"), "").status,
+            403
+        );
+        // and nothing of it holds for ever
+        hub.login_seconds = 0;
+        let over = exchange(&hub, &ours, "ada/engine").1["access_token"].clone();
+        let refused = ask(&hub, over.as_str().unwrap(), &format!("GET {REPO}"), "");
+        assert_eq!(refused.status, 401);
+    }
+
+    #[test]
+    fn a_pull_request_is_opened_talked_about_and_merged() {
+        let (_folder, hub) = hub(None);
+        commit(&hub, "main", &["kept", "gone"]);
+        let post = |path: &str, body: Value| {
+            let reply = ask(
+                &hub,
+                "hf_w",
+                &format!("POST {REPO}/{path}"),
+                &body.to_string(),
+            );
+            (reply.status, json_of(&reply))
+        };
+        let opened = post(
+            "discussions",
+            json!({"title": "change", "description": "why", "pullRequest": true}),
+        );
+        assert_eq!((opened.0, &opened.1["num"]), (200, &json!(1)));
+        commit(&hub, "refs%2Fpr%2F1", &["added"]);
+        let delete = json!({"key": "header", "value": {"summary": "delete"}}).to_string()
+            + "\n"
+            + &json!({"key": "deletedFile", "value": {"path": "gone"}}).to_string();
+        let line = format!("POST {REPO}/commit/refs%2Fpr%2F1");
+        assert_eq!(ask(&hub, "hf_w", &line, &delete).status, 200);
+        commit(&hub, "main", &["meanwhile"]);
+        assert_eq!(
+            post("discussions/1/comment", json!({"comment": "good"})).0,
+            200
+        );
+        let details = |number: usize| {
+            json_of(&ask(
+                &hub,
+                "",
+                &format!("GET {REPO}/discussions/{number}?diff=1"),
+                "",
+            ))
+        };
+        assert_eq!(details(1)["filesWithConflicts"], json!([]));
+        assert_eq!(post("discussions/1/merge", json!({})).0, 200);
+        assert_eq!(details(1)["status"], "merged");
+        let tree = json_of(&ask(&hub, "", &format!("GET {REPO}/tree/main"), ""));
+        let paths = tree
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|entry| entry["path"].as_str().unwrap());
+        let expected = [".gitattributes", "added", "kept", "meanwhile"];
+        assert_eq!(paths.collect::<Vec<_>>(), expected);
+
+        // the next one touches what main changes too
+        let second = commit(&hub, "main?create_pr=1", &["both"]);
+        assert_eq!(
+            second["pullRequestUrl"],
+            "http://hub/ada/engine/discussions/2"
+        );
+        let theirs = json!({"path": "both", "content": "dGhlaXJz", "encoding": "base64"});
+        let theirs = json!({"key": "header", "value": {"summary": "theirs"}}).to_string()
+            + "\n"
+            + &json!({"key": "file", "value": theirs}).to_string();
+        assert_eq!(
+            ask(&hub, "hf_w", &format!("POST {REPO}/commit/main"), &theirs).status,
+            200
+        );
+        assert_eq!(details(2)["filesWithConflicts"], json!(["both"]));
+        assert_eq!(post("discussions/2/merge", json!({})).0, 409);
+        assert_eq!(
+            post("discussions/2/status", json!({"status": "closed"})).0,
+            200
+        );
+        let listed = json_of(&ask(&hub, "", &format!("GET {REPO}/discussions?p=0"), ""));
+        assert_eq!(
+            (&listed["count"], &listed["discussions"][0]["status"]),
+            (&json!(2), &json!("closed"))
+        );
+    }
+
+    #[test]
+    fn a_repository_moves_with_all_it_holds() {
+        let (_folder, hub) = hub(None);
+        let made = commit(&hub, "main", &["a"]);
+        let asked = r#"{"fromRepo": "ada/engine", "toRepo": "eve/motor", "type": "model"}"#;
+        let moved = || ask(&hub, "hf_w", "POST /api/repos/move", asked).status;
+        assert_eq!((moved(), moved()), (200, 409));
+        let told = json_of(&ask(&hub, "", "GET /api/models/eve/motor", ""));
+        assert_eq!(told["sha"], made["commitOid"]);
+        assert_eq!(ask(&hub, "hf_w", &format!("GET {REPO}"), "").status, 404);
+    }
+
+    #[test]
+    fn raw_files_are_what_git_holds() {
+        let (_folder, hub) = hub(None);
+        commit(&hub, "main", &["a b/c"]);
+        let sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824";
+        let mut incoming = hub.store.receive().unwrap();
+        incoming.write(b"hello").unwrap();
+        incoming.finish(Some(sha256)).unwrap();
+        let pointer = json!({"path": "w.bin", "algo": "sha256", "oid": sha256, "size": 5});
+        let body = json!({"key": "header", "value": {"summary": "weights"}}).to_string()
+            + "\n"
+            + &json!({"key": "lfsFile", "value": pointer}).to_string();
+        assert_eq!(
+            ask(&hub, "hf_w", &format!("POST {REPO}/commit/main"), &body).status,
+            200
+        );
+        let plain = ask(&hub, "", "GET /ada/engine/raw/main/a%20b/c", "");
+        assert_eq!((plain.status, plain.bytes()), (200, 5));
+        let large = ask(&hub, "", "GET /ada/engine/raw/main/w.bin", "");
+        let Content::Bytes(text) = &large.content else {
+            panic!("a file")
+        };
+        let expected =
+            format!("version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize 5\n");
+        assert_eq!(String::from_utf8_lossy(text), expected);
+    }
+
+    #[test]
+    fn two_commits_are_compared_file_by_file() {
+        let (_folder, hub) = hub(None);
+        let from = commit(&hub, "main", &["a"])["commitOid"].clone();
+        commit(&hub, "main", &["b"]);
+        let line = format!("GET {REPO}/compare/{}..main", from.as_str().unwrap());
+        let reply = ask(&hub, "", &line, "");
+        let Content::Bytes(text) = &reply.content else {
+            panic!("a file")
+        };
+        let (zero, one) = ("0".repeat(40), git_id("blob", b"b"));
+        let expected = format!(":000000 100644 {zero} {one} A\tb\n");
+        assert_eq!(String::from_utf8_lossy(text), expected);
+    }
+
+    #[test]
     fn large_files_and_weights_go_to_lfs() {
         let (_folder, hub) = hub(None);
         commit(&hub, "main", &["c.json"]);
@@ -506,7 +762,7 @@ mod tests {
     }
 
     #[test]
-    fn cards_need_a_closed_front_matter() {
+    fn a_card_needs_a_front_matter_that_can_be_read() {
         let (_folder, hub) = hub(None);
         let status = |content: &str| {
             let body = json!({"content": content}).to_string();
@@ -515,5 +771,12 @@ mod tests {
         assert_eq!(status("---\nlicense: mit\n---\n# Card"), 200);
         assert_eq!(status("# No front matter"), 200);
         assert_eq!(status("---\nlicense: mit\n# Card"), 400);
+        assert_eq!(
+            status("---\ntags:\n- a\nlicense: mit\nlicense: mit\n---\n"),
+            400
+        );
+        assert_eq!(status("---\nlicense: \"mit\n---\n"), 400);
+        assert_eq!(status("---\ntags:\n\t- a\n---\n"), 400);
+        assert_eq!(status("---\njust words\n---\n"), 400);
     }
 }

@@ -4,6 +4,7 @@
 //! models/<owner>/<name>/repo.json             branches, tags, pull requests, who may see it; replaced last
 //!                      /commits/<sha>.json    parent, title, message, date, and the whole tree
 //! objects/<xx>/<sha256>                       contents, shared by all repositories
+//! parts/<sha256>/<number>                     of uploads in parts, until the whole is put together; removed at the start
 //! incoming/                                   uploads under way; what a killed Hub left here is removed at the start
 //! ```
 //! Nothing is kept in memory: every answer is read from the folder, so a folder of repositories can be stopped,
@@ -11,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -20,8 +21,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
+use super::discuss::Discussion;
 use super::repo::{
-    Change, Commit, Draft, Entry, EntryKind, INLINE_BYTES_MAX, Refused, Repo, RepoId, To,
+    Change, Commit, Draft, Entry, EntryKind, INLINE_BYTES_MAX, Refused, Repo, RepoId, RepoKind, To,
     check_folders, check_path, git_id, hex, is_hex, lfs_pointer, now,
 };
 
@@ -51,6 +53,9 @@ impl Store {
         let incoming = root.join("incoming");
         fs::create_dir_all(root.join("objects"))?;
         fs::create_dir_all(&incoming)?;
+        if root.join("parts").exists() {
+            fs::remove_dir_all(root.join("parts"))?;
+        }
         for left_over in fs::read_dir(&incoming)? {
             fs::remove_file(left_over?.path())?;
         }
@@ -94,6 +99,46 @@ impl Store {
         // Without repo.json it is no repository any more, whatever is still there when we are killed.
         fs::remove_file(self.folder(id).join("repo.json")).map_err(missing(Refused::NoRepo))?;
         Ok(fs::remove_dir_all(self.folder(id))?)
+    }
+
+    /// Gives a repository another name.
+    pub fn rename(&self, from: &RepoId, to: &RepoId) -> Result<(), Refused> {
+        let _writing = self.lock();
+        if self.folder(to).join("repo.json").exists() {
+            return Err(Refused::RepoExists(to.clone()));
+        }
+        let target = self.folder(to);
+        let owner = target
+            .parent()
+            .expect("a repository lies in its owner's folder");
+        fs::create_dir_all(owner)?;
+        rename_durably(&self.folder(from), &target).map_err(missing(Refused::NoRepo))
+    }
+
+    /// Every repository of a kind, in order.
+    pub fn repos(&self, kind: RepoKind) -> Result<Vec<RepoId>, Refused> {
+        let mut found = Vec::new();
+        let names = |folder: &Path| -> io::Result<Vec<String>> {
+            let entries = match fs::read_dir(folder) {
+                Ok(entries) => entries,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+                Err(error) => return Err(error),
+            };
+            let name = |entry: io::Result<fs::DirEntry>| Ok(entry?.file_name().into_string().ok());
+            let names: io::Result<Vec<Option<String>>> = entries.map(name).collect();
+            Ok(names?.into_iter().flatten().collect())
+        };
+        let folder = self.root.join(kind.plural());
+        for owner in names(&folder)? {
+            let ids = names(&folder.join(&owner))?;
+            found.extend(
+                ids.iter()
+                    .filter_map(|name| RepoId::new(kind, &owner, name)),
+            );
+        }
+        found.retain(|id| self.folder(id).join("repo.json").exists());
+        found.sort_by_key(RepoId::to_string);
+        Ok(found)
     }
 
     pub fn repo(&self, id: &RepoId) -> Result<Repo, Refused> {
@@ -141,24 +186,27 @@ impl Store {
         Ok(made)
     }
 
-    /// Opens a pull request with one commit on top of `revision`; says the commit's id and the number.
+    /// Opens a pull request with one commit on top of `revision`, told by `discussion` from that commit's parent.
+    ///
+    /// Says the commit's id and the number.
     pub fn open_pull_request(
         &self,
         id: &RepoId,
         revision: &str,
         draft: Draft,
+        discussion: impl FnOnce(String) -> Discussion,
     ) -> Result<(String, usize), Refused> {
-        let mut made = String::new();
-        let repo = self.change(id, |repo| {
+        let (mut made, mut number) = (String::new(), 0);
+        self.change(id, |repo| {
             let unknown = || Refused::NoRevision(revision.to_owned());
             let head = repo.resolve(revision).ok_or_else(unknown)?;
             made = self.write_commit(id, Some(&head), draft)?;
-            let number = repo.pull_requests.len() + 1;
+            number = repo.discuss(discussion(head));
             let name = format!("refs/pr/{number}");
             repo.pull_requests.insert(name, made.clone());
             Ok(())
         })?;
-        Ok((made, repo.pull_requests.len()))
+        Ok((made, number))
     }
 
     /// Where the content with this sha256 lies, and its size, if the Hub has it.
@@ -187,6 +235,43 @@ impl Store {
             file,
             digest,
         })
+    }
+
+    /// Puts an object together from parts that have arrived, each told by its number and sha256.
+    pub fn join_parts(&self, sha256: &str, parts: &[(usize, String)]) -> Result<(), Refused> {
+        if self.object(sha256).is_some() {
+            return Ok(());
+        }
+        let mut whole = self.receive()?;
+        for (number, expected) in parts {
+            let lost = || Refused::NoPart(*number);
+            let path = self.part_path(sha256, *number).ok_or_else(lost)?;
+            let mut part = File::open(path).map_err(missing(lost()))?;
+            let mut digest = Sha256::new();
+            let mut buffer = vec![0; 1 << 20];
+            loop {
+                let n = part.read(&mut buffer)?;
+                if n == 0 {
+                    break;
+                }
+                digest.update(&buffer[..n]);
+                whole.write(&buffer[..n])?;
+            }
+            if hex(&digest.finalize()) != *expected {
+                return Err(lost());
+            }
+        }
+        whole.finish(Some(sha256))?;
+        if let Some(folder) = self.part_path(sha256, 0).as_deref().and_then(Path::parent) {
+            fs::remove_dir_all(folder)?;
+        }
+        Ok(())
+    }
+
+    fn part_path(&self, sha256: &str, number: usize) -> Option<PathBuf> {
+        let valid = sha256.len() == 64 && is_hex(sha256);
+        let folder = valid.then(|| self.root.join("parts").join(sha256))?;
+        Some(folder.join(number.to_string()))
     }
 
     fn lock(&self) -> MutexGuard<'_, ()> {
@@ -345,6 +430,18 @@ impl Incoming<'_> {
     }
 }
 
+impl Incoming<'_> {
+    /// Keeps the content as one part of an object until all have come, and says the part's sha256.
+    pub fn finish_part(self, sha256: &str, number: usize) -> Result<String, Refused> {
+        let found = hex(&self.digest.clone().finalize());
+        let path = self.store.part_path(sha256, number);
+        let path = path.ok_or(Refused::NoPart(number))?;
+        fs::create_dir_all(path.parent().expect("a part lies in its object's folder"))?;
+        fs::rename(&self.path, &path)?;
+        Ok(found)
+    }
+}
+
 impl Drop for Incoming<'_> {
     fn drop(&mut self) {
         // After a rename there is nothing left to remove, and a file that stays is removed at the next start.
@@ -376,7 +473,8 @@ fn rename_durably(from: &Path, to: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::repo::{RepoKind, add_ref};
+    use super::super::discuss::Status;
+    use super::super::repo::add_ref;
     use super::*;
 
     fn id() -> RepoId {
@@ -413,9 +511,11 @@ mod tests {
             .unwrap();
         let tag = |repo: &mut Repo| add_ref(&mut repo.tags, "v1", made.clone());
         store.change(&id(), tag).unwrap();
-        let (opened, _) = store
-            .open_pull_request(&id(), "main", adding("c", b"c"))
+        let told = |base| Discussion::new("c", "", Status::Open, Some(base));
+        let (opened, number) = store
+            .open_pull_request(&id(), "main", adding("c", b"c"), told)
             .unwrap();
+        assert_eq!(number, 1);
         let before = store.repo(&id()).unwrap();
         drop(store);
         fs::write(folder.path().join("incoming/killed"), b"half of a file").unwrap();

@@ -1,0 +1,273 @@
+//! Large files to the Hub: each streamed from the disk, in one piece or in the parts that the Hub asks for.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use reqwest::Method;
+use reqwest::blocking::{Body, RequestBuilder};
+use serde_json::{Value, json};
+
+use super::client::Asked;
+use super::upload::{LocalFile, Push};
+use crate::error::{Error, IoContext, Result};
+use crate::event::{Stage, Unit};
+use crate::workers;
+
+/// Objects that are asked about together; their links are fresh when their turn comes.
+const BATCH_OBJECTS: usize = 32;
+const PARALLEL_UPLOADS: usize = 4;
+/// An expired link is replaced this many times.
+const FRESH_LINKS: usize = 3;
+
+/// Part of a file, read where it lies as often as it is sent.
+struct Section {
+    file: Arc<File>,
+    position: u64,
+    left: u64,
+}
+
+impl Read for Section {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let most = usize::try_from(self.left).unwrap_or(usize::MAX);
+        let most = most.min(buffer.len());
+        let n = self.file.read_at(&mut buffer[..most], self.position)?;
+        self.position += n as u64;
+        self.left -= n as u64;
+        Ok(n)
+    }
+}
+
+impl Push<'_> {
+    /// Sends the contents of LFS files that the Hub does not have; says how many bytes that were.
+    pub fn send_large(&self, files: &[LocalFile]) -> Result<u64> {
+        let mut contents = BTreeSet::new();
+        let large: Vec<&LocalFile> = files
+            .iter()
+            .filter(|f| f.lfs && !f.unchanged && contents.insert(&f.sha256))
+            .collect();
+        if large.is_empty() {
+            return Ok(0);
+        }
+        let bytes = large.iter().map(|f| f.size).sum();
+        self.observer.start(Stage::Upload, bytes, Unit::Bytes);
+        let sent = AtomicU64::new(0);
+        for group in large.chunks(BATCH_OBJECTS) {
+            let told = self.objects(group)?;
+            let work: Vec<(&LocalFile, &Value)> = group.iter().copied().zip(&told).collect();
+            workers::for_each(&work, PARALLEL_UPLOADS, |(file, told)| {
+                sent.fetch_add(self.deliver(file, told)?, Ordering::Relaxed);
+                Ok(())
+            })?;
+        }
+        self.observer.finish(Stage::Upload);
+        Ok(sent.into_inner())
+    }
+
+    /// What the Hub says of each of these: where it goes, or that it is there.
+    fn objects(&self, files: &[&LocalFile]) -> Result<Vec<Value>> {
+        let url = format!(
+            "{}/{}.git/info/lfs/objects/batch",
+            self.hub.endpoint(),
+            self.repo
+        );
+        let what = self.asked("upload a large file", url);
+        let asked = files.iter();
+        let asked: Vec<Value> = asked
+            .map(|f| json!({"oid": f.sha256, "size": f.size}))
+            .collect();
+        let body = json!({
+            "operation": "upload",
+            "transfers": ["basic", "multipart"],
+            "hash_algo": "sha256",
+            "ref": {"name": format!("refs/heads/{}", self.revision)},
+            "objects": asked,
+        });
+        let post = |url: &str| {
+            self.hub
+                .request(Method::POST, url)
+                .header("Accept", "application/vnd.git-lfs+json")
+                .header("Content-Type", "application/vnd.git-lfs+json")
+                .body(body.to_string())
+        };
+        let (answer, _): (Value, _) = self.hub.answer(&what, &post)?;
+        let objects = answer["objects"].as_array();
+        files
+            .iter()
+            .map(|file| {
+                let mut objects = objects.into_iter().flatten();
+                let told = objects.find(|o| o["oid"] == file.sha256.as_str());
+                let Some(told) = told else {
+                    let detail = format!("its answer does not say where `{}` goes", file.name);
+                    return Err(refused(200, &what, detail));
+                };
+                if let Some(message) = told["error"]["message"].as_str() {
+                    let status = told["error"]["code"].as_u64().unwrap_or(0) as u16;
+                    return Err(refused(status, &what, message.into()));
+                }
+                Ok(told.clone())
+            })
+            .collect()
+    }
+
+    /// Brings one object to where it goes, and says how many bytes were sent.
+    fn deliver(&self, file: &LocalFile, told: &Value) -> Result<u64> {
+        let mut told = told.clone();
+        for fresh in 0.. {
+            match self.send_object(file, &told["actions"]) {
+                Err(Error::LinkRefused { .. }) if fresh < FRESH_LINKS => {
+                    told = self.objects(&[file])?.swap_remove(0);
+                }
+                result => {
+                    self.observer.advance(Stage::Upload, file.size, &file.name);
+                    return result;
+                }
+            }
+        }
+        unreachable!("the last try returns")
+    }
+
+    fn send_object(&self, file: &LocalFile, actions: &Value) -> Result<u64> {
+        let upload = &actions["upload"];
+        let sent = if upload.is_object() {
+            self.send_contents(file, upload)?;
+            file.size
+        } else {
+            0
+        };
+        let verify = &actions["verify"];
+        if let Some(href) = verify["href"].as_str() {
+            let body = json!({"oid": file.sha256, "size": file.size});
+            let what = self.asked("confirm an upload", href.into());
+            self.hub.send(&what, &|url| {
+                let request = self.hub.request(Method::POST, url);
+                with_headers(request, &verify["header"]).json(&body)
+            })?;
+        }
+        Ok(sent)
+    }
+
+    /// In one piece, or in the parts the Hub asks for; each is repeated by itself.
+    fn send_contents(&self, file: &LocalFile, upload: &Value) -> Result<()> {
+        let href = upload["href"].as_str().unwrap_or_default();
+        let header = &upload["header"];
+        let opened = File::open(&file.path).context("open", &file.path)?;
+        let opened = Arc::new(opened);
+        let section = |position, left| Section {
+            file: opened.clone(),
+            position,
+            left,
+        };
+        let Some(chunk) = chunk_size(header) else {
+            self.put(href, &|| section(0, file.size), header)?;
+            return Ok(());
+        };
+        let what = self.asked("complete an upload", href.into());
+        let addresses = part_addresses(header);
+        if addresses.len() as u64 != file.size.div_ceil(chunk) {
+            let detail = format!(
+                "it gives {} addresses for {} bytes in parts of {chunk}",
+                addresses.len(),
+                file.size
+            );
+            return Err(refused(200, &what, detail));
+        }
+        let mut parts = Vec::new();
+        for (index, (number, address)) in addresses.into_iter().enumerate() {
+            let start = index as u64 * chunk;
+            let length = chunk.min(file.size - start);
+            let etag = self.put(address, &|| section(start, length), &Value::Null)?;
+            parts.push(json!({"partNumber": number, "etag": etag}));
+        }
+        let body = json!({"oid": file.sha256, "parts": parts});
+        self.hub.send(&what, &|url| {
+            self.hub
+                .request(Method::POST, url)
+                .timeout(self.hub.upload_patience(file.size))
+                .json(&body)
+        })?;
+        Ok(())
+    }
+
+    /// Sends a section, and says the tag of what arrived.
+    fn put(&self, href: &str, section: &dyn Fn() -> Section, header: &Value) -> Result<String> {
+        let what = self.asked("upload a large file", href.into());
+        let response = self.hub.send(&what, &|url| {
+            let section = section();
+            let length = section.left;
+            with_headers(self.hub.request(Method::PUT, url), header)
+                .timeout(self.hub.upload_patience(length))
+                .body(Body::sized(section, length))
+        })?;
+        let etag = response.headers().get("etag").and_then(|e| e.to_str().ok());
+        Ok(etag.unwrap_or_default().to_string())
+    }
+
+    fn asked(&self, action: &'static str, url: String) -> Asked {
+        Asked::of(action, url, self.repo, &self.revision)
+    }
+}
+
+fn refused(status: u16, what: &Asked, detail: String) -> Error {
+    Error::HubStatus {
+        status,
+        request: what.action.into(),
+        detail,
+    }
+}
+
+fn chunk_size(header: &Value) -> Option<u64> {
+    let size = &header["chunk_size"];
+    let parsed = size.as_str().and_then(|size| size.parse().ok());
+    parsed.or(size.as_u64()).filter(|&size| size > 0)
+}
+
+/// The addresses of the parts by their numbers, which are the keys that are numbers.
+fn part_addresses(header: &Value) -> Vec<(u64, &str)> {
+    let entries = header.as_object().into_iter().flatten();
+    let mut addresses: Vec<(u64, &str)> = entries
+        .filter_map(|(key, url)| Some((key.parse().ok()?, url.as_str()?)))
+        .collect();
+    addresses.sort_unstable();
+    addresses
+}
+
+fn with_headers(mut request: RequestBuilder, headers: &Value) -> RequestBuilder {
+    for (name, value) in headers.as_object().into_iter().flatten() {
+        if let Some(value) = value.as_str() {
+            request = request.header(name, value);
+        }
+    }
+    request
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_sent_in_the_order_of_their_numbers() {
+        let header = json!({"chunk_size": "5", "00002": "b", "00010": "c", "00001": "a"});
+        assert_eq!(chunk_size(&header), Some(5));
+        assert_eq!(part_addresses(&header), [(1, "a"), (2, "b"), (10, "c")]);
+        assert_eq!(chunk_size(&json!({"chunk_size": "0"})), None);
+        assert_eq!(chunk_size(&json!({"Authorization": "x"})), None);
+    }
+
+    #[test]
+    fn a_section_is_that_part_of_the_file_and_no_more() {
+        let mut file = tempfile::tempfile().expect("a file");
+        std::io::Write::write_all(&mut file, b"0123456789").expect("writes");
+        let mut text = String::new();
+        let mut section = Section {
+            file: Arc::new(file),
+            position: 3,
+            left: 4,
+        };
+        section.read_to_string(&mut text).expect("reads");
+        assert_eq!(text, "3456");
+    }
+}

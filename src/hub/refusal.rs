@@ -1,0 +1,209 @@
+//! What a Hub's refusals mean, in the terms of our errors.
+
+use std::io::Read;
+use std::time::Duration;
+
+use hf_hub::HFError;
+use reqwest::StatusCode;
+use reqwest::blocking::Response;
+use reqwest::header::{HeaderMap, RETRY_AFTER};
+
+use super::client::{Asked, Hub, READ};
+use crate::error::Error;
+
+/// Of a refusal, so much is read for its message.
+const ERROR_BYTES_MAX: u64 = 64 << 10;
+
+impl Hub {
+    /// What a refusal means.
+    pub(super) fn refusal(&self, what: &Asked, response: Response) -> Error {
+        let status = response.status();
+        let header = |name: &str| {
+            let value = response.headers().get(name)?.to_str().ok()?;
+            Some(value.to_string())
+        };
+        let (code, message) = (header("x-error-code"), header("x-error-message"));
+        let wait = wait_asked(response.headers());
+        let elsewhere = !self.is_ours(response.url().as_str());
+        let detail = message.unwrap_or_else(|| shortened(response));
+        if elsewhere && matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
+            return Error::LinkRefused {
+                action: what.action.into(),
+                detail,
+            };
+        }
+        self.meaning(what, status.as_u16(), code.as_deref(), detail, wait)
+    }
+
+    fn meaning(
+        &self,
+        what: &Asked,
+        status: u16,
+        code: Option<&str>,
+        detail: String,
+        wait: Option<Duration>,
+    ) -> Error {
+        let (repo, revision) = (what.repo.clone(), what.revision.clone());
+        let endpoint = self.endpoint().to_string();
+        match (status, code) {
+            (_, Some("GatedRepo")) => Error::Gated { repo, endpoint },
+            (_, Some("RepoNotFound")) => Error::RepoNotFound { repo, endpoint },
+            (_, Some("RevisionNotFound")) => Error::RevisionNotFound { repo, revision },
+            (_, Some("EntryNotFound")) => Error::EntryNotFound {
+                repo,
+                revision,
+                file: what.file.clone(),
+            },
+            (401, _) => Error::Unauthorized { detail },
+            (403, _) => Error::Forbidden {
+                action: what.action.into(),
+                detail,
+            },
+            (412, _) => Error::BranchMoved {
+                repo,
+                branch: revision,
+                detail,
+            },
+            (429, _) => Error::RateLimited {
+                retry_after_s: wait.map_or(60, |w| w.as_secs()),
+            },
+            _ => Error::HubStatus {
+                status,
+                request: what.action.into(),
+                detail,
+            },
+        }
+    }
+
+    /// What an error of hf-hub means, in our terms. Its own texts hold URLs, never tokens.
+    pub(super) fn understand(&self, error: HFError, repo: &str, revision: &str) -> Error {
+        let what = Asked::of(READ, String::new(), repo, revision);
+        // the type of hf-hub's context cannot be named, its fields can
+        macro_rules! told {
+            ($context:expr, $wait:expr) => {{
+                let context = $context;
+                let detail = context
+                    .server_message
+                    .clone()
+                    .unwrap_or_else(|| context.status.to_string());
+                let code = context.error_code.as_deref();
+                self.meaning(&what, context.status.as_u16(), code, detail, $wait)
+            }};
+        }
+        match error {
+            HFError::Http { context }
+            | HFError::AuthRequired { context }
+            | HFError::Forbidden { context }
+            | HFError::Conflict { context } => told!(context, None),
+            HFError::RateLimited {
+                retry_after,
+                context,
+            } => told!(context, retry_after),
+            HFError::RepoNotFound { context, .. } => match context {
+                Some(context) if context.status == StatusCode::UNAUTHORIZED => {
+                    told!(context, None)
+                }
+                _ => Error::RepoNotFound {
+                    repo: repo.into(),
+                    endpoint: self.endpoint().into(),
+                },
+            },
+            HFError::RevisionNotFound { .. } => Error::RevisionNotFound {
+                repo: repo.into(),
+                revision: revision.into(),
+            },
+            HFError::EntryNotFound { path, .. } => Error::EntryNotFound {
+                repo: repo.into(),
+                revision: revision.into(),
+                file: path,
+            },
+            HFError::Request { source, .. } => unreachable(self.endpoint(), source),
+            other => Error::HubStatus {
+                status: 0,
+                request: what.action.into(),
+                detail: other.to_string(),
+            },
+        }
+    }
+}
+
+pub(super) fn unreachable(endpoint: &str, error: reqwest::Error) -> Error {
+    Error::HubUnreachable {
+        endpoint: endpoint.into(),
+        // a URL may carry a signature
+        source: Box::new(error.without_url()),
+    }
+}
+
+/// How long the Hub asks to wait: in `Retry-After`, or where a limit is used up, until its window ends:
+/// `RateLimit: "api";r=0;t=55`.
+pub(super) fn wait_asked(headers: &HeaderMap) -> Option<Duration> {
+    let text = |name: &str| headers.get(name)?.to_str().ok();
+    let named = text(RETRY_AFTER.as_str()).and_then(|seconds| seconds.trim().parse().ok());
+    let until_reset = || {
+        let limits = text("ratelimit")?.split(',');
+        let reset = |limit: &str| {
+            let value = |name: &str| {
+                let mut fields = limit
+                    .split(';')
+                    .filter_map(|field| field.trim().split_once('='));
+                let (_, value) = fields.find(|(key, _)| key.trim() == name)?;
+                value.trim().parse::<u64>().ok()
+            };
+            value("t").filter(|_| value("r") == Some(0))
+        };
+        limits.filter_map(reset).max()
+    };
+    named.or_else(until_reset).map(Duration::from_secs)
+}
+
+/// The beginning of an answer's text, for messages.
+pub(super) fn shortened(response: Response) -> String {
+    let status = response.status();
+    let mut text = Vec::new();
+    // of a page without end, the beginning too
+    let _ = response.take(ERROR_BYTES_MAX).read_to_end(&mut text);
+    let text = String::from_utf8_lossy(&text);
+    let error = serde_json::from_str::<serde_json::Value>(&text)
+        .ok()
+        .and_then(|json| {
+            let told = json["error_description"]
+                .as_str()
+                .or(json["error"].as_str());
+            told.map(str::to_string)
+        });
+    let text = error.unwrap_or_else(|| text.trim().chars().take(200).collect());
+    if text.is_empty() {
+        status.to_string()
+    } else {
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_wait_is_read_from_either_header() {
+        let asked = |pairs: &[(&'static str, &'static str)]| {
+            let mut headers = HeaderMap::new();
+            for (name, value) in pairs {
+                headers.insert(*name, value.parse().expect("a value"));
+            }
+            wait_asked(&headers).map(|wait| wait.as_secs())
+        };
+        assert_eq!(asked(&[("retry-after", "7")]), Some(7));
+        assert_eq!(asked(&[("ratelimit", "\"api\";r=0;t=55")]), Some(55));
+        assert_eq!(
+            asked(&[("ratelimit", "\"api\"; r=0; t=55, \"pages\"; r=0; t=80")]),
+            Some(80)
+        );
+        assert_eq!(asked(&[("ratelimit", "\"api\";r=3;t=55")]), None);
+        assert_eq!(
+            asked(&[("retry-after", "7"), ("ratelimit", "\"api\";r=0;t=55")]),
+            Some(7)
+        );
+        assert_eq!(asked(&[("retry-after", "soon")]), None);
+    }
+}

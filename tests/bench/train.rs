@@ -1,0 +1,426 @@
+//! A training step of ours beside PyTorch's, in one run, on the same model, tokens per step and threads.
+//!
+//! `cargo bench --bench train` (`-- --help` for the settings). Each side is a process of its own, started anew in every
+//! round, that loads the model in f32 and makes some steps; the first warms up and is not counted. Rounds alternate (ours,
+//! theirs, ours, theirs …), a ratio is taken within a round, and the median of the rounds is what counts. The floor is
+//! 4 FLOP per weight and token, forward and back through frozen weights, at the rate of plain products of these shapes.
+
+mod machine;
+mod process;
+mod python;
+mod spread;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::Mutex;
+use std::time::Instant;
+
+use candle_core::{Device, Tensor};
+use clap::Parser;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use svdhub::adapter::Mixture;
+use svdhub::artifact::Artifact;
+use svdhub::base::Base;
+use svdhub::event::{Event, Observer, Silent};
+use svdhub::format::{Origin, Rank};
+use svdhub::model::ModelConfig;
+use svdhub::plan::PlanOptions;
+use svdhub::source::Source;
+use svdhub::train::{self, Duration};
+use svdhub::{decompose, linalg};
+
+use machine::{load, loudly};
+use process::output_and_peak;
+use python::{HARMFUL, beside, environment};
+use spread::Spread;
+
+/// A benchmark says what went wrong and stops: nobody handles its errors by kind.
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Compare a training step of svdhub with PEFT, svd-training and full fine-tuning.
+#[derive(Debug, Parser)]
+struct Args {
+    /// The model: a directory
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "../shared/models/smollm2-135m"
+    )]
+    model: PathBuf,
+    #[arg(long, value_name = "F", default_value_t = 0.1)]
+    rank_fraction: f64,
+    /// Windows per step
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    batch: usize,
+    /// Tokens per window
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    length: usize,
+    /// Steps that count, in each process
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    steps: usize,
+    /// Alternate this often
+    #[arg(long, value_name = "R", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Run the peers in this Python instead of an environment made for them
+    #[arg(long, value_name = "PATH")]
+    python: Option<PathBuf>,
+    /// Write all numbers to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Compare with the wanted ratios, and fail if one is missed
+    #[arg(long)]
+    check: bool,
+    /// Train once, as one side of a round
+    #[arg(long, hide = true, value_name = "DIR")]
+    ours: Option<PathBuf>,
+    /// What cargo passes to every benchmark
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// The text that ours trains on; the peers draw random tokens, which cost the same.
+const TEXT: &str = "fixtures/eighty-train.txt";
+
+fn main() -> ExitCode {
+    // cargo passes --bench when it benchmarks; without, it is a test run that only wants to see this start
+    if !std::env::args().any(|argument| argument == "--bench") {
+        println!("not a benchmark run: cargo bench --bench train");
+        return ExitCode::SUCCESS;
+    }
+    let args = Args::parse();
+    let outcome = match &args.ours {
+        Some(artifact) => steps_of_ours(artifact, &args).map(|()| true),
+        None => run(&args),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A peer, and what is wanted of us beside it.
+struct Peer {
+    name: &'static str,
+    shown: &'static str,
+    /// Our tokens per second over theirs, at least.
+    speed: Option<f64>,
+    /// Our peak memory over theirs, at most.
+    memory: Option<f64>,
+}
+
+const PEERS: [Peer; 3] = [
+    Peer {
+        name: "peft-lora-8",
+        shown: "PyTorch + PEFT, LoRA rank 8",
+        speed: Some(1.3),
+        memory: Some(0.5),
+    },
+    Peer {
+        name: "svd-training",
+        shown: "svd-training, Σ",
+        speed: Some(1.8),
+        memory: Some(0.5),
+    },
+    Peer {
+        name: "full",
+        shown: "PyTorch, all weights",
+        speed: None,
+        memory: None,
+    },
+];
+
+/// What a side says of its steps.
+#[derive(Debug, Serialize, Deserialize)]
+struct Steps {
+    seconds: Vec<f64>,
+    trained: u64,
+    #[serde(default)]
+    versions: Value,
+}
+
+/// One side over all rounds.
+#[derive(Debug, Serialize)]
+struct Side {
+    name: String,
+    trained: u64,
+    tokens_per_s: Spread,
+    peak_bytes: Spread,
+    /// Ours over this one's.
+    speed_ratio: Option<Spread>,
+    memory_ratio: Option<Spread>,
+}
+
+/// Whether all that was asked for holds.
+fn run(args: &Args) -> Result<bool> {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    if !args.model.join("config.json").is_file() {
+        return Err(format!("no model in {} (--model DIR)", args.model.display()).into());
+    }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    println!(
+        "{} × {} tokens · f = {} · f32 · {threads} threads · {} rounds of {} steps, alternating",
+        args.batch, args.length, args.rank_fraction, args.rounds, args.steps
+    );
+    if let Some(line) = load(threads) {
+        println!("{line}");
+    }
+    let python = match &args.python {
+        Some(python) => python.clone(),
+        None => environment(
+            &target.with_file_name("bench-train-venv"),
+            "requirements-train.txt",
+        )?,
+    };
+    let scratch = tempfile::tempdir_in(target)?;
+    let artifact = scratch.path().join("svd");
+    let options = decompose::Options {
+        plan: PlanOptions {
+            rank: Rank::Fraction(args.rank_fraction),
+            ..PlanOptions::default()
+        },
+        ..decompose::Options::default()
+    };
+    decompose::run(
+        &Base::open(&args.model, None, None)?,
+        &artifact,
+        &options,
+        &Silent,
+    )?;
+    let floor = floor(args)?;
+
+    let mut commands = vec![("svdhub, Σ", ours(args, &artifact)?)];
+    for peer in &PEERS {
+        commands.push((peer.shown, theirs(peer, args, &python, threads)?));
+    }
+    let mut measured: Vec<Vec<(Steps, u64)>> = commands.iter().map(|_| Vec::new()).collect();
+    for round in 1..=args.rounds {
+        for ((name, command), rounds) in commands.iter_mut().zip(&mut measured) {
+            eprintln!("round {round} of {}: {name}", args.rounds);
+            match output_and_peak(command) {
+                Ok((output, peak)) => rounds.push((serde_json::from_str(&output)?, peak)),
+                Err(error) => loudly(&format!("LEFT OUT, {name}: {error}")),
+            }
+        }
+    }
+    let names: Vec<&str> = commands.iter().map(|(name, _)| *name).collect();
+    let sides = sides(args, &names, &measured);
+    print!("{}", table(&sides, floor));
+    if let Some((steps, _)) = measured.get(1).and_then(|rounds| rounds.first()) {
+        println!("versions: {}", steps.versions);
+    }
+    if let Some(path) = &args.json {
+        std::fs::write(path, serde_json::to_vec_pretty(&sides)?)?;
+    }
+    let missed = missed(&sides);
+    for line in &missed {
+        loudly(line);
+    }
+    Ok(!args.check || missed.is_empty())
+}
+
+fn ours(args: &Args, artifact: &Path) -> Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("--bench").arg("--ours").arg(artifact);
+    command.args(["--batch", &args.batch.to_string()]);
+    command.args(["--length", &args.length.to_string()]);
+    command.args(["--steps", &args.steps.to_string()]);
+    Ok(command)
+}
+
+fn theirs(peer: &Peer, args: &Args, python: &Path, threads: usize) -> Result<Command> {
+    let mut command = Command::new(python);
+    command.arg(beside("train_peers.py")).arg(peer.name);
+    command.arg(std::fs::canonicalize(&args.model)?);
+    command.arg(args.rank_fraction.to_string());
+    command.args([args.batch, args.length, args.steps, threads].map(|n| n.to_string()));
+    for name in HARMFUL {
+        command.env_remove(name);
+    }
+    // transformers reads the model from its directory and asks nobody
+    command.env("HF_HUB_OFFLINE", "1");
+    Ok(command)
+}
+
+/// The side of a round that is ours: prints [`Steps`].
+fn steps_of_ours(artifact: &Path, args: &Args) -> Result<()> {
+    linalg::single_threaded_blas();
+    let artifact = Artifact::open(artifact, None)?;
+    let pin = Origin {
+        repo: None,
+        revision: None,
+        content_sha256: artifact.content_sha256.clone(),
+    };
+    let source = Source::Decomposition {
+        artifact,
+        mixture: Mixture::default(),
+    };
+    let options = train::Options {
+        duration: Duration::Steps(args.steps + 1),
+        batch: args.batch,
+        length: args.length,
+        ..train::Options::default()
+    };
+    let out = tempfile::tempdir()?;
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join(TEXT);
+    let watch = StepWatch::default();
+    let facts = train::run(
+        &source,
+        Some(pin),
+        &text,
+        &out.path().join("adapter"),
+        &options,
+        &watch,
+    )?;
+    let times = watch.times.into_inner()?;
+    let steps = Steps {
+        seconds: times
+            .windows(2)
+            .map(|pair| (pair[1] - pair[0]).as_secs_f64())
+            .collect(),
+        trained: facts.parameters,
+        versions: Value::Null,
+    };
+    println!("{}", serde_json::to_string(&steps)?);
+    Ok(())
+}
+
+/// Takes the time at the end of each step.
+#[derive(Debug, Default)]
+struct StepWatch {
+    times: Mutex<Vec<Instant>>,
+}
+
+impl Observer for StepWatch {
+    fn event(&self, event: &Event<'_>) {
+        if let (Event::Stepped { .. }, Ok(mut times)) = (event, self.times.lock()) {
+            times.push(Instant::now());
+        }
+    }
+}
+
+/// Tokens per second of nothing but the products of a step: x·Mᵀ and dy·M of every linear layer and the head.
+fn floor(args: &Args) -> Result<f64> {
+    let config = ModelConfig::read(&args.model)?;
+    let tokens = args.batch * args.length;
+    let device = Device::Cpu;
+    let mut shapes: Vec<(usize, usize)> = Vec::new();
+    for (name, shape) in config.tensors("model.") {
+        // a tied head multiplies by the embedding
+        let counts = config.tied || !name.contains("embed");
+        if let ([m, n], true) = (&shape[..], counts) {
+            shapes.push((*m, *n));
+        }
+    }
+    let mut seconds = Vec::new();
+    for _ in 0..3 {
+        let mut sum = 0.0;
+        for &(m, n) in &shapes {
+            let (x, w) = (
+                Tensor::ones((tokens, n), candle_core::DType::F32, &device)?,
+                Tensor::ones((m, n), candle_core::DType::F32, &device)?,
+            );
+            let started = Instant::now();
+            let y = x.matmul(&w.t()?)?;
+            y.matmul(&w)?;
+            sum += started.elapsed().as_secs_f64();
+        }
+        seconds.push(sum);
+    }
+    Ok(tokens as f64 / Spread::of(&seconds).min)
+}
+
+fn sides(args: &Args, names: &[&str], measured: &[Vec<(Steps, u64)>]) -> Vec<Side> {
+    let tokens = (args.batch * args.length) as f64;
+    let per_step = |(steps, _): &(Steps, u64)| Spread::of(&steps.seconds).median;
+    let times = |rounds: &[(Steps, u64)]| -> Vec<f64> { rounds.iter().map(per_step).collect() };
+    let peaks = |rounds: &[(Steps, u64)]| -> Vec<f64> {
+        rounds.iter().map(|(_, peak)| *peak as f64).collect()
+    };
+    let (our_times, our_peaks) = (times(&measured[0]), peaks(&measured[0]));
+    let mut sides = Vec::new();
+    for (at, (name, rounds)) in names.iter().zip(measured).enumerate() {
+        let Some((first, _)) = rounds.first() else {
+            continue;
+        };
+        let (times, peaks) = (times(rounds), peaks(rounds));
+        let speeds: Vec<f64> = times.iter().map(|t| tokens / t).collect();
+        // a side that failed on the way has no pair for each round
+        let paired = at > 0 && times.len() == our_times.len();
+        sides.push(Side {
+            name: (*name).into(),
+            trained: first.trained,
+            tokens_per_s: Spread::of(&speeds),
+            peak_bytes: Spread::of(&peaks),
+            speed_ratio: paired.then(|| Spread::of_ratios(&times, &our_times)),
+            memory_ratio: paired.then(|| Spread::of_ratios(&our_peaks, &peaks)),
+        });
+    }
+    sides
+}
+
+fn table(sides: &[Side], floor: f64) -> String {
+    let mut text = format!(
+        "{:<30} {:>11} {:>9} {:>13} {:>9} {:>11} {:>11}\n",
+        "", "trained", "tokens/s", "(min–max)", "peak GB", "ours/theirs", "memory"
+    );
+    let ratio = |ratio: &Option<Spread>| match ratio {
+        Some(ratio) => format!("{:.2} ×", ratio.median),
+        None => String::new(),
+    };
+    for side in sides {
+        let speed = &side.tokens_per_s;
+        text.push_str(&format!(
+            "{:<30} {:>11} {:>9.0} {:>13} {:>9.2} {:>11} {:>11}\n",
+            side.name,
+            side.trained,
+            speed.median,
+            format!("{:.0}–{:.0}", speed.min, speed.max),
+            side.peak_bytes.median / 1e9,
+            ratio(&side.speed_ratio),
+            ratio(&side.memory_ratio),
+        ));
+    }
+    text.push_str(&format!(
+        "{:<30} {:>11} {floor:>9.0}   the products of frozen weights alone\n",
+        "floor", ""
+    ));
+    text
+}
+
+/// What was wanted and is not there.
+fn missed(sides: &[Side]) -> Vec<String> {
+    let mut missed = Vec::new();
+    for peer in &PEERS {
+        let side = sides.iter().find(|side| side.name == peer.shown);
+        let speed = side
+            .and_then(|side| side.speed_ratio.as_ref())
+            .map(|r| r.median);
+        let memory = side
+            .and_then(|side| side.memory_ratio.as_ref())
+            .map(|r| r.median);
+        if let Some(wanted) = peer
+            .speed
+            .filter(|wanted| speed.is_none_or(|found| found < *wanted))
+        {
+            missed.push(format!(
+                "{}: speed {speed:?}, wanted at least {wanted}",
+                peer.shown
+            ));
+        }
+        if let Some(wanted) = peer
+            .memory
+            .filter(|wanted| memory.is_none_or(|found| found > *wanted))
+        {
+            missed.push(format!(
+                "{}: memory {memory:?}, wanted at most {wanted}",
+                peer.shown
+            ));
+        }
+    }
+    missed
+}
