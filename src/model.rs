@@ -7,6 +7,7 @@ pub mod decoder;
 pub mod family;
 mod fused;
 pub mod layers;
+pub mod memory;
 pub mod method;
 pub mod ops;
 pub mod rope;

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::format::{ArtifactLayout, ModuleTensors, Rank, Storing, base_header_tensor};
 use crate::linalg::{Route, usual_route};
 use crate::model::ModelConfig;
+use crate::model::memory::{self, Matrix, Part, Step, Training};
 use crate::weights::checkpoint::WeightFile;
 use crate::weights::element::is_float;
 use crate::weights::{Dtype, Entry, Header, Inventory, dtype_name};
@@ -379,6 +380,9 @@ pub struct Plan {
     pub peak_bytes: u64,
     pub disk_bytes: u64,
     pub threads: usize,
+    /// What training would take, where that was asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub training: Option<Training>,
     /// What may be at work at once: that many threads, and as much memory as was allowed.
     #[serde(skip)]
     pub limits: Limits,
@@ -501,9 +505,38 @@ impl Plan {
                 .map(|t| t.artifact_bytes_max(storing))
                 .sum(),
             threads: limits.threads,
+            training: None,
             limits,
             tensors,
         }
+    }
+
+    /// The plan with what a step of training would take, from a decomposition in f32 on a CPU.
+    pub fn with_training(mut self, config: &ModelConfig, step: &Step) -> Self {
+        let mut others = 0;
+        let mut matrices = Vec::new();
+        for tensor in &self.tensors {
+            let q = tensor
+                .is_decomposed()
+                .then(|| tensor.q.unwrap_or(tensor.q_max));
+            let part = match (tensor.role, tensor.shape.len()) {
+                (Role::Linear, 2) => Part::Linear { q },
+                (Role::Head, 2) if config.tied && q.is_none() => continue,
+                (Role::Head, 2) => Part::Head { q },
+                (Role::Embedding, 2) => Part::Embedding,
+                (Role::Norm | Role::Bias, _) => {
+                    others += tensor.shape.iter().product::<usize>() as u64;
+                    continue;
+                }
+                _ => continue,
+            };
+            let (m, n) = tensor.sides();
+            let width = (tensor.bytes as usize) / (m * n).max(1);
+            matrices.push(Matrix { m, n, width, part });
+        }
+        let norms = self.trainable.norms;
+        self.training = Some(memory::training(config, &matrices, norms, others, step));
+        self
     }
 
     /// Whether every q is known.
@@ -519,13 +552,16 @@ impl Plan {
                 tensor.q_max = q;
             }
         }
-        Self::add_up(
-            self.model_type,
-            self.rank,
-            self.storing,
-            self.limits,
-            self.tensors,
-        )
+        Self {
+            training: self.training,
+            ..Self::add_up(
+                self.model_type,
+                self.rank,
+                self.storing,
+                self.limits,
+                self.tensors,
+            )
+        }
     }
 
     /// The least the artifact can take, whatever the ranks turn out to be.

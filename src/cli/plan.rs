@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::num::{NonZeroU64, NonZeroUsize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
@@ -12,13 +12,16 @@ use svdhub::card::{bytes, thousands};
 use svdhub::format::{ArtifactLayout, FactorsDtype, Rank, Storing};
 use svdhub::hub::ModelRef;
 use svdhub::model::ModelConfig;
+use svdhub::model::memory::Step;
 use svdhub::plan::{Action, Foreseen, Pattern, Plan, PlanOptions, expected_inventory};
-use svdhub::weights::{Dtype, Layout};
+use svdhub::train;
+use svdhub::weights::{Dtype, Inventory, Layout};
 
 use super::decompose::size;
 use super::output::Table;
 use super::progress::clock;
 use super::session::Session;
+use super::train::{Group, MethodArgs, length};
 
 /// Say what will be done with every tensor, and what can be trained.
 ///
@@ -30,9 +33,48 @@ pub struct Command {
     model: ModelRef,
     #[command(flatten)]
     pub options: PlanArgs,
+    #[command(flatten)]
+    step: StepArgs,
     /// List every tensor
     #[arg(long)]
     all: bool,
+}
+
+/// A step of training, to say what memory it takes. As for `train`.
+#[derive(Args, Clone)]
+struct StepArgs {
+    #[command(flatten)]
+    method: MethodArgs,
+    /// What moves beside the linear layers
+    #[arg(
+        long,
+        value_name = "GROUPS",
+        value_delimiter = ',',
+        help_heading = "Method"
+    )]
+    train: Vec<Group>,
+    /// Windows per step
+    #[arg(long, value_name = "N", default_value_t = NonZeroUsize::new(train::Options::default().batch).expect("the default is positive"), help_heading = "Method")]
+    batch: NonZeroUsize,
+    /// Tokens per window
+    #[arg(long, value_name = "N", default_value_t = train::Options::default().length, value_parser = length, help_heading = "Method")]
+    length: usize,
+    /// Compute each block again for its gradients
+    #[arg(long, help_heading = "Method")]
+    recompute: bool,
+}
+
+impl StepArgs {
+    fn step(&self) -> Step {
+        Step {
+            method: self.method.method(0),
+            norms: self.train.contains(&Group::Norms),
+            embeddings: self.train.contains(&Group::Embeddings),
+            batch: self.batch.get(),
+            length: self.length,
+            recompute: self.recompute,
+        }
+    }
 }
 
 /// What is decomposed, and how far. The same for `plan` and `decompose`.
@@ -116,31 +158,36 @@ impl Command {
 
     fn plan(&self, session: &Session) -> Result<Plan> {
         let options = self.options.options();
+        let step = self.step.step();
+        let plan = |root: &Path, config: &ModelConfig, inventory: &Inventory| -> Result<Plan> {
+            let plan = Plan::new(root, config, inventory, &options)?;
+            Ok(plan.with_training(config, &step))
+        };
         match &self.model {
             ModelRef::Repo { .. } if session.hub()?.options.offline => {
                 let base = session.base(&self.model)?;
                 let config = ModelConfig::read(&base.dir)?;
-                Plan::new(&base.dir, &config, &base.checkpoint.inventory, &options)
+                plan(&base.dir, &config, &base.checkpoint.inventory)
             }
             ModelRef::Repo { id, revision } => {
                 let (json, inventory, _) = session.hub()?.headers(id, revision)?;
                 let root = PathBuf::from(id);
                 let config = ModelConfig::parse(&root.join("config.json"), &json)?;
-                Plan::new(&root, &config, &inventory, &options)
+                plan(&root, &config, &inventory)
             }
             ModelRef::Directory(dir) => {
                 let config = ModelConfig::read(dir)?;
                 let weights = [Layout::Model.single_file(), Layout::Model.index_file()];
                 if weights.iter().any(|name| dir.join(name).exists()) {
                     let base = Base::open(dir, None, None)?;
-                    Plan::new(dir, &config, &base.checkpoint.inventory, &options)
+                    plan(dir, &config, &base.checkpoint.inventory)
                 } else {
                     session.observer().note(format!(
                         "{} has no weights: planning from config.json alone, in bf16",
                         dir.display()
                     ));
                     let inventory = expected_inventory(&config, Dtype::BF16)?;
-                    Plan::new(dir, &config, &inventory, &options)
+                    plan(dir, &config, &inventory)
                 }
             }
         }
@@ -186,6 +233,21 @@ pub fn show(plan: &Plan, name: &str, all: bool) -> String {
     ]);
     text.push('\n');
     text.push_str(&table.render());
+    if let Some(training) = &plan.training {
+        text.push_str(&format!(
+            "\ntraining by {}, {} × {} tokens{}: {} numbers move, peak memory {} on a CPU\n",
+            training.method,
+            training.batch,
+            training.length,
+            if training.recompute {
+                ", recomputing"
+            } else {
+                ""
+            },
+            thousands(training.parameters),
+            bytes(training.peak_bytes),
+        ));
+    }
     text.push('\n');
     text.push_str(&if all { every(plan) } else { groups(plan) });
     text

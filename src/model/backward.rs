@@ -39,11 +39,11 @@ impl Decoder {
     fn recomputed(&self, ids: &Tensor) -> CandleResult<Gradients> {
         let (b, t) = ids.dims2()?;
         let segments = Segments::whole(b, t);
-        let pass = self.pass_over(&segments)?;
+        let pass = self.pass(ids, &segments)?;
         let embedded = self.embed(ids)?;
         let mut read = vec![embedded.detach()];
         for at in 0..self.blocks() {
-            let y = self.block(at, &read[at], &pass, None)?.detach();
+            let y = self.block(at, &read[at], &pass)?.detach();
             read.push(y);
         }
         let mut next = || Var::from_tensor(&read.pop().expect("one for each block and the head"));
@@ -67,7 +67,7 @@ impl Decoder {
             } else {
                 x.as_detached_tensor()
             };
-            let y = self.block(at, &input, &pass, None)?;
+            let y = self.block(at, &input, &pass)?;
             let mut gradients = backward_from(&y, due.take())?;
             due = gradients.remove(&x);
             found.take(self, gradients)?;

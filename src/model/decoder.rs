@@ -1,6 +1,5 @@
 //! The decoder: numbers from `config.json`, structure from the same table that checks a checkpoint's shapes.
 
-use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
@@ -173,44 +172,27 @@ impl Decoder {
 
     /// The last hidden states: `ids (b, t) u32 → (b, t, hidden)`.
     fn hidden(&self, ids: &Tensor, segments: &Segments) -> candle_core::Result<Tensor> {
-        let pass = self.pass_over(segments)?;
+        let pass = self.pass(ids, segments)?;
         let mut x = self.embed(ids)?;
         for at in 0..self.blocks.len() {
-            x = self.block(at, &x, &pass, None)?;
+            x = self.block(at, &x, &pass)?;
         }
         self.norm.forward(&x)
     }
 
-    /// A pass over whole rows.
-    pub(super) fn pass_over(&self, segments: &Segments) -> candle_core::Result<Pass> {
+    /// What all blocks read beside their input.
+    pub(super) fn pass(&self, ids: &Tensor, segments: &Segments) -> candle_core::Result<Pass> {
+        let (_, t) = ids.dims2()?;
         let (positions, shape) = segments.positions();
-        let mask = |window| segments.mask(window, self.dtype, &self.device);
-        self.pass(&positions, &shape, segments.length(), mask)
-    }
-
-    /// What all blocks read beside their input, where the last token sees at most `keys` of them.
-    fn pass(
-        &self,
-        positions: &[usize],
-        shape: &[usize],
-        keys: usize,
-        mask: impl Fn(Option<usize>) -> candle_core::Result<Tensor>,
-    ) -> candle_core::Result<Pass> {
         let angles = (self.config.ropes.iter())
-            .map(|rope| rope.angles(positions, shape, &self.device))
+            .map(|rope| rope.angles(&positions, &shape, &self.device))
             .collect::<candle_core::Result<Vec<_>>>()?;
-        let mut masks = BTreeMap::new();
+        let mut masks = Masks::default();
         for block in &self.blocks {
-            let window = block.window(keys);
-            if let Entry::Vacant(place) = masks.entry(window) {
-                place.insert(mask(window)?);
-            }
+            let window = block.window(t);
+            masks.of(window, || segments.mask(window, self.dtype, &self.device))?;
         }
-        Ok(Pass {
-            keys,
-            angles,
-            masks,
-        })
+        Ok(Pass { t, angles, masks })
     }
 
     pub(super) fn blocks(&self) -> usize {
@@ -218,17 +200,11 @@ impl Decoder {
     }
 
     /// One block: `x (b, t, hidden) → (b, t, hidden)`.
-    pub(super) fn block(
-        &self,
-        at: usize,
-        x: &Tensor,
-        pass: &Pass,
-        past: Option<&mut Option<(Tensor, Tensor)>>,
-    ) -> candle_core::Result<Tensor> {
+    pub(super) fn block(&self, at: usize, x: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
         let block = &self.blocks[at];
-        let mask = &pass.masks[&block.window(pass.keys)];
+        let mask = &pass.masks.0[&block.window(pass.t)];
         let angles = block.sees.rope.map(|rope| &pass.angles[rope]);
-        block.forward(&self.config, x, angles, mask, past)
+        block.forward(&self.config, x, angles, mask, None)
     }
 
     /// The logits of every position: `ids (b, t) → (b, t, vocabulary)`, without gradients.
@@ -263,16 +239,21 @@ impl Decoder {
         let (_, t) = ids.dims2()?;
         let (before, after) = (cache.tokens(), cache.tokens() + t);
         let positions: Vec<usize> = (before..after).collect();
-        let pass = self.pass(&positions, &[t], after, |window| {
+        let angles = (self.config.ropes.iter())
+            .map(|rope| rope.angles(&positions, &[t], &self.device))
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        cache.layers.resize_with(self.blocks.len(), || None);
+        let mut masks = Masks::default();
+        let mut x = self.embed(ids)?.detach();
+        for (block, past) in self.blocks.iter().zip(&mut cache.layers) {
+            let window = block.sees.window.filter(|&window| window < after);
             let first = reach(before, window);
             let seen = (before..after).map(|at| reach(at, window) - first..at + 1 - first);
-            mask(seen, &[t, after - first], self.dtype, &self.device)
-        })?;
-        cache.layers.resize_with(self.blocks.len(), || None);
-        let mut x = self.embed(ids)?.detach();
-        for (at, past) in cache.layers.iter_mut().enumerate() {
+            let shape = [t, after - first];
+            let mask = masks.of(window, || mask(seen, &shape, self.dtype, &self.device))?;
+            let angles = block.sees.rope.map(|rope| &angles[rope]);
             // without its graph: nothing of a step but keys and values is needed in the next
-            x = self.block(at, &x, &pass, Some(past))?.detach();
+            x = (block.forward(&self.config, &x, angles, &mask, Some(past))?).detach();
         }
         cache.ids = Some(match cache.ids.take() {
             Some(read) => Tensor::cat(&[&read, ids], 1)?,
@@ -333,6 +314,25 @@ impl Decoder {
     }
 }
 
+/// The masks of one pass, by window: layers share them.
+#[derive(Default)]
+struct Masks(BTreeMap<Option<usize>, Tensor>);
+
+impl Masks {
+    fn of(
+        &mut self,
+        window: Option<usize>,
+        make: impl FnOnce() -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        if let Some(mask) = self.0.get(&window) {
+            return Ok(mask.clone());
+        }
+        let mask = make()?;
+        self.0.insert(window, mask.clone());
+        Ok(mask)
+    }
+}
+
 /// What a decoder has read of a sequence, so that it can go on without reading it again.
 #[derive(Debug, Default)]
 pub struct Cache {
@@ -349,17 +349,17 @@ impl Cache {
     }
 }
 
-/// What the blocks of one pass share: angles by rope, masks by window.
+/// What the blocks of one pass over (b, t) tokens share: angles by rope, masks by window.
 pub(super) struct Pass {
-    keys: usize,
+    t: usize,
     angles: Vec<Angles>,
-    masks: BTreeMap<Option<usize>, Tensor>,
+    masks: Masks,
 }
 
 impl Block {
-    /// The window, if it hides any of so many keys.
-    fn window(&self, keys: usize) -> Option<usize> {
-        self.sees.window.filter(|&window| window < keys)
+    /// The window of t tokens, if it hides any of them.
+    fn window(&self, t: usize) -> Option<usize> {
+        self.sees.window.filter(|&window| window < t)
     }
 
     /// `x (b, t, hidden) → (b, t, hidden)`; behind a `past` of keys and values it goes on, and leaves its own there.
@@ -422,7 +422,8 @@ impl Block {
             scale: config.attention_scale,
             cap: config.attention_cap,
         };
-        let attended = ops::attention(&q, &k, &v, mask, scores)?.reshape((b, t, heads * d))?;
+        let attended =
+            ops::attention(&q, &k, &v, mask, scores)?.reshape((b, t, heads * d))?;
         self.output.forward(&attended)
     }
 

@@ -304,7 +304,7 @@ impl Head {
 }
 
 /// Rows of logits that are alive at once in [`Head::cross_entropy`].
-const CHUNK_ROWS: usize = 256;
+pub const CHUNK_ROWS: usize = 256;
 
 /// Σ −log softmax(logits) at `wanted (rows, 1)`, and its gradient, from tensor operations.
 fn composed_cross_entropy(logits: &Tensor, wanted: &Tensor) -> Result<(f64, Tensor)> {

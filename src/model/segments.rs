@@ -59,11 +59,6 @@ impl Segments {
         }
     }
 
-    /// Tokens in a row.
-    pub(super) fn length(&self) -> usize {
-        self.length
-    }
-
     /// Whether every row is one sequence.
     pub fn is_whole(&self) -> bool {
         self.starts.iter().all(|&start| start == 0)

@@ -9,6 +9,7 @@ mod hf_hub_defects;
 mod hostile;
 mod hub;
 mod inspect;
+mod memory;
 mod methods;
 mod parts;
 mod publishing;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 use svdhub::hub::server::{Effect, ServerOptions};
 
-use crate::world::{Run, TOKEN, World, arg, wait_until};
+use crate::world::{Run, TOKEN, World, arg, peak_bytes, wait_until};
 
 /// A directory with files of these names and sizes, whose bytes differ.
 fn folder(world: &World, name: &str, files: &[(&str, usize)]) -> PathBuf {
@@ -118,25 +118,6 @@ fn a_transfer_holds_little_memory_however_large_the_file() {
             let expected = 1 << 20..100 << 20;
             assert!(expected.contains(&peak), "{arguments:?} took {peak} bytes");
         }
-    }
-}
-
-/// Waits for a child to succeed, and says how much memory it took at most.
-///
-/// Not by rusage, which counts in what this process held when it started the child: the tests beside hold more.
-fn peak_bytes(mut child: std::process::Child) -> u64 {
-    let status = format!("/proc/{}/status", child.id());
-    let mut peak = 0;
-    loop {
-        if let Some(ended) = child.try_wait().expect("it is our child") {
-            assert!(ended.success(), "the program fails: {ended}");
-            return peak;
-        }
-        let text = std::fs::read_to_string(&status).unwrap_or_default();
-        let high = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let kilobytes = high.and_then(|high| high.trim().strip_suffix(" kB")?.parse().ok());
-        peak = peak.max(1024 * kilobytes.unwrap_or(0));
-        std::thread::sleep(std::time::Duration::from_millis(2));
     }
 }
 

@@ -337,3 +337,22 @@ pub fn loss(world: &World, model: &[&str]) -> f64 {
     );
     facts["loss"].as_f64().expect("a loss")
 }
+
+/// Waits for a child to succeed, and says how much memory it took at most.
+///
+/// Not by rusage, which counts in what this process held when it started the child: the tests beside hold more.
+pub fn peak_bytes(mut child: std::process::Child) -> u64 {
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    loop {
+        if let Some(ended) = child.try_wait().expect("it is our child") {
+            assert!(ended.success(), "the program fails: {ended}");
+            return peak;
+        }
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        let high = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kilobytes = high.and_then(|high| high.trim().strip_suffix(" kB")?.parse().ok());
+        peak = peak.max(1024 * kilobytes.unwrap_or(0));
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}

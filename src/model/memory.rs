@@ -1,0 +1,261 @@
+//! The memory that training takes on a CPU, foreseen: a count of the tensors that [`super::decoder`] and its layers hold.
+
+use serde::Serialize;
+
+use super::config::ModelConfig;
+use super::family::{Projections, QueryKeyNorm};
+use super::layers::CHUNK_ROWS;
+use super::method::Method;
+
+/// What is trained, and how much at a time.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Step {
+    pub method: Method,
+    pub norms: bool,
+    pub embeddings: bool,
+    /// Windows per step.
+    pub batch: usize,
+    /// Tokens per window.
+    pub length: usize,
+    pub recompute: bool,
+}
+
+/// A stored matrix of the model.
+#[derive(Debug, Clone, Copy)]
+pub struct Matrix {
+    pub m: usize,
+    pub n: usize,
+    /// Bytes of a stored number.
+    pub width: usize,
+    pub part: Part,
+}
+
+/// What a matrix is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// A linear layer, with its singular triplets if it is decomposed.
+    Linear {
+        q: Option<usize>,
+    },
+    /// The same, and it makes the logits.
+    Head {
+        q: Option<usize>,
+    },
+    Embedding,
+}
+
+/// What training takes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Training {
+    pub method: &'static str,
+    pub batch: usize,
+    pub length: usize,
+    pub recompute: bool,
+    /// Numbers that move.
+    pub parameters: u64,
+    /// Of all weights in f32, of the singular vectors that are needed, and of what a method adds.
+    pub weights_bytes: u64,
+    /// Of the two moments and the gradient of what moves.
+    pub moving_bytes: u64,
+    /// Of what the backward pass reads again.
+    pub activations_bytes: u64,
+    /// The largest resident set of the process.
+    pub peak_bytes: u64,
+}
+
+/// f32
+const NUMBER: u64 = 4;
+
+/// Program, libraries, tokenizer and text (Linux, 2026-11: 16–20 MB with a text of 160 kB).
+const PROCESS_BYTES: u64 = 18 << 20;
+
+/// Freed memory that the allocator finds no use for is this share of the rest: one in so many bytes (glibc 2.36, kept as
+/// the command keeps it, 2026-11: 2–5 %).
+const KEPT_FREE: u64 = 32;
+
+/// What training takes of a model with these matrices, and `others`, numbers of norms and biases of which `norms` are of
+/// norms.
+pub fn training(
+    config: &ModelConfig,
+    matrices: &[Matrix],
+    norms: u64,
+    others: u64,
+    step: &Step,
+) -> Training {
+    let elements = |matrix: &Matrix| matrix.m as u64 * matrix.n as u64;
+    let mut weights = others + matrices.iter().map(elements).sum::<u64>();
+    let mut moving = if step.norms { norms } else { 0 };
+    // the largest that is loaded, and what it is loaded from
+    let mut loading = 0;
+    for matrix in matrices {
+        let stored = matrix.width as u64 * elements(matrix);
+        let (m, n) = (matrix.m as u64, matrix.n as u64);
+        let decomposed = match matrix.part {
+            Part::Embedding => {
+                moving += if step.embeddings { m * n } else { 0 };
+                None
+            }
+            Part::Linear { q } | Part::Head { q } => {
+                let (added, moves) = layer(step.method, m, n, q.map(|q| q as u64));
+                weights += added;
+                moving += moves;
+                q
+            }
+        };
+        loading = loading.max(match decomposed {
+            // M′ and M; of f32 weights the exact elements with their positions are as much again
+            Some(_) if stored == NUMBER * m * n => 2 * stored,
+            Some(_) => NUMBER * m * n,
+            None => stored,
+        });
+    }
+    let at_once = Sizes::of(config, step);
+    let activations = NUMBER * at_once.kept(config, step.recompute);
+    let weights_bytes = NUMBER * weights;
+    let moments = NUMBER * 2 * moving;
+    let before = NUMBER * at_once.logits(config, matrices, step);
+    let after = NUMBER * (moving + at_once.gradients(config, step));
+    let computing = weights_bytes + moments + activations + before.max(after);
+    let peak = computing.max(weights_bytes + loading);
+    Training {
+        method: step.method.name(),
+        batch: step.batch,
+        length: step.length,
+        recompute: step.recompute,
+        parameters: moving,
+        weights_bytes,
+        moving_bytes: NUMBER * 3 * moving,
+        activations_bytes: activations,
+        peak_bytes: PROCESS_BYTES + peak + peak / KEPT_FREE,
+    }
+}
+
+/// Numbers that a layer holds beside M and its bias, and numbers of it that move.
+fn layer(method: Method, m: u64, n: u64, q: Option<u64>) -> (u64, u64) {
+    let q = q.unwrap_or(0);
+    match method {
+        Method::Sigma(_) => (q * (m + n) + q, q),
+        Method::LoraXs { rank } => {
+            let r = q.min(rank as u64);
+            (r * (m + n) + r * r, r * r)
+        }
+        Method::Lora(lora) => {
+            let moving = lora.rank as u64 * (m + n);
+            (moving, moving)
+        }
+        Method::Full => (0, m * n),
+    }
+}
+
+/// The sides of what is computed, as numbers.
+struct Sizes {
+    /// Tokens of a step.
+    tokens: u64,
+    hidden: u64,
+    intermediate: u64,
+    /// Of all query heads, and of all key heads.
+    query: u64,
+    key: u64,
+}
+
+impl Sizes {
+    fn of(config: &ModelConfig, step: &Step) -> Self {
+        let (batch, length) = (step.batch as u64, step.length as u64);
+        Self {
+            tokens: batch * length,
+            hidden: config.hidden as u64,
+            intermediate: config.intermediate as u64,
+            query: (config.heads * config.head_dim) as u64,
+            key: (config.kv_heads * config.head_dim) as u64,
+        }
+    }
+
+    /// Numbers that live until the backward pass has read them.
+    fn kept(&self, config: &ModelConfig, recompute: bool) -> u64 {
+        let layers = config.layers as u64;
+        let block = self.block(config);
+        let stream = self.tokens * self.hidden;
+        // behind the last block: its norm, the rows that predict, their gradient in chunks and as one
+        let end = 4 * stream;
+        end + if recompute {
+            // what each block reads; one of them is computed again
+            layers * stream + block
+        } else {
+            layers * block
+        }
+    }
+
+    /// Numbers of one block: every tensor that an operation of it reads, or gives.
+    fn block(&self, config: &ModelConfig) -> u64 {
+        let (h, i, q, k) = (self.hidden, self.intermediate, self.query, self.key);
+        let norms = config.norm_places.modules().into_iter().flatten().count() as u64;
+        // norms, what attention and MLP add, and both sums
+        let mut each = (norms + 4) * h;
+        if config.residual_scale != 1.0 {
+            each += 2 * h;
+        }
+        // projected and turned, and what was attended
+        each += 3 * q + 3 * k;
+        if !matches!(config.names.query_key_value, Projections::Apart(_)) {
+            each += q + 2 * k;
+        }
+        if config.query_key_norm != QueryKeyNorm::None {
+            each += q + k;
+        }
+        each += if config.gated { 3 * i } else { 2 * i };
+        if config.gated && !matches!(config.names.gate_up, Projections::Apart(_)) {
+            each += 2 * i;
+        }
+        self.tokens * each
+    }
+
+    /// Numbers that the head computes for one chunk of rows, with the gradient of what moves in it.
+    fn logits(&self, config: &ModelConfig, matrices: &[Matrix], step: &Step) -> u64 {
+        let rows = self.tokens.min(CHUNK_ROWS as u64);
+        let vocabulary = config.vocabulary as u64;
+        let head = matrices.iter().find_map(|matrix| match matrix.part {
+            Part::Head { q } => Some(q),
+            _ => None,
+        });
+        let updated = match step.method {
+            Method::Sigma(_) | Method::LoraXs { .. } => head.flatten().is_some(),
+            Method::Lora(_) => head.is_some(),
+            Method::Full => false,
+        };
+        // the logits; what an update adds, and the sum
+        let mut alive = if updated { 3 } else { 1 };
+        if config.logits_cap.is_some() {
+            alive += 3;
+        }
+        let whole = match head {
+            Some(_) => step.method == Method::Full,
+            None => step.embeddings,
+        };
+        // the gradient of a whole weight: its sum, scaled, and twice while it is stored
+        let gradient = if whole {
+            4 * vocabulary * self.hidden
+        } else {
+            0
+        };
+        (alive * rows * vocabulary).max(gradient)
+    }
+
+    /// Numbers of the gradients that are alive at once, beside those of what moves: in one block, or of the embedding.
+    fn gradients(&self, config: &ModelConfig, step: &Step) -> u64 {
+        let (h, i, q, k) = (self.hidden, self.intermediate, self.query, self.key);
+        // candle adds each gradient to zeros: two more of its size
+        let cut = match config.names.gate_up {
+            Projections::Apart(_) => 0,
+            _ if config.gated => 4 * i,
+            _ => 0,
+        };
+        let mlp = self.tokens * (5 * i + 5 * h + cut);
+        // each query head has gradients of its own keys and values before they are added; scores are a few at a time
+        let attention = self.tokens * (6 * q + 4 * k + 3 * h);
+        let embedding = match step.embeddings {
+            true => 3 * config.vocabulary as u64 * h,
+            false => 0,
+        };
+        mlp.max(attention).max(embedding)
+    }
+}
