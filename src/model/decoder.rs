@@ -422,8 +422,7 @@ impl Block {
             scale: config.attention_scale,
             cap: config.attention_cap,
         };
-        let attended =
-            ops::attention(&q, &k, &v, mask, scores)?.reshape((b, t, heads * d))?;
+        let attended = ops::attention(&q, &k, &v, mask, scores)?.reshape((b, t, heads * d))?;
         self.output.forward(&attended)
     }
 

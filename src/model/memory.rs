@@ -64,14 +64,14 @@ pub struct Training {
 }
 
 /// f32
-const NUMBER: u64 = 4;
+const NUMBER: u128 = 4;
 
 /// Program, libraries, tokenizer and text (Linux, 2026-11: 16–20 MB with a text of 160 kB).
-const PROCESS_BYTES: u64 = 18 << 20;
+const PROCESS_BYTES: u128 = 18 << 20;
 
 /// Freed memory that the allocator finds no use for is this share of the rest: one in so many bytes (glibc 2.36, kept as
 /// the command keeps it, 2026-11: 2–5 %).
-const KEPT_FREE: u64 = 32;
+const KEPT_FREE: u128 = 32;
 
 /// What training takes of a model with these matrices, and `others`, numbers of norms and biases of which `norms` are of
 /// norms.
@@ -82,21 +82,21 @@ pub fn training(
     others: u64,
     step: &Step,
 ) -> Training {
-    let elements = |matrix: &Matrix| matrix.m as u64 * matrix.n as u64;
-    let mut weights = others + matrices.iter().map(elements).sum::<u64>();
-    let mut moving = if step.norms { norms } else { 0 };
+    let elements = |matrix: &Matrix| matrix.m as u128 * matrix.n as u128;
+    let mut weights = u128::from(others) + matrices.iter().map(elements).sum::<u128>();
+    let mut moving = if step.norms { norms.into() } else { 0 };
     // the largest that is loaded, and what it is loaded from
     let mut loading = 0;
     for matrix in matrices {
-        let stored = matrix.width as u64 * elements(matrix);
-        let (m, n) = (matrix.m as u64, matrix.n as u64);
+        let stored = matrix.width as u128 * elements(matrix);
+        let (m, n) = (matrix.m as u128, matrix.n as u128);
         let decomposed = match matrix.part {
             Part::Embedding => {
                 moving += if step.embeddings { m * n } else { 0 };
                 None
             }
             Part::Linear { q } | Part::Head { q } => {
-                let (added, moves) = layer(step.method, m, n, q.map(|q| q as u64));
+                let (added, moves) = layer(step.method, m, n, q.map(|q| q as u128));
                 weights += added;
                 moving += moves;
                 q
@@ -122,25 +122,30 @@ pub fn training(
         batch: step.batch,
         length: step.length,
         recompute: step.recompute,
-        parameters: moving,
-        weights_bytes,
-        moving_bytes: NUMBER * 3 * moving,
-        activations_bytes: activations,
-        peak_bytes: PROCESS_BYTES + peak + peak / KEPT_FREE,
+        parameters: shown(moving),
+        weights_bytes: shown(weights_bytes),
+        moving_bytes: shown(NUMBER * 3 * moving),
+        activations_bytes: shown(activations),
+        peak_bytes: shown(PROCESS_BYTES + peak + peak / KEPT_FREE),
     }
 }
 
+/// As far as a plan can say it: sizes that nobody has are asked for without harm.
+fn shown(count: u128) -> u64 {
+    count.try_into().unwrap_or(u64::MAX)
+}
+
 /// Numbers that a layer holds beside M and its bias, and numbers of it that move.
-fn layer(method: Method, m: u64, n: u64, q: Option<u64>) -> (u64, u64) {
+fn layer(method: Method, m: u128, n: u128, q: Option<u128>) -> (u128, u128) {
     let q = q.unwrap_or(0);
     match method {
         Method::Sigma(_) => (q * (m + n) + q, q),
         Method::LoraXs { rank } => {
-            let r = q.min(rank as u64);
+            let r = q.min(rank as u128);
             (r * (m + n) + r * r, r * r)
         }
         Method::Lora(lora) => {
-            let moving = lora.rank as u64 * (m + n);
+            let moving = lora.rank as u128 * (m + n);
             (moving, moving)
         }
         Method::Full => (0, m * n),
@@ -150,29 +155,29 @@ fn layer(method: Method, m: u64, n: u64, q: Option<u64>) -> (u64, u64) {
 /// The sides of what is computed, as numbers.
 struct Sizes {
     /// Tokens of a step.
-    tokens: u64,
-    hidden: u64,
-    intermediate: u64,
+    tokens: u128,
+    hidden: u128,
+    intermediate: u128,
     /// Of all query heads, and of all key heads.
-    query: u64,
-    key: u64,
+    query: u128,
+    key: u128,
 }
 
 impl Sizes {
     fn of(config: &ModelConfig, step: &Step) -> Self {
-        let (batch, length) = (step.batch as u64, step.length as u64);
+        let (batch, length) = (step.batch as u128, step.length as u128);
         Self {
             tokens: batch * length,
-            hidden: config.hidden as u64,
-            intermediate: config.intermediate as u64,
-            query: (config.heads * config.head_dim) as u64,
-            key: (config.kv_heads * config.head_dim) as u64,
+            hidden: config.hidden as u128,
+            intermediate: config.intermediate as u128,
+            query: (config.heads * config.head_dim) as u128,
+            key: (config.kv_heads * config.head_dim) as u128,
         }
     }
 
     /// Numbers that live until the backward pass has read them.
-    fn kept(&self, config: &ModelConfig, recompute: bool) -> u64 {
-        let layers = config.layers as u64;
+    fn kept(&self, config: &ModelConfig, recompute: bool) -> u128 {
+        let layers = config.layers as u128;
         let block = self.block(config);
         let stream = self.tokens * self.hidden;
         // behind the last block: its norm, the rows that predict, their gradient in chunks and as one
@@ -186,9 +191,9 @@ impl Sizes {
     }
 
     /// Numbers of one block: every tensor that an operation of it reads, or gives.
-    fn block(&self, config: &ModelConfig) -> u64 {
+    fn block(&self, config: &ModelConfig) -> u128 {
         let (h, i, q, k) = (self.hidden, self.intermediate, self.query, self.key);
-        let norms = config.norm_places.modules().into_iter().flatten().count() as u64;
+        let norms = config.norm_places.modules().into_iter().flatten().count() as u128;
         // norms, what attention and MLP add, and both sums
         let mut each = (norms + 4) * h;
         if config.residual_scale != 1.0 {
@@ -210,9 +215,9 @@ impl Sizes {
     }
 
     /// Numbers that the head computes for one chunk of rows, with the gradient of what moves in it.
-    fn logits(&self, config: &ModelConfig, matrices: &[Matrix], step: &Step) -> u64 {
-        let rows = self.tokens.min(CHUNK_ROWS as u64);
-        let vocabulary = config.vocabulary as u64;
+    fn logits(&self, config: &ModelConfig, matrices: &[Matrix], step: &Step) -> u128 {
+        let rows = self.tokens.min(CHUNK_ROWS as u128);
+        let vocabulary = config.vocabulary as u128;
         let head = matrices.iter().find_map(|matrix| match matrix.part {
             Part::Head { q } => Some(q),
             _ => None,
@@ -241,7 +246,7 @@ impl Sizes {
     }
 
     /// Numbers of the gradients that are alive at once, beside those of what moves: in one block, or of the embedding.
-    fn gradients(&self, config: &ModelConfig, step: &Step) -> u64 {
+    fn gradients(&self, config: &ModelConfig, step: &Step) -> u128 {
         let (h, i, q, k) = (self.hidden, self.intermediate, self.query, self.key);
         // candle adds each gradient to zeros: two more of its size
         let cut = match config.names.gate_up {
@@ -253,7 +258,7 @@ impl Sizes {
         // each query head has gradients of its own keys and values before they are added; scores are a few at a time
         let attention = self.tokens * (6 * q + 4 * k + 3 * h);
         let embedding = match step.embeddings {
-            true => 3 * config.vocabulary as u64 * h,
+            true => 3 * config.vocabulary as u128 * h,
             false => 0,
         };
         mlp.max(attention).max(embedding)
