@@ -238,16 +238,16 @@ pub fn gradients(
                     let mut ds = block.room(&mut rooms.ds);
                     let mut slope = block.room(&mut rooms.slope);
                     block.probabilities(q, k, scores, &mut p, Some(&mut slope));
-                    let g = g.slice(rows.clone());
-                    multiply(&mut dv.slice_mut(columns.clone()), 1.0, p.t(), 1.0, g);
-                    multiply(&mut ds, 0.0, g, 1.0, v.slice(columns.clone()).t());
+                    let g = g.slice(rows);
+                    multiply(&mut dv.slice_mut(columns), 1.0, p.t(), 1.0, g);
+                    multiply(&mut ds, 0.0, g, 1.0, v.slice(columns).t());
                     through_softmax(&p, &mut ds);
                     if scores.cap.is_some() {
                         ds *= &slope;
                     }
                     let scale = scores.scale as f32;
-                    let mut dq = dq.slice_mut(rows.clone());
-                    multiply(&mut dq, 0.0, ds.view(), scale, k.slice(columns.clone()));
+                    let mut dq = dq.slice_mut(rows);
+                    multiply(&mut dq, 0.0, ds.view(), scale, k.slice(columns));
                     let mut dk = dk.slice_mut(columns);
                     multiply(&mut dk, 1.0, ds.t(), scale, q.slice(rows));
                 }
