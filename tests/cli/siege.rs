@@ -3,7 +3,7 @@
 //! A few in every run of the tests; `SVDHUB_SIEGE=1000` makes it a thousand, `SVDHUB_SIEGE_SEED=N` repeats one.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -213,7 +213,7 @@ fn besiege(seed: u64) -> End {
     end
 }
 
-fn publish(dice: &mut Dice, world: &World, base: &Path, fetched: &PathBuf) -> End {
+fn publish(dice: &mut Dice, world: &World, base: &Path, fetched: &Path) -> End {
     let local = sums(base);
     let arguments = ["publish", arg(base), "org/base", "--message", "besieged"];
     let proposes = dice.below(4) == 0;
