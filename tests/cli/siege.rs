@@ -3,7 +3,7 @@
 //! A few in every run of the tests; `SVDHUB_SIEGE=1000` makes it a thousand, `SVDHUB_SIEGE_SEED=N` repeats one.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
