@@ -10,8 +10,8 @@ use std::process::Command;
 
 use serde_json::Value;
 use svdhub::hub::server::ServerOptions;
+use svdhub::sum::sha256_hex;
 use svdhub::weights::Dtype;
-use svdhub::weights::shard::sha256_hex;
 
 use crate::world::{TOKEN, World, arg};
 

@@ -3,19 +3,19 @@
 //! A few in every run of the tests; `SVDHUB_SIEGE=1000` makes it a thousand, `SVDHUB_SIEGE_SEED=N` repeats one.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use svdhub::hub::published_files;
 use svdhub::hub::server::{Effect, ServerOptions};
+use svdhub::sum::sha256_hex;
 use svdhub::weights::Dtype;
-use svdhub::weights::shard::sha256_hex;
 
 use crate::world::{Run, World, arg, files};
 
 /// Transfers in a run of the tests.
-const FEW: usize = 24;
+const FEW: usize = 48;
 /// They mostly wait.
 const AT_ONCE: usize = 6;
 
@@ -213,7 +213,7 @@ fn besiege(seed: u64) -> End {
     end
 }
 
-fn publish(dice: &mut Dice, world: &World, base: &Path, fetched: &PathBuf) -> End {
+fn publish(dice: &mut Dice, world: &World, base: &Path, fetched: &Path) -> End {
     let local = sums(base);
     let arguments = ["publish", arg(base), "org/base", "--message", "besieged"];
     let proposes = dice.below(4) == 0;
