@@ -230,7 +230,7 @@ pub enum Error {
     },
     #[error("the loss on {} is not a number", path.display())]
     BrokenLoss { path: PathBuf },
-    #[error("the logits behind {token} tokens are not numbers")]
+    #[error("the logits behind {token} tokens are not all finite")]
     BrokenLogits { token: usize },
     #[error("tensor `{tensor}` of {} has the name of a part of a decomposition", path.display())]
     NameTaken { tensor: String, path: PathBuf },

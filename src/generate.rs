@@ -179,10 +179,10 @@ pub fn go_on(
         let ids = Tensor::new(unread, &decoder.device)?.unsqueeze(0)?;
         let logits = decoder.next_logits(&mut cache, &ids)?;
         let mut logits = logits.squeeze(0)?.to_vec1::<f32>()?;
-        if logits.iter().any(|logit| logit.is_nan()) {
+        choice.penalise(&mut logits, &all);
+        if !logits.iter().all(|logit| logit.is_finite()) {
             return Err(Error::BrokenLogits { token: all.len() });
         }
-        choice.penalise(&mut logits, &all);
         let id = match &choice.sampling {
             Some(sampling) => sampling.draw(&logits, &mut random),
             None => likeliest(&logits),

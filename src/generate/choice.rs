@@ -145,7 +145,7 @@ impl Sampling {
     pub fn distribution(&self, logits: &[f32]) -> Vec<(u32, f64)> {
         let mut tokens: Vec<(u32, f64)> = (0..)
             .zip(logits)
-            .map(|(id, &logit)| (id, f64::from(logit) / self.temperature))
+            .map(|(id, &logit)| (id, f64::from(logit)))
             .collect();
         tokens.sort_by(|a, b| b.1.total_cmp(&a.1));
         if self.top_k > 0 && self.top_k < tokens.len() {
@@ -155,7 +155,8 @@ impl Sampling {
         }
         let largest = tokens[0].1;
         for (_, x) in &mut tokens {
-            *x = (*x - largest).exp();
+            // the difference first: a tiny temperature makes logits infinite, but not this one
+            *x = ((*x - largest) / self.temperature).exp();
         }
         normalise(&mut tokens);
         let mut before = 0.0;
@@ -330,6 +331,22 @@ mod tests {
             );
         }
         assert_eq!(found, n);
+    }
+
+    #[test]
+    fn extreme_temperatures_leave_a_distribution() {
+        let logits = [0.3, 2.0, -1.0, 2.0];
+        for (temperature, wanted) in [(1e-320, [0.0, 0.5, 0.0, 0.5]), (1e300, [0.25; 4])] {
+            let sampling = Sampling {
+                temperature,
+                ..Sampling::default()
+            };
+            let mut found = [0.0; 4];
+            for (id, p) in sampling.distribution(&logits) {
+                found[id as usize] = p;
+            }
+            assert_eq!(found, wanted);
+        }
     }
 
     #[test]

@@ -95,6 +95,9 @@ impl Header {
         if checked_length(path, *length)? != json.len() as u64 {
             return Err(refuse("its length prefix does not match its header".into()));
         }
+        if json.first() != Some(&b'{') {
+            return Err(refuse("its header is no JSON object".into()));
+        }
         let metadata: Metadata = refuse_repeated_keys(json)
             .and_then(|()| serde_json::from_slice(json))
             .map_err(|e| refuse(e.to_string()))?;

@@ -204,11 +204,12 @@ fn a_decomposition_with_adapters_speaks_as_its_merged_model() {
         ])
         .succeeds();
     let mut weighted = Vec::new();
-    for (name, text, weight) in [
-        ("a", "eighty-train.txt", "0.7"),
-        ("b", "eighty-heldout.txt", "0.6"),
+    for (method, lr, weight) in [
+        ("sigma", "0.1", "0.7"),
+        ("lora-xs", "0.003", "0.8"),
+        ("full", "0.003", "0.3"),
     ] {
-        let (adapter, text) = (world.path(name), fixture(text));
+        let (adapter, text) = (world.path(method), fixture("eighty-train.txt"));
         let train = [
             "train",
             arg(&split),
@@ -217,11 +218,13 @@ fn a_decomposition_with_adapters_speaks_as_its_merged_model() {
             "--out",
             arg(&adapter),
         ];
-        let more = ["--steps", "12", "--lr", "0.1", "--length", "64"];
+        let more = [
+            "--steps", "12", "--lr", lr, "--length", "64", "--method", method,
+        ];
         world.run(&[&train[..], &more].concat()).succeeds();
-        weighted.push(format!("{}*{weight}", arg(&adapter)));
+        weighted.push(format!("--adapter={}*{weight}", arg(&adapter)));
     }
-    let adapters = ["--adapter", &weighted[0], "--adapter", &weighted[1]];
+    let adapters: Vec<&str> = weighted.iter().map(String::as_str).collect();
     let merge = [
         "merge",
         arg(&split),

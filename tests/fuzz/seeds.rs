@@ -222,6 +222,27 @@ impl Seeds {
         ] {
             self.add("data", name, text);
         }
+        let chat = [
+            piece(
+                "tokenizer_config.json",
+                r#"{"bos_token": {"content": "<s>"}, "chat_template": [{"name": "default", "template": "{{ bos_token }}"}]}"#,
+            ),
+            piece(
+                "generation_config.json",
+                r#"{"do_sample": true, "temperature": 0.6, "top_k": 2, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": [1, 2]}"#,
+            ),
+        ];
+        self.add("generation", "chat", chat.concat());
+        let alone = [
+            piece(
+                "chat_template.jinja",
+                "{% for m in messages %}{{ m.content }}{% endfor %}",
+            ),
+            piece("special_tokens_map.json", r#"{"eos_token": "</s>"}"#),
+            piece("config.json", r#"{"eos_token_id": 2}"#),
+            piece("generation_config.json", r#"{"min_p": 0.1}"#),
+        ];
+        self.add("generation", "alone", alone.concat());
         let longrope = json!({"model_type": "phi3", "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2,
             "vocab_size": 5, "max_position_embeddings": 64, "original_max_position_embeddings": 16, "rope_theta": 1e4, "sliding_window": 4,
             "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}, "eos_token_id": [1, 2]});

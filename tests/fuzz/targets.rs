@@ -21,6 +21,7 @@ use svdhub::base::{Base, card_facts};
 use svdhub::card;
 use svdhub::event::Silent;
 use svdhub::format::{Rank, is_plain_name, parse_section};
+use svdhub::generate::chat::ChatTemplate;
 use svdhub::hub::server::{Server, ServerOptions};
 use svdhub::hub::{Hub, HubOptions, ModelRef};
 use svdhub::job::{MATRICES, Options, Share, ShareRecord};
@@ -34,12 +35,12 @@ use svdhub::sum::sha256_hex;
 use svdhub::train::data::Corpus;
 use svdhub::weights::checkpoint::{Index, WeightFile};
 use svdhub::weights::{Checkpoint, Dtype, Header, Inventory, Layout, Rounder, Rounding};
-use svdhub::{decompose, evaluate, html, inspect, merge, plot, report, verify};
+use svdhub::{decompose, evaluate, generate, html, inspect, merge, plot, report, verify};
 
 /// Whether the input is what the target reads, rather than refused.
 pub type Target = fn(&[u8]) -> bool;
 
-pub static ALL: [(&str, Target); 16] = [
+pub static ALL: [(&str, Target); 17] = [
     ("header", header),
     ("index", index),
     ("checkpoint", checkpoint),
@@ -54,6 +55,7 @@ pub static ALL: [(&str, Target); 16] = [
     ("model_card", model_card),
     ("words", words),
     ("data", data),
+    ("generation", generation),
     ("hub", hub),
     ("server", server),
 ];
@@ -258,7 +260,10 @@ pub fn adapter(bytes: &[u8]) -> bool {
         ..read.clone()
     };
     copy.save().expect("what was read can be written");
-    let again = Adapter::read(&copy.dir).expect("and read again");
+    let mut again = Adapter::read(&copy.dir).expect("and read again");
+    // another order of the same tensors has other sums
+    again.config.weights_sha256 = copy.config.weights_sha256.clone();
+    again.config.sha256 = copy.config.sha256.clone();
     assert_eq!(again, copy);
     assert!(adapter::is_adapter(&copy.dir));
     true
@@ -550,6 +555,26 @@ pub fn data(bytes: &[u8]) -> bool {
         assert!(full > 0 && full <= corpus.ids.len());
     }
     corpus.is_ok()
+}
+
+/// What a model's files say of generation, by their names. Its chat template is read and not run: it is a program.
+pub fn generation(bytes: &[u8]) -> bool {
+    let dir = laid_out(bytes);
+    let template = ChatTemplate::read(&dir);
+    let Ok(options) = generate::Options::read(&dir, &Silent) else {
+        return false;
+    };
+    let mut logits = [0.5, -2.0, 3.0, 0.5];
+    options.choice.penalise(&mut logits, &[0, 1, 0]);
+    if let Some(sampling) = &options.choice.sampling
+        && logits.iter().all(|logit| logit.is_finite())
+    {
+        let next = sampling.distribution(&logits);
+        let sum: f64 = next.iter().map(|(_, p)| p).sum();
+        assert!((sum - 1.0).abs() < 1e-12, "{sampling:?} makes {next:?}");
+        assert!(next.iter().all(|(id, p)| *id < 4 && *p >= 0.0));
+    }
+    template.is_ok()
 }
 
 // -- the Hub --------------------------------------------------------------------------------------------------------
