@@ -471,23 +471,31 @@ impl Hub {
             observer.advance(Stage::Download, file.size, &file.path);
             return Ok(());
         }
-        for attempt in 0..=RESUMPTIONS {
-            match self.append(repo, commit, file, &place.partial, observer) {
-                Ok(()) => break,
-                Err(Error::DownloadCut { .. }) if attempt < RESUMPTIONS => {}
-                Err(error) => return Err(error),
+        // what an earlier run left may be the part that is wrong: then all is fetched once more
+        let mut begun = std::fs::metadata(&place.partial).is_ok_and(|found| found.len() > 0);
+        loop {
+            for attempt in 0..=RESUMPTIONS {
+                match self.append(repo, commit, file, &place.partial, observer) {
+                    Ok(()) => break,
+                    Err(Error::DownloadCut { .. }) if attempt < RESUMPTIONS => {}
+                    Err(error) => return Err(error),
+                }
             }
-        }
-        let found = digest(&place.partial, file)?;
-        if found != file.oid {
+            let found = digest(&place.partial, file)?;
+            if found == file.oid {
+                break;
+            }
             // nothing of it can be trusted, not even as a beginning
             std::fs::remove_file(&place.partial).context("remove", &place.partial)?;
-            return Err(Error::Checksum {
-                what: format!("the download of `{}` from {repo}", file.path),
-                path: place.target.clone(),
-                expected: file.oid.clone(),
-                found,
-            });
+            if !begun {
+                return Err(Error::Checksum {
+                    what: format!("the download of `{}` from {repo}", file.path),
+                    path: place.target.clone(),
+                    expected: file.oid.clone(),
+                    found,
+                });
+            }
+            begun = false;
         }
         std::fs::rename(&place.partial, &place.target).context("rename", &place.target)
     }

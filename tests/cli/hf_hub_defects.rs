@@ -270,6 +270,26 @@ fn defect_6_a_download_goes_on_where_it_broke_off() {
 }
 
 #[test]
+fn defect_6_and_a_wrong_beginning_is_not_gone_on_with() {
+    let world = world();
+    let shard = std::fs::read(first_shard(&world.path("base"))).expect("reads");
+    let partial = blobs(&world).join(format!("{}.incomplete", sha256_hex(&shard)));
+    std::fs::create_dir_all(blobs(&world)).expect("creates");
+    for wrong in [
+        vec![b'x'; 1000],
+        vec![b'x'; shard.len()],
+        vec![b'x'; shard.len() + 1],
+    ] {
+        let _ = std::fs::remove_dir_all(world.path("hf/hub/models--org--base/snapshots"));
+        let _ = std::fs::remove_file(blobs(&world).join(sha256_hex(&shard)));
+        std::fs::write(&partial, wrong).expect("writes");
+        world.run(&["verify", "org/base"]).succeeds();
+        cache_is_right(&world);
+        assert!(!partial.exists());
+    }
+}
+
+#[test]
 fn defect_7_the_wait_is_what_the_hub_asks_for() {
     let world = world();
     for header in [("Retry-After", "2"), ("RateLimit", "\"resolvers\";r=0;t=2")] {
