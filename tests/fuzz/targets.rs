@@ -635,8 +635,9 @@ fn serve(mut stream: TcpStream) -> Option<()> {
         };
         let mut answer = String::new();
         let link = answers.get("link").map(|l| String::from_utf8_lossy(l));
-        if let Some(link) = link.filter(|l| piece == "tree" && !l.contains(char::is_control)) {
-            // each page but the last says where the next one is
+        // each page but the last says where the next one is
+        let goes_on = |link: &str| !link.contains(char::is_control) && !link.contains(path);
+        if let Some(link) = link.filter(|link| piece == "tree" && goes_on(link)) {
             answer += &format!("link: {}\r\n", link.replace("HUB", request_host(&request)));
         }
         let body = match answers.get(&piece) {
@@ -650,15 +651,20 @@ fn serve(mut stream: TcpStream) -> Option<()> {
         };
         let range = request.split("range: bytes=").nth(1).and_then(|r| {
             let (first, last) = r.split("\r\n").next()?.split_once('-')?;
+            let (first, end) = (first.parse().ok()?, body.len());
             let last = last
                 .parse()
                 .unwrap_or(usize::MAX)
-                .min(body.len().saturating_sub(1));
-            body.get(first.parse().ok()?..=last)
+                .min(end.saturating_sub(1));
+            let said = format!("content-range: bytes {first}-{last}/{end}\r\n");
+            Some((said, body.get(first..=last)?))
         });
-        let (status, body) = range.map_or((200, body.as_slice()), |part| (206, part));
+        let (status, said, body) = match range {
+            Some((said, part)) => (206, said, part),
+            None => (200, String::new(), body.as_slice()),
+        };
         answer = format!(
-            "HTTP/1.1 {status} ok\r\ncontent-length: {}\r\n{answer}\r\n",
+            "HTTP/1.1 {status} ok\r\ncontent-length: {}\r\n{said}{answer}\r\n",
             body.len()
         );
         stream.write_all(answer.as_bytes()).ok()?;
@@ -733,7 +739,8 @@ pub fn server(bytes: &[u8]) -> bool {
     if method != "GET" && status < 300 {
         asked(server, "DELETE", "/api/repos/delete", name);
     }
-    status < 300
+    // small files are where a redirect leads
+    status < 400
 }
 
 /// Sends a request and returns the answer's status.
