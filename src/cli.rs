@@ -78,6 +78,7 @@ enum Verb {
 
 /// Parses the arguments, runs the verb, and explains what went wrong.
 pub fn run() -> ExitCode {
+    env::let_waiting_threads_sleep();
     let cli = Cli::parse();
     env::start_logging();
     let session = Session::new(&cli.global);

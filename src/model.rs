@@ -10,6 +10,7 @@ pub mod layers;
 pub mod memory;
 pub mod method;
 pub mod ops;
+mod product;
 pub mod rope;
 pub mod segments;
 mod vjp;

@@ -8,7 +8,9 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::format::{ArtifactLayout, ModuleTensors, Rank, Storing, base_header_tensor};
+use crate::format::{
+    ArtifactLayout, FactorsDtype, ModuleTensors, Rank, Storing, base_header_tensor,
+};
 use crate::linalg::{Route, usual_route};
 use crate::model::ModelConfig;
 use crate::model::memory::{self, Matrix, Part, Step, Training};
@@ -511,8 +513,13 @@ impl Plan {
         }
     }
 
-    /// The plan with what a step of training would take, from a decomposition in f32 on a CPU.
-    pub fn with_training(mut self, config: &ModelConfig, step: &Step) -> Self {
+    /// The plan with what a step of training would take on a CPU, from a decomposition with vectors in `factors`.
+    pub fn with_training(
+        mut self,
+        config: &ModelConfig,
+        step: &Step,
+        factors: FactorsDtype,
+    ) -> Self {
         let mut others = 0;
         let mut matrices = Vec::new();
         for tensor in &self.tensors {
@@ -532,7 +539,13 @@ impl Plan {
             };
             let (m, n) = tensor.sides();
             let width = (tensor.bytes as usize) / (m * n).max(1);
-            matrices.push(Matrix { m, n, width, part });
+            matrices.push(Matrix {
+                m,
+                n,
+                width,
+                vector_width: factors.bytes() as usize,
+                part,
+            });
         }
         let norms = self.trainable.norms;
         self.training = Some(memory::training(config, &matrices, norms, others, step));

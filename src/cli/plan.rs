@@ -161,7 +161,7 @@ impl Command {
         let step = self.step.step();
         let plan = |root: &Path, config: &ModelConfig, inventory: &Inventory| -> Result<Plan> {
             let plan = Plan::new(root, config, inventory, &options)?;
-            Ok(plan.with_training(config, &step))
+            Ok(plan.with_training(config, &step, options.storing.factors))
         };
         match &self.model {
             ModelRef::Repo { .. } if session.hub()?.options.offline => {

@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor};
 use ndarray::{ArrayView2, ArrayViewMut2, ShapeBuilder, s};
 use rayon::prelude::*;
 
-use super::fused::{applies, softmax, with_slices};
+use super::fused::{applies, softmax, through_softmax, with_slices};
 use super::ops::Scores;
 use crate::linalg::multiply;
 
@@ -241,7 +241,12 @@ pub fn gradients(
                     let g = g.slice(rows);
                     multiply(&mut dv.slice_mut(columns), 1.0, p.t(), 1.0, g);
                     multiply(&mut ds, 0.0, g, 1.0, v.slice(columns).t());
-                    through_softmax(&p, &mut ds);
+                    for (p, mut ds) in p.rows().into_iter().zip(ds.rows_mut()) {
+                        let (Some(p), Some(ds)) = (p.as_slice(), ds.as_slice_mut()) else {
+                            unreachable!("rows are dense");
+                        };
+                        through_softmax(p, ds);
+                    }
                     if scores.cap.is_some() {
                         ds *= &slope;
                     }
@@ -268,17 +273,4 @@ struct Rooms {
     p: Vec<f32>,
     ds: Vec<f32>,
     slope: Vec<f32>,
-}
-
-/// dp → p ∘ (dp − Σ dp ∘ p), row by row, in place of `dp`.
-fn through_softmax(p: &ArrayViewMut2<f32>, dp: &mut ArrayViewMut2<f32>) {
-    for (p, mut dp) in p.rows().into_iter().zip(dp.rows_mut()) {
-        let (Some(p), Some(dp)) = (p.as_slice(), dp.as_slice_mut()) else {
-            unreachable!("rows are dense");
-        };
-        let along: f32 = dp.iter().zip(p).map(|(d, p)| d * p).sum();
-        for (d, p) in dp.iter_mut().zip(p) {
-            *d = p * (*d - along);
-        }
-    }
 }

@@ -138,7 +138,7 @@ impl Decoder {
             .map(|(layer, &sees)| loader.block(&format!("{prefix}layers.{layer}"), sees))
             .collect::<Result<_>>()?;
         let norm = loader.norm(&format!("{prefix}{}", names.norm))?;
-        let embedding = loader.weight(&config.embedding(prefix), trained.embeddings)?;
+        let embedding = loader.matrix(&config.embedding(prefix), trained.embeddings)?;
         let linear = if config.tied {
             Linear::new(embedding.clone(), None, Vec::new())
         } else {
@@ -530,6 +530,13 @@ impl Loader<'_> {
         Ok(elements)
     }
 
+    fn place(&self) -> Place<'_> {
+        Place {
+            device: self.device,
+            dtype: self.dtype,
+        }
+    }
+
     fn tensor(&self, name: &str) -> Result<Tensor> {
         let elements = self.elements(name)?;
         let tensor = Tensor::from_vec(elements.to_f32(), elements.shape.as_slice(), self.device)?;
@@ -539,21 +546,25 @@ impl Loader<'_> {
     fn linear(&mut self, module: &str, bias: bool) -> Result<Linear> {
         let method = self.trained.linear;
         let name = format!("{module}.weight");
-        let weight = self.weight(&name, method == Some(Method::Full))?;
+        let weight = self.matrix(&name, method == Some(Method::Full))?;
         let bias = if bias {
             Some(self.tensor(&format!("{module}.bias"))?)
         } else {
             None
         };
         let spectrum = self.tensors.spectrum(module)?;
-        let place = Place {
-            device: self.device,
-            dtype: self.dtype,
-        };
         let Updates { updates, variables } =
-            method::updates(method, module, weight.dims2()?, spectrum, &place)?;
+            method::updates(method, module, weight.dims2()?, spectrum, &self.place())?;
         self.variables.extend(variables);
         Ok(Linear::new(weight, bias, updates))
+    }
+
+    /// A matrix that may be trained as it is; one that is frozen stays as it is stored, where products read that.
+    fn matrix(&mut self, name: &str, trained: bool) -> Result<Tensor> {
+        match trained {
+            true => self.weight(name, true),
+            false => Ok(self.place().matrix(&self.elements(name)?)?),
+        }
     }
 
     /// A tensor that may be trained as it is: then in f32, whatever the model's dtype.

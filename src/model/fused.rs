@@ -61,11 +61,54 @@ fn rows_per_group(row: usize) -> usize {
     (GROUP / row.max(1)).max(1)
 }
 
+/// Runs loops with the widest vectors the processor has: what is inlined into `f` is compiled once for each width. Sums go
+/// by [`LANES`], so that their bits are the same in all of them.
+#[inline(always)]
+fn widest<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}
+
+/// Partial sums that are kept beside each other: f32 in the widest vectors there are.
+const LANES: usize = 16;
+
+/// Calls `f` with every number and the lane it falls into.
+#[inline(always)]
+fn by_lane<T, L>(values: &mut [T], lanes: &mut [L; LANES], f: impl Fn(&mut T, &mut L)) {
+    let mut groups = values.chunks_exact_mut(LANES);
+    for group in &mut groups {
+        for (x, lane) in group.iter_mut().zip(lanes.iter_mut()) {
+            f(x, lane);
+        }
+    }
+    for (x, lane) in groups.into_remainder().iter_mut().zip(lanes.iter_mut()) {
+        f(x, lane);
+    }
+}
+
+/// Σ aᵢ·bᵢ
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (mut a, mut b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    for (a, b) in (&mut a).zip(&mut b) {
+        for (lane, (a, b)) in lanes.iter_mut().zip(a.iter().zip(b)) {
+            *lane += a * b;
+        }
+    }
+    for (lane, (a, b)) in lanes
+        .iter_mut()
+        .zip(a.remainder().iter().zip(b.remainder()))
+    {
+        *lane += a * b;
+    }
+    lanes.iter().sum()
+}
+
 /// eˣ to some 10⁻⁷ of itself, without a branch: a loop over it is vectorised, over the library's it is not.
 ///
 /// x = n·ln 2 + r with |r| ≤ ln 2 / 2, where a polynomial does; coefficients of expf in Moshier's Cephes. Beyond what f32
 /// holds it stays at its ends.
-#[inline]
+#[inline(always)]
 fn exp(x: f32) -> f32 {
     /// 1.5·2²³: added, it leaves a whole number in the last bits.
     const SHIFT: f32 = 12_582_912.0;
@@ -115,10 +158,12 @@ pub fn gated_gradient(
 }
 
 /// An activation is a·sigmoid(z): z and dz/da.
+#[inline(always)]
 fn silu(a: f32) -> (f32, f32) {
     (a, 1.0)
 }
 
+#[inline(always)]
 fn gelu_tanh(a: f32) -> (f32, f32) {
     const ROOT: f32 = TANH_GELU.0 as f32;
     const CUBE: f32 = (TANH_GELU.0 * TANH_GELU.1) as f32;
@@ -131,9 +176,14 @@ fn forward(a: &Tensor, b: &Tensor, inner: impl Fn(f32) -> (f32, f32) + Sync) -> 
         y.par_chunks_mut(GROUP)
             .zip(a.par_chunks(GROUP).zip(b.par_chunks(GROUP)))
             .for_each(|(y, (a, b))| {
-                for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
-                    *y = a / (1.0 + exp(-inner(a).0)) * b;
-                }
+                widest(
+                    #[inline(always)]
+                    || {
+                        for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
+                            *y = a / (1.0 + exp(-inner(a).0)) * b;
+                        }
+                    },
+                )
             });
         Ok(y)
     })?;
@@ -156,13 +206,19 @@ fn backward(
                     .zip(g.par_chunks(GROUP)),
             )
             .for_each(|((da, db), ((a, b), g))| {
-                for i in 0..a.len() {
-                    let (z, dz) = inner(a[i]);
-                    let s = 1.0 / (1.0 + exp(-z));
-                    let value = a[i] * s;
-                    db[i] = g[i] * value;
-                    da[i] = g[i] * b[i] * (s + (value - value * s) * dz);
-                }
+                widest(
+                    #[inline(always)]
+                    || {
+                        let outs = da.iter_mut().zip(db);
+                        for ((da, db), ((&a, &b), &g)) in outs.zip(a.iter().zip(b).zip(g)) {
+                            let (z, dz) = inner(a);
+                            let s = 1.0 / (1.0 + exp(-z));
+                            let value = a * s;
+                            *db = g * value;
+                            *da = g * b * (s + (value - value * s) * dz);
+                        }
+                    },
+                )
             });
         Ok((da, db))
     })?;
@@ -192,18 +248,10 @@ pub fn rms_norm_gradient(
                 let mut dw = vec![0f32; n];
                 let rows = x.chunks_exact(n).zip(g.chunks_exact(n));
                 for (dx, (x, g)) in dx.chunks_exact_mut(n).zip(rows) {
-                    let mean_square = x.iter().map(|x| x * x).sum::<f32>() / n as f32;
-                    let inverse = 1.0 / (mean_square + eps as f32).sqrt();
-                    let mut along = 0.0;
-                    for i in 0..n {
-                        let normed = x[i] * inverse;
-                        dw[i] += g[i] * normed;
-                        along += g[i] * w[i] * normed;
-                    }
-                    along /= n as f32;
-                    for i in 0..n {
-                        dx[i] = (g[i] * w[i] - x[i] * inverse * along) * inverse;
-                    }
+                    widest(
+                        #[inline(always)]
+                        || rms_norm_row(x, w, g, eps as f32, dx, &mut dw),
+                    );
                 }
                 dw
             })
@@ -220,24 +268,61 @@ pub fn rms_norm_gradient(
     Ok(Some((dx, Tensor::from_vec(dw, n, x.device())?)))
 }
 
+/// dx of one row, and what it adds to dw.
+#[inline(always)]
+fn rms_norm_row(x: &[f32], w: &[f32], g: &[f32], eps: f32, dx: &mut [f32], dw: &mut [f32]) {
+    let n = x.len() as f32;
+    let inverse = 1.0 / (dot(x, x) / n + eps).sqrt();
+    for ((dx, dw), ((x, w), g)) in dx.iter_mut().zip(dw).zip(x.iter().zip(w).zip(g)) {
+        *dw += g * (x * inverse);
+        *dx = g * w;
+    }
+    let along = dot(dx, x) * inverse / n;
+    for (dx, x) in dx.iter_mut().zip(x) {
+        *dx = (*dx - x * inverse * along) * inverse;
+    }
+}
+
 /// Softmax of one row in place; returns what was subtracted and the sum, for a logarithm.
 pub fn softmax(row: &mut [f32]) -> (f32, f64) {
-    let largest = row.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
-    // a vocabulary of a hundred thousand summed in f32 one by one would cost the loss its fifth digit
-    let mut sum = 0f64;
-    for part in row.chunks_mut(64) {
-        let mut partial = 0f32;
-        for x in part.iter_mut() {
-            *x = exp(*x - largest);
-            partial += *x;
-        }
-        sum += f64::from(partial);
-    }
-    let inverse = (1.0 / sum) as f32;
-    for x in row.iter_mut() {
-        *x *= inverse;
-    }
-    (largest, sum)
+    widest(
+        #[inline(always)]
+        || {
+            let mut lanes = [f32::NEG_INFINITY; LANES];
+            by_lane(row, &mut lanes, |&mut x, lane| {
+                *lane = if x > *lane { x } else { *lane };
+            });
+            let largest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+            // a vocabulary of a hundred thousand summed in f32 would cost the loss its fifth digit
+            let mut sum = 0f64;
+            for part in row.chunks_mut(64 * LANES) {
+                let mut lanes = [0f32; LANES];
+                by_lane(part, &mut lanes, |x, lane| {
+                    *x = exp(*x - largest);
+                    *lane += *x;
+                });
+                sum += lanes.into_iter().map(f64::from).sum::<f64>();
+            }
+            let inverse = (1.0 / sum) as f32;
+            for x in row.iter_mut() {
+                *x *= inverse;
+            }
+            (largest, sum)
+        },
+    )
+}
+
+/// dp → p ∘ (dp − Σ dp ∘ p) of one row of probabilities, in place.
+pub fn through_softmax(p: &[f32], dp: &mut [f32]) {
+    widest(
+        #[inline(always)]
+        || {
+            let along = dot(dp, p);
+            for (d, p) in dp.iter_mut().zip(p) {
+                *d = p * (*d - along);
+            }
+        },
+    )
 }
 
 /// Σ −log softmax(row)[target], leaving softmax − onehot, its gradient, in place of the logits.

@@ -3,13 +3,15 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::fused;
-use super::ops::{capped, layer_norm, rms_norm, rows, times, times_transposed};
+use super::ops::{capped, layer_norm, rms_norm, rows};
+use super::product::{self, Thin, like, outer, times};
 use super::vjp::attach;
 
 /// A linear layer: `y = x·Wᵀ + b` with `W = M + Σ ΔW`, where each [`Update`] gives one ΔW.
 ///
-/// `x (…, n) → y (…, m)`. ΔW is never formed, nor a gradient of its size. Only a weight M that is a variable itself gets
-/// an m × n gradient: one that is trained as a whole, or the trained embedding that a head is tied to.
+/// `x (…, n) → y (…, m)`. W is formed, tile by tile and in f32, where that is cheaper than the products with the factors of
+/// ΔW; no gradient of its size ever is. Only a weight M that is a variable itself gets an m × n gradient: one that is
+/// trained as a whole, or the trained embedding that a head is tied to.
 #[derive(Debug, Clone)]
 pub struct Linear {
     /// (m, n)
@@ -44,34 +46,26 @@ impl Linear {
 
     /// The layer without a gradient.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let mut y = times_transposed(x, &like(&self.weight, x)?)?;
-        for update in &self.updates {
-            y = (y + update.apply(x)?)?;
-        }
-        match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
-        }
+        let added = self.updates.iter().map(|update| update.thin(None));
+        let added: Vec<Thin> = added.collect::<Result<_>>()?;
+        product::forward(x, &self.weight, &added, self.bias.as_ref())
     }
 
     /// dL/dx and dL/d of each tensor that moves, from dL/dy: the first where it is wanted.
     fn pull(&self, x: &Tensor, g: &Tensor, wants_x: bool) -> Result<Vec<Option<Tensor>>> {
-        let mut dx = match wants_x {
-            true => Some(times(g, &like(&self.weight, g)?)?),
-            false => None,
-        };
         let mut gradients = vec![None];
+        let mut added = Vec::new();
         for update in &self.updates {
-            let (moved, through) = update.pull(x, g)?;
+            let (moved, inner) = update.pull(x, g)?;
             gradients.extend(moved.into_iter().map(Some));
-            if let Some(sum) = dx {
-                dx = Some((sum + through.onto_x()?)?);
-            }
+            added.push(update.thin(inner)?);
         }
         if self.weight.track_op() {
             gradients.push(Some(outer(g, x)?.to_dtype(self.weight.dtype())?));
         }
-        gradients[0] = dx;
+        if wants_x {
+            gradients[0] = Some(product::back(g, &self.weight, &added)?);
+        }
         Ok(gradients)
     }
 }
@@ -130,84 +124,57 @@ impl Update {
         }
     }
 
-    /// x·ΔWᵀ
-    fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        match self {
+    /// ΔW between its factors; `inner` is dL/dy times the left one, if that is known.
+    fn thin(&self, inner: Option<Tensor>) -> Result<Thin> {
+        let (left, right) = match self {
             Self::Diagonal { u, v, delta, scale } => {
-                let delta = like(&Self::diagonal(delta, scale)?, x)?;
-                times(&times_transposed(x, v)?.broadcast_mul(&delta)?, u)
+                let delta = Self::diagonal(delta, scale)?;
+                let u = u.to_dtype(delta.dtype())?;
+                (u.broadcast_mul(&delta.unsqueeze(1)?)?, v.clone())
             }
             Self::Core { u, v, core } => {
-                let turned = times_transposed(&times_transposed(x, v)?, &like(core, x)?)?;
-                times(&turned, u)
+                let core = core.detach();
+                (core.t()?.matmul(&u.to_dtype(core.dtype())?)?, v.clone())
             }
-            Self::LowRank { b, a, scale } => {
-                let inner = (times_transposed(x, &like(a, x)?)? * *scale)?;
-                times_transposed(&inner, &like(b, x)?)
-            }
-        }
+            Self::LowRank { b, a, scale } => ((b.detach().t()? * *scale)?, a.detach()),
+        };
+        Ok(Thin { left, right, inner })
     }
 
-    /// The gradients of those of [`Self::tensors`] that are variables, and what leads on to dL/dx.
-    fn pull(&self, x: &Tensor, g: &Tensor) -> Result<(Vec<Tensor>, Through)> {
-        let moving = self.tensors().into_iter().any(Tensor::track_op);
+    /// The gradients of those of [`Self::tensors`] that are variables, and what they make known: dL/dy times the left
+    /// factor of ΔW.
+    fn pull(&self, x: &Tensor, g: &Tensor) -> Result<(Vec<Tensor>, Option<Tensor>)> {
+        if !self.tensors().into_iter().any(Tensor::track_op) {
+            return Ok((Vec::new(), None));
+        }
+        let through = |t: &Tensor, factor: &Tensor| product::forward(t, factor, &[], None);
         match self {
             Self::Diagonal { u, v, delta, scale } => {
-                let gu = times_transposed(g, u)?;
-                let mut gradients = Vec::new();
-                if moving {
-                    let products = rows(&(times_transposed(x, v)? * &gu)?)?;
-                    let sum = products.to_dtype(delta.dtype())?.sum(0)?;
-                    gradients.push(match scale {
-                        Some(scale) => (sum * scale)?,
-                        None => sum,
-                    });
-                }
+                let gu = through(g, u)?;
+                let products = rows(&(through(x, v)? * &gu)?)?;
+                let sum = products.to_dtype(delta.dtype())?.sum(0)?;
+                let gradient = match scale {
+                    Some(scale) => (sum * scale)?,
+                    None => sum,
+                };
                 let delta = like(&Self::diagonal(delta, scale)?, g)?;
-                let before = gu.broadcast_mul(&delta)?;
-                Ok((gradients, Through(before, v.clone())))
+                Ok((vec![gradient], Some(gu.broadcast_mul(&delta)?)))
             }
             Self::Core { u, v, core } => {
-                let gu = times_transposed(g, u)?;
-                let mut gradients = Vec::new();
-                if moving {
-                    let products = outer(&gu, &times_transposed(x, v)?)?;
-                    gradients.push(products.to_dtype(core.dtype())?);
-                }
-                let before = times(&gu, &like(core, g)?)?;
-                Ok((gradients, Through(before, v.clone())))
+                let gu = through(g, u)?;
+                let gradient = outer(&gu, &through(x, v)?)?.to_dtype(core.dtype())?;
+                let inner = times(&gu, &like(core, g)?)?;
+                Ok((vec![gradient], Some(inner)))
             }
             Self::LowRank { b, a, scale } => {
-                let gb = (times(g, &like(b, g)?)? * *scale)?;
-                let mut gradients = Vec::new();
-                if moving {
-                    let inner = (times_transposed(x, &like(a, x)?)? * *scale)?;
-                    gradients.push(outer(&gb, x)?.to_dtype(a.dtype())?);
-                    gradients.push(outer(g, &inner)?.to_dtype(b.dtype())?);
-                }
-                Ok((gradients, Through(gb, like(a, g)?)))
+                let inner = (times(g, &like(b, g)?)? * *scale)?;
+                let xa = (through(x, a)? * *scale)?;
+                let da = outer(&inner, x)?.to_dtype(a.dtype())?;
+                let db = outer(g, &xa)?.to_dtype(b.dtype())?;
+                Ok((vec![da, db], Some(inner)))
             }
         }
     }
-}
-
-/// A gradient in front of the last factor, and that factor: their product is a part of dL/dx.
-struct Through(Tensor, Tensor);
-
-impl Through {
-    fn onto_x(&self) -> Result<Tensor> {
-        times(&self.0, &self.1)
-    }
-}
-
-/// A tensor in the dtype of another, without its graph; what is trained is kept in f32 beside a model in 16 bits.
-fn like(tensor: &Tensor, x: &Tensor) -> Result<Tensor> {
-    tensor.detach().to_dtype(x.dtype())
-}
-
-/// Σ over rows of gₜ·xₜᵀ: g (…, m), x (…, n) → (m, n).
-fn outer(g: &Tensor, x: &Tensor) -> Result<Tensor> {
-    rows(g)?.t()?.matmul(&rows(x)?)
 }
 
 /// What makes logits of the last hidden states: `cap·tanh(linear(x) / divisor / cap)`, the cap where there is one.
@@ -471,7 +438,6 @@ mod tests {
                 };
                 head.cross_entropy(&t[0], &targets)
             };
-            // the loss comes back in f32, and bends: a wider step errs by more than its rounding
             // the loss comes back in f32, and bends: a wider step errs by more than its rounding
             assert_gradient(&inputs, loss, 4e-3, 1e-3);
         }

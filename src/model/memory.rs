@@ -25,8 +25,9 @@ pub struct Step {
 pub struct Matrix {
     pub m: usize,
     pub n: usize,
-    /// Bytes of a stored number.
+    /// Bytes of a stored number, and of one of its singular vectors.
     pub width: usize,
+    pub vector_width: usize,
     pub part: Part,
 }
 
@@ -53,7 +54,8 @@ pub struct Training {
     pub recompute: bool,
     /// Numbers that move.
     pub parameters: u64,
-    /// Of all weights in f32, of the singular vectors that are needed, and of what a method adds.
+    /// Of all weights as they are stored, those that move in f32, of the singular vectors that are needed, and of what a
+    /// method adds.
     pub weights_bytes: u64,
     /// Of the two moments and the gradient of what moves.
     pub moving_bytes: u64,
@@ -82,48 +84,49 @@ pub fn training(
     others: u64,
     step: &Step,
 ) -> Training {
-    let elements = |matrix: &Matrix| matrix.m as u128 * matrix.n as u128;
-    let mut weights = u128::from(others) + matrices.iter().map(elements).sum::<u128>();
+    let mut weights = NUMBER * u128::from(others);
     let mut moving = if step.norms { norms.into() } else { 0 };
     // the largest that is loaded, and what it is loaded from
     let mut loading = 0;
     for matrix in matrices {
-        let stored = matrix.width as u128 * elements(matrix);
         let (m, n) = (matrix.m as u128, matrix.n as u128);
-        let decomposed = match matrix.part {
+        let stored = matrix.width as u128 * m * n;
+        let (whole, decomposed) = match matrix.part {
             Part::Embedding => {
                 moving += if step.embeddings { m * n } else { 0 };
-                None
+                (step.embeddings, None)
             }
             Part::Linear { q } | Part::Head { q } => {
-                let (added, moves) = layer(step.method, m, n, q.map(|q| q as u128));
-                weights += added;
+                let (vectors, moves) = layer(step.method, m, n, q.map(|q| q as u128));
+                weights += matrix.vector_width as u128 * vectors;
                 moving += moves;
-                q
+                let whole = step.method == Method::Full;
+                weights += if whole { 0 } else { NUMBER * moves };
+                (whole, q)
             }
         };
+        weights += if whole { NUMBER * m * n } else { stored };
         loading = loading.max(match decomposed {
             // M′ and M; of f32 weights the exact elements with their positions are as much again
             Some(_) if stored == NUMBER * m * n => 2 * stored,
-            Some(_) => NUMBER * m * n,
+            Some(_) => NUMBER * m * n + stored,
             None => stored,
         });
     }
     let at_once = Sizes::of(config, step);
     let activations = NUMBER * at_once.kept(config, step.recompute);
-    let weights_bytes = NUMBER * weights;
     let moments = NUMBER * 2 * moving;
     let before = NUMBER * at_once.logits(config, matrices, step);
     let after = NUMBER * (moving + at_once.gradients(config, step));
-    let computing = weights_bytes + moments + activations + before.max(after);
-    let peak = computing.max(weights_bytes + loading);
+    let computing = weights + moments + activations + before.max(after);
+    let peak = computing.max(weights + loading);
     Training {
         method: step.method.name(),
         batch: step.batch,
         length: step.length,
         recompute: step.recompute,
         parameters: shown(moving),
-        weights_bytes: shown(weights_bytes),
+        weights_bytes: shown(weights),
         moving_bytes: shown(NUMBER * 3 * moving),
         activations_bytes: shown(activations),
         peak_bytes: shown(PROCESS_BYTES + peak + peak / KEPT_FREE),
@@ -135,19 +138,16 @@ fn shown(count: u128) -> u64 {
     count.try_into().unwrap_or(u64::MAX)
 }
 
-/// Numbers that a layer holds beside M and its bias, and numbers of it that move.
+/// Numbers of frozen vectors that a layer holds beside M, and numbers of it that move.
 fn layer(method: Method, m: u128, n: u128, q: Option<u128>) -> (u128, u128) {
     let q = q.unwrap_or(0);
     match method {
-        Method::Sigma(_) => (q * (m + n) + q, q),
+        Method::Sigma(_) => (q * (m + n), q),
         Method::LoraXs { rank } => {
             let r = q.min(rank as u128);
-            (r * (m + n) + r * r, r * r)
+            (r * (m + n), r * r)
         }
-        Method::Lora(lora) => {
-            let moving = lora.rank as u128 * (m + n);
-            (moving, moving)
-        }
+        Method::Lora(lora) => (0, lora.rank as u128 * (m + n)),
         Method::Full => (0, m * n),
     }
 }
@@ -222,13 +222,7 @@ impl Sizes {
             Part::Head { q } => Some(q),
             _ => None,
         });
-        let updated = match step.method {
-            Method::Sigma(_) | Method::LoraXs { .. } => head.flatten().is_some(),
-            Method::Lora(_) => head.is_some(),
-            Method::Full => false,
-        };
-        // the logits; what an update adds, and the sum
-        let mut alive = if updated { 3 } else { 1 };
+        let mut alive = 1;
         if config.logits_cap.is_some() {
             alive += 3;
         }

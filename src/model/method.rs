@@ -1,12 +1,14 @@
 //! What training moves of the linear layers, under which names, and where it begins.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
+use half::bf16;
 use ndarray::{Array2, ArrayView2, s};
 use serde::{Deserialize, Serialize};
 
 use super::layers::Update;
 use crate::random::uniform;
 use crate::split::{Change, Factors};
+use crate::weights::{Dtype, Elements};
 
 /// What moves of every linear layer of a model, its untied head included.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -95,15 +97,39 @@ pub(super) struct Updates {
     pub variables: Vec<(String, Var)>,
 }
 
-/// Where tensors are put, and in which dtype what is frozen is kept.
+/// Where tensors are put, and in which dtype is computed.
 pub(super) struct Place<'a> {
     pub device: &'a Device,
     pub dtype: DType,
 }
 
 impl Place<'_> {
+    /// Whether matrices in 16 bits stay so: products widen them as they go.
+    fn widens(&self) -> bool {
+        matches!(self.device, Device::Cpu) && self.dtype == DType::F32
+    }
+
+    /// A frozen matrix, in the dtype it is stored in where products read that.
+    pub fn matrix(&self, elements: &Elements) -> Result<Tensor> {
+        let shape = elements.shape.as_slice();
+        let dtype = match elements.dtype {
+            Dtype::BF16 => DType::BF16,
+            Dtype::F16 => DType::F16,
+            _ => DType::F32,
+        };
+        if dtype != DType::F32 && self.widens() {
+            return Tensor::from_raw_buffer(&elements.bytes, dtype, shape, self.device);
+        }
+        Tensor::from_vec(elements.to_f32(), shape, self.device)?.to_dtype(self.dtype)
+    }
+
     fn frozen(&self, rows: ArrayView2<f32>) -> Result<Tensor> {
         let values: Vec<f32> = rows.iter().copied().collect();
+        // vectors of a decomposition that stores them in bf16 are no longer
+        if self.widens() && values.iter().all(|x| x.to_bits() & 0xFFFF == 0) {
+            let short: Vec<bf16> = values.into_iter().map(bf16::from_f32).collect();
+            return Tensor::from_vec(short, rows.dim(), self.device);
+        }
         Tensor::from_vec(values, rows.dim(), self.device)?.to_dtype(self.dtype)
     }
 
@@ -146,7 +172,8 @@ pub(super) fn updates(
         }
         if r > 0 {
             let (u, v) = vectors(r)?;
-            let core = place.frozen(change.core.view())?;
+            let core =
+                numbers(change.core.as_slice().expect("a core is dense"))?.reshape((r, r))?;
             made.updates.push(Update::Core { u, v, core });
         }
         match method {

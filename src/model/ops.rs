@@ -24,16 +24,6 @@ pub fn with_last(x: &Tensor, last: usize) -> Vec<usize> {
     shape
 }
 
-/// x·wᵀ with x (…, n), w (m, n) → (…, m). No gradient: for use inside pullbacks and frozen layers.
-pub fn times_transposed(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    rows(x)?.matmul(&w.t()?)?.reshape(with_last(x, w.dim(0)?))
-}
-
-/// x·w with x (…, m), w (m, n) → (…, n).
-pub fn times(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    rows(x)?.matmul(w)?.reshape(with_last(x, w.dim(1)?))
-}
-
 /// Rows of an embedding `(vocabulary, n)` for `ids (count,)` → (count, n).
 pub fn embed(embedding: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let rows = embedding.detach().index_select(ids, 0)?;

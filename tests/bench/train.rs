@@ -229,6 +229,7 @@ fn ours(args: &Args, artifact: &Path) -> Result<Command> {
     // as `svdhub train` sets its own allocator: what a step frees, the next one asks for again
     let kept = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647:glibc.malloc.top_pad=67108864";
     command.env("GLIBC_TUNABLES", kept);
+    command.env("CANDLE_BARRIER_POOL_SPIN_LIMIT", "100");
     command.args(["--batch", &args.batch.to_string()]);
     command.args(["--length", &args.length.to_string()]);
     command.args(["--steps", &args.steps.to_string()]);
