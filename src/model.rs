@@ -18,5 +18,5 @@ mod vjp;
 pub use backward::Gradients;
 pub use config::ModelConfig;
 pub use decoder::{Cache, Decoder, Tensors, Trained, stacked};
-pub use method::{Lora, Method, Parametrisation};
+pub use method::{Lora, LowRank, Method, Parametrisation};
 pub use segments::{Segment, Segments};

@@ -1,4 +1,6 @@
-//! The files of a LoRA as PEFT reads them: W = M + (α/r)·B·A with B (m, r) and A (r, n).
+//! The files of a LoRA as PEFT reads and writes them: W = M + (α/r)·B·A with B (m, r) and A (r, n).
+
+mod adapter;
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -11,6 +13,8 @@ use crate::format::Pin;
 use crate::plan::place;
 use crate::weights::Entry;
 use crate::weights::shard::write_atomically;
+
+pub use adapter::LoraAdapter;
 
 /// What PEFT looks for in a directory: with these it is a LoRA adapter.
 pub const LORA_CONFIG: &str = "adapter_config.json";

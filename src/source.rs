@@ -1,5 +1,6 @@
-//! A model to run: plain, or decomposed with any mixture of adapters on it.
+//! A model to run: plain, or decomposed with any mixture of adapters on it; and either with LoRAs.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
@@ -9,7 +10,8 @@ use crate::artifact::Artifact;
 use crate::base::Base;
 use crate::error::Result;
 use crate::event::{Observer, Stage, Unit};
-use crate::model::{Decoder, ModelConfig, Tensors, Trained};
+use crate::model::{Decoder, LowRank, ModelConfig, Tensors, Trained};
+use crate::peft::{INNER_EMBEDDING, LoraAdapter};
 use crate::split::{Change, Factors};
 use crate::weights::{Elements, Header};
 
@@ -21,14 +23,49 @@ pub enum Source {
         artifact: Artifact,
         mixture: Mixture,
     },
+    /// Another one, and PEFT's LoRAs on it, each with its factor.
+    WithLoras {
+        source: Box<Source>,
+        loras: Vec<(LoraAdapter, f64)>,
+    },
 }
 
 impl Source {
+    /// Puts the LoRA in `dir` on top, times `weight`.
+    ///
+    /// # Errors
+    /// As [`LoraAdapter::open`].
+    pub fn with_lora(self, dir: &Path, weight: f64) -> Result<Self> {
+        let shapes: BTreeMap<String, Vec<usize>> = self
+            .base_headers()?
+            .into_iter()
+            .flat_map(|(_, header)| header.entries)
+            .map(|entry| (entry.name, entry.shape))
+            .collect();
+        let inner = self.has(INNER_EMBEDDING);
+        let config = self.config()?;
+        let embedding = config.embedding(config.prefix(|name| self.has(name)));
+        let shape_of = |name: &str| {
+            // of a head that is the embedding there is no tensor, and a LoRA on it is for the head alone
+            let tied = name.strip_suffix(".weight") == Some(config.names.head);
+            let of_tied = tied.then(|| shapes.get(&embedding)).flatten();
+            shapes.get(name).or(of_tied).cloned()
+        };
+        let lora = LoraAdapter::open(dir, inner, shape_of)?;
+        let (source, mut loras) = match self {
+            Self::WithLoras { source, loras } => (source, loras),
+            source => (Box::new(source), Vec::new()),
+        };
+        loras.push((lora, weight));
+        Ok(Self::WithLoras { source, loras })
+    }
+
     /// Where config and tokenizer lie.
     pub fn dir(&self) -> &Path {
         match self {
             Self::Model(base) => &base.dir,
             Self::Decomposition { artifact, .. } => &artifact.dir,
+            Self::WithLoras { source, .. } => source.dir(),
         }
     }
 
@@ -40,6 +77,16 @@ impl Source {
                 Ok(files.map(|f| (f.name.clone(), f.header.clone())).collect())
             }
             Self::Decomposition { artifact, .. } => artifact.base_headers(),
+            Self::WithLoras { source, .. } => source.base_headers(),
+        }
+    }
+
+    /// A head that the base ties to its embedding, and the decomposition does not.
+    pub fn untied_head(&self) -> Option<&str> {
+        match self {
+            Self::Model(_) => None,
+            Self::Decomposition { artifact, .. } => artifact.untied().next().map(|(head, _)| head),
+            Self::WithLoras { source, .. } => source.untied_head(),
         }
     }
 
@@ -53,6 +100,9 @@ impl Tensors for Source {
         let (elements, mixture) = match self {
             Self::Model(base) => return base.checkpoint.read(name),
             Self::Decomposition { artifact, mixture } => (artifact.base_tensor(name)?, mixture),
+            Self::WithLoras { source, loras } => {
+                return with_whole(loras, name, source.tensor(name)?);
+            }
         };
         Ok(mixture.tensor_f32(name, &elements).unwrap_or(elements))
     }
@@ -60,6 +110,7 @@ impl Tensors for Source {
     fn spectrum(&self, module: &str) -> Result<Option<(Factors, Change)>> {
         match self {
             Self::Model(_) => Ok(None),
+            Self::WithLoras { source, .. } => source.spectrum(module),
             Self::Decomposition { artifact, mixture } => match artifact.svd.modules.get(module) {
                 None => Ok(None),
                 Some(record) => Ok(Some((
@@ -70,10 +121,26 @@ impl Tensors for Source {
         }
     }
 
+    fn low_rank(&self, module: &str) -> Vec<LowRank> {
+        let Self::WithLoras { loras, .. } = self else {
+            return Vec::new();
+        };
+        let on_it = loras
+            .iter()
+            .filter_map(|(lora, weight)| Some((lora.pairs.get(module)?, weight)));
+        on_it
+            .map(|(pair, weight)| LowRank {
+                scale: weight * pair.scale,
+                ..pair.clone()
+            })
+            .collect()
+    }
+
     fn has(&self, name: &str) -> bool {
         match self {
             Self::Model(base) => base.checkpoint.inventory.contains(name),
             Self::Decomposition { artifact, .. } => artifact.base_entry(name).is_some(),
+            Self::WithLoras { source, .. } => source.has(name),
         }
     }
 
@@ -81,8 +148,29 @@ impl Tensors for Source {
         match self {
             Self::Model(base) => base.checkpoint.path_of(name),
             Self::Decomposition { artifact, .. } => artifact.dir.clone(),
+            Self::WithLoras { source, .. } => source.path_of(name),
         }
     }
+}
+
+/// base + Σ weight·(carried − base), as PEFT has it for one LoRA: whole tensors take the base's place.
+fn with_whole(loras: &[(LoraAdapter, f64)], name: &str, base: Elements) -> Result<Elements> {
+    let carried: Vec<(Vec<f32>, f64)> = loras
+        .iter()
+        .filter_map(|(lora, weight)| Some((lora.whole.get(name)?.to_f32(), *weight)))
+        .collect();
+    if carried.is_empty() {
+        return Ok(base);
+    }
+    let mut sums = base.to_f32();
+    for (at, sum) in sums.iter_mut().enumerate() {
+        let x = f64::from(*sum);
+        let moved = carried
+            .iter()
+            .map(|(t, weight)| weight * (f64::from(t[at]) - x));
+        *sum = (x + moved.sum::<f64>()) as f32;
+    }
+    Ok(Elements::from_f32(&base.shape, &sums))
 }
 
 /// Loads the decoder of a source, on one device, in the dtype it computes best in.

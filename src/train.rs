@@ -506,6 +506,10 @@ impl<'a> Kept<'a> {
             (_, Source::Model(base)) => Err(Error::NotAnArtifact {
                 path: base.dir.clone(),
             }),
+            (_, Source::WithLoras { loras, .. }) => Err(Error::Adapter {
+                path: loras[0].0.dir.clone(),
+                reason: "what stands on a LoRA is not trained".into(),
+            }),
         }
     }
 
@@ -619,14 +623,10 @@ fn save_lora(
         };
         tensors.insert(name, stored);
     }
-    let untied = match source {
-        Source::Decomposition { artifact, .. } => artifact.untied().next().map(|(head, _)| head),
-        Source::Model(_) => None,
-    };
     peft::Expected {
         rank: lora.rank,
         norms: saved.len(),
-        untied,
+        untied: source.untied_head(),
         base,
     }
     .say(observer);

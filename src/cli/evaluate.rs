@@ -23,7 +23,7 @@ use super::train::length;
 pub struct Command {
     /// A model or a decomposition: a Hub id or a directory
     model: ModelRef,
-    /// An adapter of the decomposition, with a factor if wanted; may be repeated
+    /// An adapter of the decomposition, or a LoRA of PEFT, with a factor if wanted; may be repeated
     #[arg(long, value_name = "DIR[*WEIGHT]")]
     adapter: Vec<Weighted>,
     /// A text, or a .jsonl file with a `text` field in every line
@@ -74,6 +74,13 @@ pub fn record(source: &Source, facts: &Facts) -> Result<()> {
             [] => (&artifact.dir, "base"),
             [(adapter, 1.0)] => (&adapter.dir, "trained"),
             // a mixture has no directory of its own
+            _ => return Ok(()),
+        },
+        Source::WithLoras { source, loras } => match (&**source, &loras[..]) {
+            (Source::Decomposition { mixture, .. }, _) if !mixture.parts.is_empty() => {
+                return Ok(());
+            }
+            (_, [(lora, 1.0)]) => (&lora.dir, "trained"),
             _ => return Ok(()),
         },
     };

@@ -21,7 +21,7 @@ pub struct Command {
     model: ModelRef,
     /// What to go on from
     prompt: String,
-    /// An adapter of the decomposition, with a factor if wanted; may be repeated
+    /// An adapter of the decomposition, or a LoRA of PEFT, with a factor if wanted; may be repeated
     #[arg(long, value_name = "DIR[*WEIGHT]")]
     adapter: Vec<Weighted>,
     /// New tokens at most

@@ -13,6 +13,7 @@ use svdhub::base::{self, Base};
 use svdhub::event::Observer;
 use svdhub::format::{ArtifactLayout, Origin, Pin};
 use svdhub::hub::{Hub, ModelRef, Snapshot};
+use svdhub::kind::Kind;
 use svdhub::source::Source;
 use svdhub::weights::Layout;
 use svdhub::workspace::refuse_unfinished;
@@ -169,6 +170,13 @@ impl Session {
             .iter()
             .map(|adapter| {
                 let found = self.locate(&adapter.adapter)?;
+                if Kind::of(&found.dir) == Kind::Lora {
+                    return Err(Error::Adapter {
+                        path: found.dir,
+                        reason: "is a LoRA of PEFT, which only `evaluate` and `generate` take; PEFT's merge_and_unload() merges it"
+                            .into(),
+                    });
+                }
                 Ok((Adapter::open(&found.dir, artifact)?, adapter.weight))
             })
             .collect::<Result<_>>()?;
@@ -193,16 +201,28 @@ impl Session {
         base: Option<&ModelRef>,
     ) -> Result<(Source, Option<Origin>)> {
         let found = self.locate(model)?;
-        if is_artifact(&found.dir) {
-            let (artifact, origin) = self.artifact(model, base)?;
-            let mixture = self.mixture(&artifact, adapters)?;
-            Ok((Source::Decomposition { artifact, mixture }, Some(origin)))
-        } else if adapters.is_empty() {
-            let base = Base::open(&found.dir, found.repo, found.commit)?;
-            Ok((Source::Model(base), None))
-        } else {
-            Err(Error::NotAnArtifact { path: found.dir })
+        let (mut loras, mut others) = (Vec::new(), Vec::new());
+        for adapter in adapters {
+            let dir = self.locate(&adapter.adapter)?.dir;
+            match Kind::of(&dir) {
+                Kind::Lora => loras.push((dir, adapter.weight)),
+                _ => others.push(adapter.clone()),
+            }
         }
+        let (mut source, origin) = if is_artifact(&found.dir) {
+            let (artifact, origin) = self.artifact(model, base)?;
+            let mixture = self.mixture(&artifact, &others)?;
+            (Source::Decomposition { artifact, mixture }, Some(origin))
+        } else if others.is_empty() {
+            let base = Base::open(&found.dir, found.repo, found.commit)?;
+            (Source::Model(base), None)
+        } else {
+            return Err(Error::NotAnArtifact { path: found.dir });
+        };
+        for (dir, weight) in loras {
+            source = source.with_lora(&dir, weight)?;
+        }
+        Ok((source, origin))
     }
 }
 

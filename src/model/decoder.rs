@@ -8,7 +8,7 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use super::config::{Attention, ModelConfig, Scaling};
 use super::family::{self, Activation, NormKind, QueryKeyNorm};
 use super::layers::{Head, Linear, Norm};
-use super::method::{self, Method, Place, Updates};
+use super::method::{self, LowRank, Method, Place, Updates};
 use super::ops::{self, Scores};
 use super::rope::Angles;
 use super::segments::{Segments, mask, reach};
@@ -23,6 +23,10 @@ pub trait Tensors: Sync {
     fn tensor(&self, name: &str) -> Result<Elements>;
     /// The triplets of a module and what stands between its vectors by now, if it is decomposed.
     fn spectrum(&self, module: &str) -> Result<Option<(Factors, Change)>>;
+    /// LoRAs on a module.
+    fn low_rank(&self, _module: &str) -> Vec<LowRank> {
+        Vec::new()
+    }
     /// Whether there is a tensor of this name.
     fn has(&self, name: &str) -> bool;
     /// The file a tensor lies in, for error messages.
@@ -140,7 +144,11 @@ impl Decoder {
         let norm = loader.norm(&format!("{prefix}{}", names.norm))?;
         let embedding = loader.matrix(&config.embedding(prefix), trained.embeddings)?;
         let linear = if config.tied {
-            Linear::new(embedding.clone(), None, Vec::new())
+            let beside = tensors.low_rank(names.head);
+            let place = loader.place();
+            let made =
+                method::updates(None, names.head, embedding.dims2()?, None, &beside, &place)?;
+            Linear::new(embedding.clone(), None, made.updates)
         } else {
             loader.linear(names.head, false)?
         };
@@ -553,8 +561,10 @@ impl Loader<'_> {
             None
         };
         let spectrum = self.tensors.spectrum(module)?;
+        let beside = self.tensors.low_rank(module);
+        let sides = weight.dims2()?;
         let Updates { updates, variables } =
-            method::updates(method, module, weight.dims2()?, spectrum, &self.place())?;
+            method::updates(method, module, sides, spectrum, &beside, &self.place())?;
         self.variables.extend(variables);
         Ok(Linear::new(weight, bias, updates))
     }

@@ -340,7 +340,7 @@ impl Norm {
 mod tests {
     use super::super::ops::tests::{assert_gradient, random};
     use super::*;
-    use candle_core::Device;
+    use candle_core::{Device, Var};
 
     /// Makes an update of what moves.
     type Make = Box<dyn Fn(&[Tensor]) -> Update>;
@@ -391,6 +391,56 @@ mod tests {
                 Linear::new(weight.clone(), None, vec![update(&t[1..])]).forward(&t[0])
             };
             assert_gradient(&inputs, f, 1e-5, 1e-6);
+        }
+    }
+
+    /// Above some rows W is formed (11·6 < 40·17); in f64 it never is.
+    #[test]
+    fn a_formed_weight_gives_the_values_and_gradients_of_its_factors() {
+        let weight = random(&[11, 6], DType::F64).as_detached_tensor();
+        for (shapes, update) in updates() {
+            let mut inputs = vec![random(&[40, 6], DType::F64)];
+            inputs.extend(shapes.iter().map(|shape| random(shape, DType::F64)));
+            let run = |dtype: DType| -> Result<Vec<Vec<f64>>> {
+                let cast = |t: &Tensor| t.detach().to_dtype(dtype);
+                let inputs = inputs.iter().map(|t| Var::from_tensor(&cast(t)?));
+                let inputs: Vec<Var> = inputs.collect::<Result<_>>()?;
+                let moving: Vec<Tensor> =
+                    inputs[1..].iter().map(|v| v.as_tensor().clone()).collect();
+                let update = match update(&moving) {
+                    Update::Diagonal { u, v, delta, scale } => Update::Diagonal {
+                        u: cast(&u)?,
+                        v: cast(&v)?,
+                        delta,
+                        scale: scale.map(|scale| cast(&scale)).transpose()?,
+                    },
+                    Update::Core { u, v, core } => Update::Core {
+                        u: cast(&u)?,
+                        v: cast(&v)?,
+                        core,
+                    },
+                    other => other,
+                };
+                let y = Linear::new(cast(&weight)?, None, vec![update]).forward(&inputs[0])?;
+                let gradients = y.sin()?.sum_all()?.backward()?;
+                let found = inputs.iter().map(|v| gradients.get(v).expect("a gradient"));
+                let numbers = |t: &Tensor| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1();
+                [&y].into_iter().chain(found).map(numbers).collect()
+            };
+            let (single, double) = (
+                run(DType::F32).expect("computes"),
+                run(DType::F64).expect("computes"),
+            );
+            for (found, wanted) in single.iter().zip(&double) {
+                let scale = wanted.iter().fold(1e-3f64, |m, x| m.max(x.abs()));
+                for (found, wanted) in found.iter().zip(wanted) {
+                    // some dozen roundings, in sums of up to 40 terms
+                    assert!(
+                        (found - wanted).abs() < 3e-6 * scale,
+                        "{found} for {wanted}"
+                    );
+                }
+            }
         }
     }
 

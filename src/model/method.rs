@@ -48,6 +48,17 @@ pub struct Lora {
     pub seed: u64,
 }
 
+/// The weights of a LoRA that does not move: ΔW = s·B·A.
+#[derive(Debug, Clone)]
+pub struct LowRank {
+    /// A (r, n)
+    pub a: Array2<f32>,
+    /// B (m, r)
+    pub b: Array2<f32>,
+    /// s
+    pub scale: f64,
+}
+
 impl Default for Method {
     fn default() -> Self {
         Self::Sigma(Parametrisation::default())
@@ -138,7 +149,7 @@ impl Place<'_> {
     }
 }
 
-/// The updates of a module with a weight (m, n): what `spectrum` holds already, and what `method` moves.
+/// The updates of a module with a weight (m, n): what `spectrum` and `beside` hold already, and what `method` moves.
 ///
 /// σ in absolute terms moves from where it is; everything else begins at zero on top of what is there.
 pub(super) fn updates(
@@ -146,9 +157,17 @@ pub(super) fn updates(
     module: &str,
     (m, n): (usize, usize),
     spectrum: Option<(Factors, Change)>,
+    beside: &[LowRank],
     place: &Place,
 ) -> Result<Updates> {
     let mut made = Updates::default();
+    for LowRank { a, b, scale } in beside {
+        made.updates.push(Update::LowRank {
+            b: place.frozen(b.view())?,
+            a: place.frozen(a.view())?,
+            scale: *scale,
+        });
+    }
     if let Some((factors, change)) = &spectrum {
         let absolute = method == Some(Method::Sigma(Parametrisation::Absolute));
         let vectors = |rows: usize| -> Result<(Tensor, Tensor)> {
@@ -258,6 +277,7 @@ mod tests {
             "a.q_proj",
             (30, 400),
             None,
+            &[],
             &place,
         );
         let variables = made.expect("makes").variables;

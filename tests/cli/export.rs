@@ -15,10 +15,10 @@ use svdhub::json::Tool;
 use svdhub::model::Trained;
 use svdhub::plan::{Role, role};
 use svdhub::source::{Source, load};
-use svdhub::weights::{Checkpoint, Dtype, Elements};
+use svdhub::weights::{Checkpoint, Dtype, Elements, Header, ShardWriter};
 
 use crate::python::{checked, python};
-use crate::world::{World, arg, files, fixture, write_model};
+use crate::world::{World, arg, files, fixture, loss, write_model};
 
 const LORA: &str = "adapter_model.safetensors";
 const STATE: &str = "svd_training.safetensors";
@@ -413,6 +413,155 @@ fn a_checkpoint_of_the_inner_model_gives_the_names_of_the_whole() {
     }
     assert_eq!(written[0].0.0.len(), 2 * 39 + 13);
     assert!(written[0] == written[1]);
+}
+
+/// What PEFT reads, read by ourselves: on the plain model it is the adapter on the decomposition.
+#[test]
+fn an_exported_lora_on_the_base_answers_like_the_adapter_it_was_made_of() {
+    let world = World::new();
+    let outer = world.model("outer", Dtype::BF16, u64::MAX);
+    let inner = without_prefix(&world);
+    for (name, base, options, norms) in [
+        ("outer", &outer, &[][..], true),
+        ("untied", &outer, &["--untie-head"], false),
+        ("inner", &inner, &[], true),
+    ] {
+        let path = |what: &str| world.path(&format!("{name}-{what}"));
+        let split = decomposed(&world, base, &format!("{name}-svd"), options);
+        let a = crafted(&split, path("a"), delta, norms);
+        let b = crafted(&split, path("b"), |j, i| delta(j, i) * 2.0, false);
+        let lora = |adapter: &Path, what: &str| {
+            let out = path(what);
+            let export = ["export", arg(&split), "--to", "peft-lora", "--adapter"];
+            let to = [arg(adapter), "--out", arg(&out)];
+            world.run(&[&export[..], &to].concat()).succeeds();
+            out
+        };
+        let (lora_a, lora_b) = (lora(&a, "lora-a"), lora(&b, "lora-b"));
+        let with = |model: &Path, adapters: &[&str]| {
+            let adapters = adapters.iter().flat_map(|adapter| ["--adapter", adapter]);
+            let model: Vec<&str> = [arg(model)].into_iter().chain(adapters).collect();
+            loss(&world, &model)
+        };
+        let before = with(base, &[]);
+        let (minus, nothing) = (
+            format!("{}*-0.5", arg(&lora_b)),
+            format!("{}*0", arg(&lora_a)),
+        );
+        assert_eq!(with(base, &[&nothing]), before, "{name}");
+        let wanted = with(&split, &[arg(&a)]);
+        assert!(
+            (wanted - before).abs() > 1e-3 * before,
+            "{name}: {wanted} and {before}"
+        );
+        for (model, adapters) in [
+            (base, &[arg(&lora_a)][..]),
+            (&split, &[arg(&lora_a)]),
+            // b is twice a's Δσ
+            (
+                base,
+                &[arg(&lora_a), arg(&lora_b), &format!("{}*-1", arg(&lora_b))],
+            ),
+            (&split, &[arg(&a), arg(&b), &minus, &minus]),
+        ] {
+            let found = with(model, adapters);
+            // some hundred f32 roundings in each of two evaluation orders, averaged over ten thousand tokens
+            assert!(
+                (found - wanted).abs() < 2e-6 * wanted,
+                "{name}, {adapters:?}: {found} instead of {wanted}"
+            );
+        }
+        world
+            .run(&[
+                "merge",
+                arg(&split),
+                "--adapter",
+                arg(&lora_a),
+                "--out",
+                arg(&path("merged")),
+            ])
+            .refuses(&["is a LoRA of PEFT", "merge_and_unload"]);
+    }
+}
+
+#[test]
+fn a_lora_that_would_be_computed_otherwise_or_does_not_fit_is_refused_by_name() {
+    let t = Fixture::new(&[]);
+    let (lora, _) = t.lora("lora", &["--adapter", arg(&t.a)]);
+    let (config, weights) = (
+        json_file(&lora.join("adapter_config.json")),
+        tensors(&lora, LORA),
+    );
+    let refused = |words: &[&str]| {
+        let data = fixture("eighty-heldout.txt");
+        let evaluate = [
+            "evaluate",
+            arg(&t.base),
+            "--adapter",
+            arg(&lora),
+            "--data",
+            arg(&data),
+        ];
+        t.world.run(&evaluate).refuses(words);
+    };
+    let write = |config: &Value| {
+        std::fs::write(lora.join("adapter_config.json"), config.to_string()).expect("writes");
+    };
+    for (key, value) in [
+        ("peft_type", json!("LOHA")),
+        ("use_dora", json!(true)),
+        ("fan_in_fan_out", json!(true)),
+        ("bias", json!("all")),
+        ("alpha_pattern", json!({"q_proj": 3})),
+    ] {
+        let mut changed = config.clone();
+        changed[key] = value;
+        write(&changed);
+        refused(&["adapter_config.json", key]);
+    }
+    write(&config);
+    let save = |weights: &BTreeMap<String, Elements>| {
+        let layouts = weights.iter();
+        let header =
+            Header::compose(layouts.map(|(n, e)| (n.as_str(), e.dtype, e.shape.as_slice())));
+        let mut writer =
+            ShardWriter::create(&lora.join(LORA), header.expect("a header")).expect("creates");
+        for (name, elements) in weights {
+            writer.put(name, &elements.bytes).expect("writes");
+        }
+        writer.finish().expect("finishes");
+    };
+    let a = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight";
+    let without = |name: &str| {
+        let mut some = weights.clone();
+        let tensor = some.remove(name).expect("is there");
+        (some, tensor)
+    };
+    let (alone, stored) = without(a);
+    save(&alone);
+    refused(&["model.layers.0.mlp.down_proj", "both of lora_A and lora_B"]);
+    let turned = Elements {
+        shape: stored.shape.iter().rev().copied().collect(),
+        ..stored.clone()
+    };
+    for (name, tensor, words) in [
+        (
+            "unknown.lora_A.weight",
+            stored.clone(),
+            "does not begin with",
+        ),
+        (
+            "base_model.model.model.embed_tokens.lora_embedding_A",
+            stored.clone(),
+            "nor a tensor",
+        ),
+        (a, turned, "does not fit"),
+    ] {
+        let mut changed = alone.clone();
+        changed.insert(name.into(), tensor);
+        save(&changed);
+        refused(&[LORA, words]);
+    }
 }
 
 #[test]

@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 use svdhub::adapter::Adapter;
 use svdhub::base::Base;
 use svdhub::event::Silent;
-use svdhub::model::{Decoder, Lora, Method, Trained, stacked};
+use svdhub::model::{Decoder, Trained, stacked};
 use svdhub::source::{Source, load};
-use svdhub::weights::{Checkpoint, Dtype, Elements};
+use svdhub::weights::{Dtype, Elements};
 
 use crate::python::{checked, python};
 use crate::world::{Run, World, arg, files, fixture, json_file, loss, tensors};
@@ -273,31 +273,12 @@ fn computing_blocks_again_changes_no_byte() {
     }
 }
 
-/// The decoder with a LoRA as it lies in PEFT's file.
-fn with_lora(source: &Source, adapter: &Path, lora: Lora, norms: bool) -> Decoder {
-    let trained = Trained {
-        linear: Some(Method::Lora(lora)),
-        norms,
-        embeddings: false,
-    };
-    let decoder = load(source, trained, &Device::Cpu, &Silent).expect("loads");
-    let stored = Checkpoint::single(adapter, LORA_WEIGHTS).expect("opens");
-    for (name, variable) in &decoder.variables {
-        let values = stored
-            .read(&format!("base_model.model.{name}"))
-            .expect("reads");
-        let values = Tensor::from_vec(values.to_f32(), variable.dims(), &Device::Cpu);
-        variable.set(&values.expect("values")).expect("sets");
-    }
-    assert_eq!(stored.inventory.entries().count(), decoder.variables.len());
-    decoder
+/// The decoder of a plain model with a LoRA on it.
+fn with_lora(base: &Path, adapter: &Path) -> Decoder {
+    let source = Source::Model(Base::open(base, None, None).expect("opens"));
+    let source = source.with_lora(adapter, 1.0).expect("fits");
+    load(&source, Trained::default(), &Device::Cpu, &Silent).expect("loads")
 }
-
-const LORA: Lora = Lora {
-    rank: 4,
-    alpha: 6,
-    seed: 0,
-};
 
 const AS_LORA: [&str; 6] = ["--method", "lora", "--lora-rank", "4", "--lora-alpha", "6"];
 
@@ -359,20 +340,17 @@ fn a_lora_of_a_plain_model_or_of_its_decomposition_is_the_one_that_was_trained()
 
     // one step more begins with the loss of what the shorter run saved
     let (_, facts) = trained(&world, &base, "longer", &long);
-    let source = Source::Model(Base::open(&base, None, None).expect("opens"));
-    let decoder = with_lora(&source, &plain, LORA, false);
-    let corpus = svdhub::train::data::Corpus::read(
-        &fixture("eighty-train.txt"),
-        &base,
-        &source.config().expect("parses"),
-        64,
-    );
+    let decoder = with_lora(&base, &plain);
+    let corpus =
+        svdhub::train::data::Corpus::read(&fixture("eighty-train.txt"), &base, &decoder.config, 64);
     let corpus = corpus.expect("reads");
     let (windows, order) = (corpus.full_windows(), 12 * 4..13 * 4);
     let shuffled = svdhub::train::data::shuffled(windows.len(), 0, 0);
     let batch: Vec<&[u32]> = order.map(|at| windows[shuffled[at]]).collect();
     let ids = stacked(&batch, &Device::Cpu).expect("ids");
-    let found = f64::from(decoder.gradients(&ids, false).expect("computes").loss);
+    let (sum, predicted) = decoder.loss(&ids).expect("computes");
+    let sum = sum.to_vec1::<f32>().expect("a number")[0];
+    let found = f64::from(sum) / predicted as f64;
     let wanted = losses(&facts)[12];
     assert!(
         (found - wanted).abs() < 1e-6 * wanted,
@@ -396,8 +374,7 @@ fn peft_answers_like_the_decoder_that_trained() {
         let options = [&AS_LORA[..], more, &["--steps", "8", "--lr", "2e-2"]].concat();
         let name = format!("lora-{}", more.len());
         let (adapter, _) = trained(&world, &base, &name, &options);
-        let source = Source::Model(Base::open(&base, None, None).expect("opens"));
-        let decoder = with_lora(&source, &adapter, LORA, !more.is_empty());
+        let decoder = with_lora(&base, &adapter);
         let ids: Vec<u32> = (0..40).map(|i| (i * i * 7 + i * 3 + 1) % 512).collect();
         let row = Tensor::from_vec(ids.clone(), (1, 40), &Device::Cpu).expect("ids");
         let logits = decoder.logits(&row).expect("forward");

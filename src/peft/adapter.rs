@@ -1,0 +1,173 @@
+//! A LoRA that is read: PEFT's, whoever wrote it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use ndarray::Array2;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{LORA_CONFIG, LORA_WEIGHTS, PREFIX};
+use crate::error::{Error, Result};
+use crate::json;
+use crate::model::LowRank;
+use crate::weights::element::is_float;
+use crate::weights::place::refuse_links_outside;
+use crate::weights::{Checkpoint, Elements, Entry, dtype_name};
+
+/// The numbers of a LoRA, by the names of the checkpoint it belongs to.
+#[derive(Debug, Clone)]
+pub struct LoraAdapter {
+    pub dir: PathBuf,
+    /// By module.
+    pub pairs: BTreeMap<String, LowRank>,
+    /// What is carried whole (`modules_to_save`), by tensor.
+    pub whole: BTreeMap<String, Elements>,
+}
+
+/// What of `adapter_config.json` decides the numbers. Other keys are about training.
+#[derive(Deserialize)]
+struct Config {
+    peft_type: String,
+    lora_alpha: f64,
+    #[serde(default)]
+    use_rslora: bool,
+    #[serde(default)]
+    use_dora: bool,
+    #[serde(default)]
+    fan_in_fan_out: bool,
+    #[serde(default)]
+    bias: Option<String>,
+    #[serde(default)]
+    alpha_pattern: Option<BTreeMap<String, Value>>,
+}
+
+impl Config {
+    fn check(&self, path: &Path) -> Result<()> {
+        let refused = if self.peft_type != "LORA" {
+            Some(("peft_type", self.peft_type.clone(), "LORA"))
+        } else if self.use_dora {
+            Some(("use_dora", "true".into(), "false"))
+        } else if self.fan_in_fan_out {
+            Some(("fan_in_fan_out", "true".into(), "false"))
+        } else if let Some(bias) = self.bias.as_deref().filter(|&bias| bias != "none") {
+            Some(("bias", bias.into(), "none"))
+        } else if self.alpha_pattern.as_ref().is_some_and(|p| !p.is_empty()) {
+            Some(("alpha_pattern", "not empty".into(), "{}"))
+        } else {
+            None
+        };
+        match refused {
+            None => Ok(()),
+            Some((key, found, expected)) => Err(Error::Adapter {
+                path: path.into(),
+                reason: format!("`{key}` is {found}; a LoRA is read where it is {expected}"),
+            }),
+        }
+    }
+
+    /// PEFT's α/r, or α/√r.
+    fn scale(&self, rank: usize) -> f64 {
+        match self.use_rslora {
+            true => self.lora_alpha / (rank as f64).sqrt(),
+            false => self.lora_alpha / rank as f64,
+        }
+    }
+}
+
+impl LoraAdapter {
+    /// Reads the LoRA in `dir` for a checkpoint, of which `shape_of` tells the shape of a tensor. With `inner`, that was saved
+    /// from the model inside (see [`super::name_in_model`]).
+    ///
+    /// # Errors
+    /// Weights that are not a safetensors file; variants that compute otherwise (DoRA, biases, transposed weights, an α for
+    /// each module); a tensor that belongs to nothing in the checkpoint, or does not fit.
+    pub fn open(
+        dir: &Path,
+        inner: bool,
+        shape_of: impl Fn(&str) -> Option<Vec<usize>>,
+    ) -> Result<Self> {
+        refuse_links_outside(dir)?;
+        let path = dir.join(LORA_CONFIG);
+        let config: Config = json::read(&path)?;
+        config.check(&path)?;
+        let checkpoint = Checkpoint::single(dir, LORA_WEIGHTS)?;
+        let path = dir.join(LORA_WEIGHTS);
+        let mut read = Self {
+            dir: dir.into(),
+            pairs: BTreeMap::new(),
+            whole: BTreeMap::new(),
+        };
+        let refuse = |tensor: &str, reason: String| Error::Adapter {
+            path: path.clone(),
+            reason: format!("`{tensor}` {reason}"),
+        };
+        let mut halves: BTreeMap<String, [Option<Elements>; 2]> = BTreeMap::new();
+        for (_, entry) in checkpoint.inventory.entries() {
+            let elements = numbers(&checkpoint, entry, &path)?;
+            let Some(name) = entry.name.strip_prefix(PREFIX) else {
+                return Err(refuse(&entry.name, format!("does not begin with {PREFIX}")));
+            };
+            let name = match name.strip_prefix("model.") {
+                Some(rest) if inner => rest,
+                _ => name,
+            };
+            let half = [".lora_A.weight", ".lora_B.weight"].map(|side| name.strip_suffix(side));
+            match half {
+                [Some(module), _] => halves.entry(module.into()).or_default()[0] = Some(elements),
+                [_, Some(module)] => halves.entry(module.into()).or_default()[1] = Some(elements),
+                [None, None] if shape_of(name).as_ref() == Some(&elements.shape) => {
+                    read.whole.insert(name.into(), elements);
+                }
+                [None, None] => {
+                    let reason = "is neither of lora_A and lora_B, nor a tensor of the model";
+                    return Err(refuse(&entry.name, reason.into()));
+                }
+            }
+        }
+        for (module, [a, b]) in halves {
+            let (Some(a), Some(b)) = (a, b) else {
+                return Err(refuse(&module, "has not both of lora_A and lora_B".into()));
+            };
+            let shape = shape_of(&format!("{module}.weight"));
+            let fits = match (&shape.as_deref(), &b.shape[..], &a.shape[..]) {
+                (Some([m, n]), [rows, r], [rank, columns]) => {
+                    (m, n, r) == (rows, columns, rank) && *r > 0
+                }
+                _ => false,
+            };
+            if !fits {
+                let reason = format!(
+                    "is {shape:?} in the model, which B {:?}·A {:?} does not fit",
+                    b.shape, a.shape
+                );
+                return Err(refuse(&module, reason));
+            }
+            let scale = config.scale(a.shape[0]);
+            let pair = LowRank {
+                a: matrix(&a),
+                b: matrix(&b),
+                scale,
+            };
+            read.pairs.insert(module, pair);
+        }
+        Ok(read)
+    }
+}
+
+fn numbers(checkpoint: &Checkpoint, entry: &Entry, path: &Path) -> Result<Elements> {
+    if !is_float(entry.dtype) {
+        return Err(Error::Dtype {
+            tensor: entry.name.clone(),
+            path: path.into(),
+            expected: "F32, F16 or BF16".into(),
+            found: dtype_name(entry.dtype),
+        });
+    }
+    checkpoint.read_finite(&entry.name)
+}
+
+fn matrix(elements: &Elements) -> Array2<f32> {
+    let sides = (elements.shape[0], elements.shape[1]);
+    Array2::from_shape_vec(sides, elements.to_f32()).expect("a tensor's elements cover its shape")
+}
