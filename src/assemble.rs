@@ -192,6 +192,7 @@ pub fn run(shares: &Shares, base: &Base, out: &Path, observer: &dyn Observer) ->
         workspace: &workspace,
         observer,
         consumes: false,
+        outlet: None,
     };
     let mut joined = join.resume()?;
     joined.parts.extend(parts);

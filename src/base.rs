@@ -8,9 +8,10 @@ use serde_json::Value;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::Pin;
+use crate::json;
 use crate::sum::sha256_file;
 use crate::weights::shard::write_atomically;
-use crate::weights::{Checkpoint, Layout};
+use crate::weights::{Checkpoint, Layout, TensorSums};
 use crate::workspace::{STATE_DIR, Workspace};
 
 /// A model directory whose headers have been read and checked.
@@ -40,7 +41,7 @@ impl Base {
         })
     }
 
-    /// The sha256 of every weight file.
+    /// The sha256 of every weight file; of files that stay on the Hub, as the Hub says.
     pub fn hash(&self, observer: &dyn Observer) -> Result<BTreeMap<String, String>> {
         let files = &self.checkpoint.inventory.files;
         let total = files.iter().map(|f| f.header.file_bytes()).sum();
@@ -48,7 +49,7 @@ impl Base {
         let sums = files
             .iter()
             .map(|file| {
-                let sum = sha256_file(&self.dir.join(&file.name), |bytes| {
+                let sum = self.checkpoint.file_sha256(file, |bytes| {
                     observer.advance(Stage::Hash, bytes, &file.name);
                 })?;
                 Ok((file.name.clone(), sum))
@@ -56,6 +57,40 @@ impl Base {
             .collect();
         observer.finish(Stage::Hash);
         sums
+    }
+
+    /// The same base; if its files stay on the Hub, with every tensor checked whenever it is read.
+    ///
+    /// For that, each file is read once from end to end and refused unless it has the sha256 that the Hub states. The sums
+    /// of its tensors go to `kept`, if there is a place for them: with them a later run need not read it all again.
+    pub fn checked(&self, kept: Option<&Path>, observer: &dyn Observer) -> Result<Self> {
+        if !self.checkpoint.is_remote() {
+            return Ok(self.clone());
+        }
+        let sums: TensorSums = if let Some(kept) = kept.filter(|kept| kept.exists()) {
+            json::read(kept)?
+        } else {
+            let files = &self.checkpoint.inventory.files;
+            let total = files.iter().map(|f| f.header.file_bytes()).sum();
+            observer.start(Stage::Hash, total, Unit::Bytes);
+            let mut all = TensorSums::new();
+            for file in files {
+                let (_, sums) = self.checkpoint.hash(file, |bytes| {
+                    observer.advance(Stage::Hash, bytes, &file.name);
+                })?;
+                all.extend(sums);
+            }
+            observer.finish(Stage::Hash);
+            if let Some(kept) = kept {
+                let json = serde_json::to_vec(&all).expect("sums serialise");
+                write_atomically(kept, &json)?;
+            }
+            all
+        };
+        Ok(Self {
+            checkpoint: self.checkpoint.with_sums(sums),
+            ..self.clone()
+        })
     }
 
     /// Refuses a base whose files are not the pinned ones.

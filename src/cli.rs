@@ -13,6 +13,7 @@ mod hub;
 mod inspect;
 mod merge;
 mod output;
+mod passing;
 mod plan;
 mod progress;
 mod publish;

@@ -126,6 +126,7 @@ pub fn run(
         workspace: &workspace,
         observer,
         consumes: true,
+        outlet: None,
     };
     let mut joined = join.resume()?;
     let folder = workspace.state(PARTS);

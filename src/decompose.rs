@@ -20,14 +20,16 @@ use crate::join::{self, Frame, Join, PARTS};
 use crate::json::Tool;
 use crate::linalg::{self, Wanted, certify, svd::energy};
 use crate::model::ModelConfig;
+use crate::outlet::Outlet;
 use crate::part::Part;
 use crate::plan::{Plan, PlannedTensor};
 use crate::split::Factors;
 use crate::sum::sha256_hex;
 use crate::weights::shard::write_atomically;
 use crate::weights::{Checkpoint, dtype_name};
+use crate::workers::{self, Limits};
 use crate::workspace::{Claim, PART_FILE, Workspace, bytes_in, check_free_space};
-use crate::{ranks, report, workers};
+use crate::{ranks, report};
 
 pub use crate::job::Options;
 pub use crate::join::Facts;
@@ -37,9 +39,26 @@ pub use crate::join::Facts;
 /// # Errors
 /// Whatever [`Plan::new`] refuses; NaN or Inf in a weight; a full disk; an output directory that is not this job's.
 pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) -> Result<Facts> {
+    run_to(base, out, None, options, observer)
+}
+
+/// The same, but finished shards go through `outlet`: unless it keeps them, no more than a few are ever in `out`, and
+/// [`crate::outlet::Away`] says in the end which are not.
+///
+/// # Errors
+/// As [`run`], and whatever `outlet` reports.
+pub fn run_to(
+    base: &Base,
+    out: &Path,
+    outlet: Option<&dyn Outlet>,
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<Facts> {
     let started = Instant::now();
     let (plan, job) = prepare(base, options, observer)?;
-    let (mut workspace, claim) = Workspace::claim(out, "decompose", job.settings())?;
+    let mut settings = job.settings();
+    settings.extend(outlet.map(|outlet| ("shards go to".into(), outlet.place())));
+    let (mut workspace, claim) = Workspace::claim(out, "decompose", settings)?;
     match claim {
         Claim::Finished => {
             join::clean_up(&workspace);
@@ -49,11 +68,22 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
         Claim::Interrupted => observer.note(format!("going on in {}", out.display())),
         Claim::Fresh => {}
     }
+    let base = &base.checked(Some(&workspace.state(BASE_SUMS)), observer)?;
     refuse_another_head(&plan, &base.checkpoint)?;
-    check_room(out, &plan, plan.disk_bytes_min(), observer)?;
+    let passes_through = outlet.is_some_and(|outlet| !outlet.keeps());
+    if !passes_through {
+        check_room(out, &plan, plan.disk_bytes_min(), observer)?;
+    }
     let spectra = workspace.state(SPECTRA);
     let plan = ranks::resolve(plan, &base.checkpoint, &spectra, observer)?;
-    let needed = plan.disk_bytes_peak(options.shard_bytes_max);
+    let mut limits = options.plan.limits();
+    let needed = if passes_through {
+        // finished matrices do not pile up before a shard that is on its way
+        limits.waiting = limits.threads;
+        plan.disk_bytes_passing(options.shard_bytes_max, limits)
+    } else {
+        plan.disk_bytes_peak(options.shard_bytes_max)
+    };
     check_room(out, &plan, needed, observer)?;
     let join = Join {
         frame: &Frame::of(base, &job, &plan),
@@ -62,6 +92,7 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
         workspace: &workspace,
         observer,
         consumes: true,
+        outlet,
     };
     let mut joined = join.resume()?;
     let folder = workspace.state(PARTS);
@@ -69,6 +100,7 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
         base,
         folder: &folder,
         options,
+        limits,
         observer,
     };
     let missing = compute.find_missing(
@@ -86,6 +118,7 @@ pub fn run(base: &Base, out: &Path, options: &Options, observer: &dyn Observer) 
     workspace.finish()?;
     join::clean_up(&workspace);
     let _ = std::fs::remove_dir_all(spectra);
+    let _ = std::fs::remove_file(workspace.state(BASE_SUMS));
     Ok(facts)
 }
 
@@ -117,6 +150,7 @@ pub fn run_share(
         Claim::Interrupted => observer.note(format!("going on in {}", out.display())),
         Claim::Fresh => {}
     }
+    let base = &base.checked(Some(&workspace.state(BASE_SUMS)), observer)?;
     refuse_another_head(&plan, &base.checkpoint)?;
     // divided before the ranks are known: what every machine foresees is the same, to the last bit
     let names: BTreeSet<String> = share.of(&plan).iter().map(|t| t.name.clone()).collect();
@@ -130,6 +164,7 @@ pub fn run_share(
         base,
         folder: &folder,
         options,
+        limits: options.plan.limits(),
         observer,
     };
     let mut parts = BTreeMap::new();
@@ -162,11 +197,15 @@ pub fn run_share(
     write_atomically(&out.join(PART_FILE), &json)?;
     workspace.finish()?;
     let _ = std::fs::remove_dir_all(spectra);
+    let _ = std::fs::remove_file(workspace.state(BASE_SUMS));
     Ok(record)
 }
 
 /// Where the spectra that a budget needs are kept in the state folder.
 const SPECTRA: &str = "spectra";
+
+/// Where the sums of tensors are kept that are read over a network.
+const BASE_SUMS: &str = "base-sums.json";
 
 /// Refuses a disk without the bytes needed; where ranks are open these are an upper bound, and worth a warning only.
 fn check_room(out: &Path, plan: &Plan, bytes: u64, observer: &dyn Observer) -> Result<()> {
@@ -233,6 +272,7 @@ struct Compute<'a> {
     base: &'a Base,
     folder: &'a Path,
     options: &'a Options,
+    limits: Limits,
     observer: &'a dyn Observer,
 }
 
@@ -280,7 +320,7 @@ impl Compute<'_> {
         let (all, to_do) = (flops(wanted), flops(missing));
         let (observer, plan) = (self.observer, &self.options.plan);
         let bytes = |tensor: &PlannedTensor| tensor.worker_bytes(plan.storing);
-        let limits = plan.limits();
+        let limits = self.limits;
         let largest = missing.iter().max_by_key(|tensor| bytes(tensor));
         if let Some(largest) = largest.filter(|tensor| bytes(tensor) > limits.memory) {
             observer.warn(format!(

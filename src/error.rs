@@ -356,6 +356,12 @@ pub enum Error {
     HostilePath { repo: String, name: String },
     #[error("`{repo}` is not in the cache and HF_HUB_OFFLINE is set")]
     Offline { repo: String },
+    #[error("`{repo}` does not have the contents of `{file}`, which were sent there from {} and removed", dir.display())]
+    NotThereAnyMore {
+        repo: String,
+        file: String,
+        dir: PathBuf,
+    },
     #[error("the remote copy of `{repo}` differs from the local files: {}", differing.join(", "))]
     RemoteDiffers {
         repo: String,

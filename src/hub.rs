@@ -5,6 +5,7 @@ mod client;
 mod download;
 mod lfs;
 mod oidc;
+mod outlet;
 mod refusal;
 pub mod server;
 mod upload;
@@ -12,6 +13,7 @@ mod upload;
 pub use client::{Hub, HubOptions, Token};
 pub use download::{Downloaded, Snapshot};
 pub use oidc::{Identity, Login};
+pub use outlet::HubOutlet;
 pub use upload::{PushOptions, Pushed, published_files};
 
 use std::fmt;

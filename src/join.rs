@@ -22,6 +22,7 @@ use crate::format::{
 use crate::job::Job;
 use crate::json::{self, Tool};
 use crate::linalg::Algorithm;
+use crate::outlet::{Away, Finished, Outlet};
 use crate::part::Part;
 use crate::plan::{Plan, PlannedTensor, Trainable};
 use crate::report;
@@ -183,6 +184,8 @@ pub struct Join<'a> {
     pub observer: &'a dyn Observer,
     /// Whether a part is removed once it is in a shard: our own are, those of other directories are not.
     pub consumes: bool,
+    /// Where finished shards go, if not only here.
+    pub outlet: Option<&'a dyn Outlet>,
 }
 
 /// How far the joining is.
@@ -199,10 +202,13 @@ pub struct Joined {
 #[derive(Serialize, Deserialize)]
 struct Shard {
     sha256: String,
+    bytes: u64,
     /// In the order of the file, each with the sha256 of its bytes.
     tensors: Vec<(Placed, String)>,
     /// Matrices of which nothing is left outside of this shard and those before it.
     parts: BTreeMap<String, Part>,
+    /// The singular values in it, by module: the shard itself may be gone by the time they are told.
+    sigma: BTreeMap<String, Vec<f32>>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -253,10 +259,71 @@ impl Join<'_> {
                 return Ok(joined);
             }
             let shard: Shard = json::read(&record)?;
-            // the kill may have come between the record and this
+            let number = joined.shards.len() + 1;
+            if !self.shard_path(number, "safetensors").exists()
+                && !self.is_elsewhere(number, &shard)?
+            {
+                self.forget_from(number)?;
+                return Ok(joined);
+            }
+            // the kill may have come between the record and these
             self.consume(&shard)?;
+            self.let_go(number, &shard)?;
             joined.parts.extend(shard.parts.clone());
             joined.shards.push(shard);
+        }
+    }
+
+    /// Whether a shard without its file was named already, or is where shards go.
+    fn is_elsewhere(&self, number: usize, shard: &Shard) -> Result<bool> {
+        match self.outlet {
+            Some(outlet) => outlet.holds(&self.finished(number, shard)),
+            // named before a kill: all shards were there
+            None => Ok(true),
+        }
+    }
+
+    /// Removes the records from a shard on that is nowhere any more: what was in them is made again.
+    fn forget_from(&self, first: usize) -> Result<()> {
+        self.observer.warn(format!(
+            "shard {first} is not where it went any more: going on from there"
+        ));
+        for number in first.. {
+            let mut left = 0;
+            for ending in ["json", "safetensors"] {
+                let path = self.shard_path(number, ending);
+                if path.exists() {
+                    std::fs::remove_file(&path).context("remove", &path)?;
+                    left += 1;
+                }
+            }
+            if left == 0 {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a finished shard to where shards go.
+    fn let_go(&self, number: usize, shard: &Shard) -> Result<()> {
+        let Some(outlet) = self.outlet else {
+            return Ok(());
+        };
+        let finished = self.finished(number, shard);
+        if finished.path.exists() {
+            outlet.take(&finished)?;
+            if !outlet.keeps() {
+                std::fs::remove_file(&finished.path).context("remove", &finished.path)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn finished(&self, number: usize, shard: &Shard) -> Finished {
+        Finished {
+            path: self.shard_path(number, "safetensors"),
+            bytes: shard.bytes,
+            sha256: shard.sha256.clone(),
         }
     }
 
@@ -371,18 +438,26 @@ impl Join<'_> {
                 .iter()
                 .map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice())),
         )?;
+        let bytes = header.file_bytes();
         let mut writer = ShardWriter::create(&self.shard_path(number, "safetensors"), header)?;
         let mut open: Option<(String, Checkpoint)> = None;
         let mut shard = Shard {
             sha256: String::new(),
+            bytes,
             tensors: Vec::new(),
             parts: BTreeMap::new(),
+            sigma: BTreeMap::new(),
         };
         for tensor in tensors {
             let sum = match &tensor.source {
                 Source::Part(module) => {
                     let part = &joined.parts[module];
                     let sum = copy_part(&mut writer, &tensor, module, part, &mut open)?;
+                    if tensor.name == ModuleTensors::of(module).sigma {
+                        let (_, stored) = open.as_ref().expect("it was just copied from");
+                        let sigma = stored.read(&tensor.name)?.to_f32();
+                        shard.sigma.insert(module.clone(), sigma);
+                    }
                     if part.tensors.last().is_some_and(|t| t.name == tensor.name) {
                         shard.parts.insert(module.clone(), part.clone());
                     }
@@ -405,6 +480,7 @@ impl Join<'_> {
         let json = serde_json::to_vec(&shard).expect("a shard's record serialises");
         write_atomically(&self.shard_path(number, "json"), &json)?;
         self.consume(&shard)?;
+        self.let_go(number, &shard)?;
         joined.shards.push(shard);
         Ok(())
     }
@@ -443,12 +519,23 @@ impl Join<'_> {
             .map(|(module, part)| (module, part.record))
             .collect();
         let mut index = Index::default();
+        let mut away = Away::default();
         for (number, shard) in (1..).zip(&shards) {
             let name = Layout::Decomposition.shard_file(number, shards.len());
-            self.name_shard(number, &name)?;
+            if self.outlet.is_some_and(|outlet| !outlet.keeps()) {
+                away.add(&name, shard.bytes, &shard.sha256);
+            } else {
+                self.name_shard(number, &name)?;
+            }
             index.add(&name, shard);
         }
-        let spectrum = Spectrum::of(&records, |module| self.sigma(module, &index))?;
+        away.save(self.workspace)?;
+        let mut sigma: BTreeMap<String, Vec<f32>> = BTreeMap::new();
+        sigma.extend(shards.into_iter().flat_map(|shard| shard.sigma));
+        let spectrum = Spectrum::of(&records, |module| {
+            let sigma = sigma.remove(module);
+            Ok(sigma.expect("every decomposed module was placed in a shard"))
+        })?;
         let facts = self.facts(&records, &spectrum, index.total_size, threads, seconds);
         self.write_config(&facts, records)?;
         copy_side_files(&self.frame.side_files, self.out)?;
@@ -475,14 +562,6 @@ impl Join<'_> {
             (false, true) => Ok(()),
             _ => rename(&from, &to),
         }
-    }
-
-    /// The singular values of a module, read back from its finished shard.
-    fn sigma(&self, module: &str, index: &Index) -> Result<Vec<f32>> {
-        let tensor = ModuleTensors::of(module).sigma;
-        let file = index.weight_map.get(&tensor);
-        let file = file.expect("every decomposed module was placed in a shard");
-        Ok(Checkpoint::single(self.out, file)?.read(&tensor)?.to_f32())
     }
 
     fn facts(

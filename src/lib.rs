@@ -34,6 +34,7 @@ pub mod kind;
 pub mod linalg;
 pub mod merge;
 pub mod model;
+pub mod outlet;
 pub mod part;
 pub mod peft;
 pub mod plan;

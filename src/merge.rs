@@ -14,6 +14,7 @@ use crate::base::{copy_side_files, side_sums};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{BASE_CONFIG, BASE_INDEX, untie};
+use crate::outlet::{Away, Finished, Outlet};
 use crate::split::RoundingLoss;
 use crate::sum::{hex, sha256_hex};
 use crate::weights::element::is_float;
@@ -91,6 +92,22 @@ pub fn run(
     options: &Options,
     observer: &dyn Observer,
 ) -> Result<Facts> {
+    run_to(artifact, mixture, out, None, options, observer)
+}
+
+/// The same, but each finished file goes through `outlet`: unless it keeps them, no more than one is ever in `out`, and
+/// [`Away`] says in the end which are not.
+///
+/// # Errors
+/// As [`run`], and whatever `outlet` reports.
+pub fn run_to(
+    artifact: &Artifact,
+    mixture: &Mixture,
+    out: &Path,
+    outlet: Option<&dyn Outlet>,
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<Facts> {
     let started = Instant::now();
     linalg::single_threaded_blas();
     let base_headers = artifact.base_headers()?;
@@ -110,6 +127,8 @@ pub fn run(
         ("dtype".into(), dtype.clone()),
         ("rounding".into(), rounding_name(options.rounding)),
     ]);
+    let place = outlet.map(|outlet| ("files go to".into(), outlet.place()));
+    let settings = settings.into_iter().chain(place).collect();
     let (mut workspace, claim) = Workspace::claim(out, "merge", settings)?;
     let total: u64 = headers.iter().map(|(_, header)| header.file_bytes()).sum();
     match claim {
@@ -120,32 +139,51 @@ pub fn run(
         Claim::Interrupted => observer.note(format!("beginning anew in {}", out.display())),
         Claim::Fresh => {}
     }
-    check_free_space(out, total.saturating_sub(bytes_in(out)))?;
+    let passes_through = outlet.is_some_and(|outlet| !outlet.keeps());
+    let bytes = headers.iter().map(|(_, header)| header.file_bytes());
+    let needed = if passes_through {
+        bytes.max().unwrap_or(0)
+    } else {
+        total
+    };
+    check_free_space(out, needed.saturating_sub(bytes_in(out)))?;
     // read before hours of work, not after
     let config: Map<String, Value> = json::read(&artifact.dir.join(BASE_CONFIG))?;
     let config = Value::Object(config);
 
     observer.start(Stage::Merge, total, Unit::Bytes);
-    let mut loss = RoundingLoss::default();
+    let merge = Merge {
+        artifact,
+        mixture,
+        options,
+        observer,
+    };
     let (mut sha256, mut sha256_of_base) = (BTreeMap::new(), BTreeMap::new());
-    let mut tensor_sha256 = BTreeMap::new();
+    let (mut tally, mut away) = (Tally::default(), Away::default());
     for ((file, header), (_, base_header)) in headers.iter().zip(&base_headers) {
-        let (sum, base_sum) = write_file(
-            artifact,
-            mixture,
-            out,
-            file,
-            header,
-            base_header,
-            options,
-            observer,
-            &mut loss,
-            &mut tensor_sha256,
-        )?;
+        let path = out.join(file);
+        let (sum, base_sum) = merge.write(&path, header, base_header, &mut tally)?;
+        if let Some(outlet) = outlet {
+            let finished = Finished {
+                path,
+                bytes: header.file_bytes(),
+                sha256: sum.clone(),
+            };
+            outlet.take(&finished)?;
+            if passes_through {
+                std::fs::remove_file(&finished.path).context("remove", &finished.path)?;
+                away.add(file, finished.bytes, &sum);
+            }
+        }
         sha256.insert(file.clone(), sum);
         sha256_of_base.insert(file.clone(), base_sum);
     }
+    away.save(&workspace)?;
     observer.finish(Stage::Merge);
+    let Tally {
+        loss,
+        tensor_sha256,
+    } = tally;
     let untrained = mixture
         .parts
         .iter()
@@ -228,77 +266,84 @@ fn recast(header: Header, dtype: Option<Dtype>) -> Result<Header> {
     }))
 }
 
-/// Writes one file. Returns its sha256, and the sha256 of the base's file if it held these tensors: the same unless a
-/// head stands behind them.
-#[allow(clippy::too_many_arguments)]
-fn write_file(
-    artifact: &Artifact,
-    mixture: &Mixture,
-    out: &Path,
-    file: &str,
-    header: &Header,
-    base_header: &Header,
-    options: &Options,
-    observer: &dyn Observer,
-    loss: &mut RoundingLoss,
-    tensor_sha256: &mut BTreeMap<String, String>,
-) -> Result<(String, String)> {
-    let path = out.join(file);
-    let mut writer = ShardWriter::create(&path, header.clone())?;
-    // hashed a second time only where the file is not the base's from end to end
-    let base_tensors = base_header.entries.len();
-    let longer = header.entries.len() > base_tensors;
-    let mut base_hash = longer.then(|| Sha256::new_with_prefix(&base_header.prefix));
-    let mut written = 0;
-    workers::in_order(
-        &header.entries,
-        options.threads,
-        |entry| {
-            let (elements, eaten) = merged(artifact, mixture, entry, options.rounding)?;
-            let sum = sha256_hex(&elements.bytes);
-            Ok((elements, eaten, sum))
-        },
-        |entry, (elements, eaten, sum)| {
-            loss.add(&eaten);
-            tensor_sha256.insert(entry.name.clone(), sum);
-            observer.advance(Stage::Merge, entry.bytes, &entry.name);
-            if let Some(hash) = base_hash.as_mut().filter(|_| written < base_tensors) {
-                hash.update(&elements.bytes);
-            }
-            written += 1;
-            writer.put(&entry.name, &elements.bytes)
-        },
-    )?;
-    let sum = writer.finish()?;
-    let base_sum = base_hash.map_or(sum.clone(), |hash| hex(&hash.finalize()));
-    Ok((sum, base_sum))
+/// A merge under way.
+struct Merge<'a> {
+    artifact: &'a Artifact,
+    mixture: &'a Mixture,
+    options: &'a Options,
+    observer: &'a dyn Observer,
 }
 
-/// One tensor of the merged model, in the dtype its entry announces.
-fn merged(
-    artifact: &Artifact,
-    mixture: &Mixture,
-    entry: &Entry,
-    rounding: Rounding,
-) -> Result<(Elements, RoundingLoss)> {
-    let rounder = Rounder::new(rounding, entry.dtype, &entry.name);
-    let Some((module, record)) = artifact.module_of(&entry.name) else {
-        let base = artifact.base_tensor(&entry.name)?;
-        let cast = match mixture.tensor(&entry.name, &base) {
-            Some(trained) => rounded(&trained, &base.shape, &rounder),
-            None if is_float(base.dtype) => base.round(&rounder),
-            None => base,
+/// What adds up over all files.
+#[derive(Default)]
+struct Tally {
+    loss: RoundingLoss,
+    tensor_sha256: BTreeMap<String, String>,
+}
+
+impl Merge<'_> {
+    /// Writes one file. Returns its sha256, and the sha256 of the base's file if it held these tensors: the same unless a
+    /// head stands behind them.
+    fn write(
+        &self,
+        path: &Path,
+        header: &Header,
+        base_header: &Header,
+        tally: &mut Tally,
+    ) -> Result<(String, String)> {
+        let mut writer = ShardWriter::create(path, header.clone())?;
+        // hashed a second time only where the file is not the base's from end to end
+        let base_tensors = base_header.entries.len();
+        let longer = header.entries.len() > base_tensors;
+        let mut base_hash = longer.then(|| Sha256::new_with_prefix(&base_header.prefix));
+        let mut written = 0;
+        workers::in_order(
+            &header.entries,
+            self.options.threads,
+            |entry| {
+                let (elements, eaten) = self.tensor(entry)?;
+                let sum = sha256_hex(&elements.bytes);
+                Ok((elements, eaten, sum))
+            },
+            |entry, (elements, eaten, sum)| {
+                tally.loss.add(&eaten);
+                tally.tensor_sha256.insert(entry.name.clone(), sum);
+                self.observer
+                    .advance(Stage::Merge, entry.bytes, &entry.name);
+                if let Some(hash) = base_hash.as_mut().filter(|_| written < base_tensors) {
+                    hash.update(&elements.bytes);
+                }
+                written += 1;
+                writer.put(&entry.name, &elements.bytes)
+            },
+        )?;
+        let sum = writer.finish()?;
+        let base_sum = base_hash.map_or(sum.clone(), |hash| hex(&hash.finalize()));
+        Ok((sum, base_sum))
+    }
+
+    /// One tensor of the merged model, in the dtype its entry announces.
+    fn tensor(&self, entry: &Entry) -> Result<(Elements, RoundingLoss)> {
+        let (artifact, mixture) = (self.artifact, self.mixture);
+        let rounder = Rounder::new(self.options.rounding, entry.dtype, &entry.name);
+        let Some((module, record)) = artifact.module_of(&entry.name) else {
+            let base = artifact.base_tensor(&entry.name)?;
+            let cast = match mixture.tensor(&entry.name, &base) {
+                Some(trained) => rounded(&trained, &base.shape, &rounder),
+                None if is_float(base.dtype) => base.round(&rounder),
+                None => base,
+            };
+            cast.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
+            return Ok((cast, RoundingLoss::default()));
         };
-        cast.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
-        return Ok((cast, RoundingLoss::default()));
-    };
-    let factors = artifact.factors(module)?;
-    let matrix = artifact.restore(module, record, &factors)?;
-    let whole = mixture.tensor(&entry.name, &matrix);
-    let change = mixture.change(module, record.q);
-    let (merged, loss) = factors.merge(&matrix, whole.as_deref(), &change, &rounder);
-    merged.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
-    Ok((merged, loss))
+        let factors = artifact.factors(module)?;
+        let matrix = artifact.restore(module, record, &factors)?;
+        let whole = mixture.tensor(&entry.name, &matrix);
+        let change = mixture.change(module, record.q);
+        let (merged, loss) = factors.merge(&matrix, whole.as_deref(), &change, &rounder);
+        merged.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
+        Ok((merged, loss))
+    }
 }
 
 fn rounded(values: &[f64], shape: &[usize], rounder: &Rounder) -> Elements {

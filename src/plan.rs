@@ -101,6 +101,7 @@ impl PlanOptions {
             memory: self
                 .memory
                 .map_or(u64::MAX, |memory| memory.saturating_sub(PROCESS_BYTES)),
+            waiting: usize::MAX,
         }
     }
 }
@@ -594,6 +595,19 @@ impl Plan {
         let largest = self.tensors.iter().map(bytes).max().unwrap_or(0);
         let twice = shard_bytes_max.max(largest).saturating_add(largest);
         self.disk_bytes + self.disk_bytes / 50 + self.disk_bytes.min(twice)
+    }
+
+    /// The most that is there at any time where shards do not stay: the matrices of one shard, that shard, and of the
+    /// next ones what may be finished before it is gone.
+    pub fn disk_bytes_passing(&self, shard_bytes_max: u64, limits: Limits) -> u64 {
+        let bytes = |t: &PlannedTensor| t.artifact_bytes_max(self.storing);
+        let largest = self.tensors.iter().map(bytes).max().unwrap_or(0);
+        let shard = shard_bytes_max.max(largest).saturating_add(largest);
+        let ahead = limits.waiting.saturating_add(limits.threads) as u64;
+        let passing = shard
+            .saturating_mul(2)
+            .saturating_add(largest.saturating_mul(ahead));
+        passing.min(self.disk_bytes_peak(shard_bytes_max))
     }
 
     /// The most disk that some finished matrices take.

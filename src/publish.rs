@@ -54,6 +54,18 @@ pub fn write_card(dir: &Path, repo: &str, observer: &dyn Observer) -> Result<()>
     write_atomically(&path, card.as_bytes()).map(drop)
 }
 
+/// Refuses what is not the name of a repository.
+pub fn refuse_no_repo(repo: &str) -> Result<()> {
+    if is_repo_id(repo) {
+        return Ok(());
+    }
+    Err(Error::Parse {
+        what: "a repository",
+        value: repo.into(),
+        reason: "it is not of the form org/name".into(),
+    })
+}
+
 /// Publishes `dir` as `repo`.
 pub fn run(
     hub: &Hub,
@@ -63,13 +75,7 @@ pub fn run(
     observer: &dyn Observer,
 ) -> Result<Pushed> {
     refuse_unfinished(dir)?;
-    if !is_repo_id(repo) {
-        return Err(Error::Parse {
-            what: "a repository",
-            value: repo.into(),
-            reason: "it is not of the form org/name".into(),
-        });
-    }
+    refuse_no_repo(repo)?;
     write_card(dir, repo, observer)?;
     hub.push(dir, repo, options, observer)
 }

@@ -7,7 +7,7 @@ pub mod place;
 pub mod rounding;
 pub mod shard;
 
-pub use checkpoint::{Checkpoint, Inventory, Layout};
+pub use checkpoint::{Checkpoint, Inventory, Layout, TensorSums};
 pub use element::{Elements, dtype_name};
 pub use header::{Entry, Header};
 pub use rounding::{Rounder, Rounding};

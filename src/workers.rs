@@ -1,6 +1,6 @@
 //! Threads for work that BLAS does not parallelise, and the memory they may take together.
 
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Condvar, Mutex, MutexGuard};
 
 use crate::error::{Error, Result};
@@ -11,6 +11,8 @@ pub struct Limits {
     pub threads: usize,
     /// Bytes of all running items together. An item that needs more runs alone.
     pub memory: u64,
+    /// Finished results that may wait to be consumed; a worker with one more waits with it.
+    pub waiting: usize,
 }
 
 impl Limits {
@@ -19,6 +21,7 @@ impl Limits {
         Self {
             threads,
             memory: u64::MAX,
+            waiting: usize::MAX,
         }
     }
 
@@ -68,8 +71,8 @@ pub fn run<T: Sync, R: Send, C>(
         queue.stop();
         lock(&first_error).get_or_insert(error);
     };
-    let (sender, receiver) = mpsc::channel();
-    let worker = |sender: Sender<R>| {
+    let (sender, receiver) = mpsc::sync_channel(limits.waiting.min(items.len()));
+    let worker = |sender: SyncSender<R>| {
         while let Some(admitted) = queue.admit() {
             match work(admitted.item) {
                 // a consumer that has gone away has failed, and that error is kept
@@ -84,7 +87,10 @@ pub fn run<T: Sync, R: Send, C>(
             scope.spawn(|| worker(sender));
         }
         drop(sender);
-        consume(&receiver).map_err(fail).ok()
+        let consumed = consume(&receiver).map_err(fail).ok();
+        // nobody waits for a consumer that is gone
+        drop(receiver);
+        consumed
     });
     match lock(&first_error).take() {
         Some(error) => Err(error),
@@ -211,8 +217,8 @@ mod tests {
     fn no_more_is_admitted_than_the_memory_holds() {
         let costs = [9, 4, 30, 3, 3, 5, 1, 8, 2, 2, 10, 1];
         let limits = Limits {
-            threads: 4,
             memory: 10,
+            ..Limits::threads(4)
         };
         let (taken, seen) = (Mutex::new(Vec::new()), Mutex::new(0));
         let results = run(
@@ -248,7 +254,10 @@ mod tests {
 
     #[test]
     fn the_peak_follows_the_admission() {
-        let limits = |threads, memory| Limits { threads, memory };
+        let limits = |threads, memory| Limits {
+            memory,
+            ..Limits::threads(threads)
+        };
         assert_eq!(limits(2, u64::MAX).peak([1, 5, 3]), 8);
         assert_eq!(limits(2, 6).peak([1, 5, 3]), 6);
         assert_eq!(limits(2, 4).peak([1, 5, 3]), 5);
@@ -270,8 +279,9 @@ mod tests {
         let consumed: Result<()> = run(
             &items,
             Limits {
-                threads: 2,
                 memory: 1,
+                waiting: 1,
+                ..Limits::threads(2)
             },
             |_| 1,
             |item| work(&(item + 10)),

@@ -146,6 +146,9 @@ pub fn advice(error: &Error) -> Option<String> {
         }
         Error::TagTaken { .. } => "choose another --tag, or delete that one first",
         Error::NotPublishable { .. } => "move it out of the directory",
+        Error::NotThereAnyMore { .. } => {
+            "name the repository it was made for; or remove the directory, and make it again"
+        }
         Error::RemoteDiffers { .. } => "run the same command again: it sends what differs",
         Error::Device { .. } => "use --device cpu",
         Error::NotAModel { missing, .. } if missing.contains("tokenizer") => {

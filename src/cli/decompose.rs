@@ -9,8 +9,10 @@ use svdhub::decompose::{self, Facts, Options};
 use svdhub::hub::ModelRef;
 use svdhub::job::{Share, ShareRecord};
 use svdhub::linalg::{Algorithm, Backend};
+use svdhub::outlet::Outlet;
 use svdhub::{Error, Result};
 
+use super::passing::{Passing, told, with_push};
 use super::plan::PlanArgs;
 use super::progress::clock;
 use super::session::{DeviceChoice, Session, shown};
@@ -18,7 +20,8 @@ use super::session::{DeviceChoice, Session, shown};
 /// Split every linear weight into singular values and vectors.
 ///
 /// Works on a few matrices at a time, whatever the size of the model. Interrupted, the same command goes on where it
-/// stopped. The result restores the base byte for byte, can be published once, and trained from by many.
+/// stopped. The result restores the base byte for byte, can be published once, and trained from by many. With --stream and
+/// --push neither the model nor its decomposition ever lies on this disk as a whole.
 #[derive(Args)]
 pub struct Command {
     /// A Hub id (org/name, org/name@revision) or a directory
@@ -41,8 +44,10 @@ pub struct Command {
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size)]
     shard_size: u64,
     /// Do only share I of N, for `svdhub assemble` to join; N machines with the same options do it all
-    #[arg(long, value_name = "I/N")]
+    #[arg(long, value_name = "I/N", conflicts_with = "push")]
     part: Option<Share>,
+    #[command(flatten)]
+    passing: Passing,
 }
 
 fn tolerance(text: &str) -> Result<f64> {
@@ -86,7 +91,10 @@ pub fn size(text: &str) -> Result<u64> {
 
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
-        let base = session.base(&self.model)?;
+        let base = match self.passing.stream {
+            true => session.base_in_place(&self.model)?,
+            false => session.base(&self.model)?,
+        };
         let backend = Backend::from(session.device(self.device)?);
         let options = Options {
             plan: self.plan.options(),
@@ -104,8 +112,14 @@ impl Command {
                 decompose::run_share(&base, &self.out, share, &options, session.observer())?;
             return session.print(&record, || show_share(&record, &shown(&self.out)));
         }
-        let facts = decompose::run(&base, &self.out, &options, session.observer())?;
-        session.print(&facts, || show(&facts, &shown(&self.out)))
+        let hub = self.passing.hub(session)?;
+        let outlet = self.passing.outlet(hub.as_ref(), session)?;
+        let outlet = outlet.as_ref().map(|outlet| outlet as &dyn Outlet);
+        let facts = decompose::run_to(&base, &self.out, outlet, &options, session.observer())?;
+        let pushed = self.passing.publish(hub.as_ref(), &self.out, session)?;
+        session.print(&with_push(&facts, pushed.as_ref()), || {
+            show(&facts, &shown(&self.out)) + &told(pushed.as_ref())
+        })
     }
 }
 

@@ -7,9 +7,11 @@ use clap::{Args, ValueEnum};
 use svdhub::card::bytes;
 use svdhub::hub::ModelRef;
 use svdhub::merge::{self, Facts, Options};
+use svdhub::outlet::Outlet;
 use svdhub::weights::{Dtype, Rounding};
 use svdhub::{Error, Result};
 
+use super::passing::{Passing, told, with_push};
 use super::progress::clock;
 use super::session::{Session, Weighted, shown};
 
@@ -39,6 +41,8 @@ pub struct Command {
     /// The base model of a sidecar, if it is not where the sidecar says
     #[arg(long, value_name = "MODEL")]
     base: Option<ModelRef>,
+    #[command(flatten)]
+    passing: Passing,
 }
 
 /// The base's own dtypes, or one for all.
@@ -70,7 +74,10 @@ enum RoundingChoice {
 
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
-        let (artifact, _) = session.artifact(&self.decomposition, self.base.as_ref())?;
+        let artifact = match self.passing.stream {
+            true => session.artifact_to_stream(&self.decomposition, self.base.as_ref())?,
+            false => session.artifact(&self.decomposition, self.base.as_ref())?.0,
+        };
         let mixture = session.mixture(&artifact, &self.adapter)?;
         let options = Options {
             dtype: self.dtype.0,
@@ -80,8 +87,15 @@ impl Command {
             },
             ..Options::default()
         };
-        let facts = merge::run(&artifact, &mixture, &self.out, &options, session.observer())?;
-        session.print(&facts, || show(&facts, &shown(&self.out)))
+        let hub = self.passing.hub(session)?;
+        let outlet = self.passing.outlet(hub.as_ref(), session)?;
+        let outlet = outlet.as_ref().map(|outlet| outlet as &dyn Outlet);
+        let observer = session.observer();
+        let facts = merge::run_to(&artifact, &mixture, &self.out, outlet, &options, observer)?;
+        let pushed = self.passing.publish(hub.as_ref(), &self.out, session)?;
+        session.print(&with_push(&facts, pushed.as_ref()), || {
+            show(&facts, &shown(&self.out)) + &told(pushed.as_ref())
+        })
     }
 }
 

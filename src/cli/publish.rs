@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::json;
 use svdhub::card::bytes;
 use svdhub::hub::{PushOptions, Pushed, published_files};
+use svdhub::outlet::Away;
 use svdhub::workspace::refuse_unfinished;
 use svdhub::{Result, publish};
 
@@ -48,7 +49,12 @@ impl Command {
         if self.dry_run {
             refuse_unfinished(&self.dir)?;
             publish::write_card(&self.dir, &self.repo, session.observer())?;
-            let files = published_files(&self.dir)?;
+            let mut files = published_files(&self.dir)?;
+            let away = Away::of(&self.dir)?.files;
+            files.extend(
+                away.into_keys()
+                    .filter(|name| !self.dir.join(name).exists()),
+            );
             let facts = json!({"repo": self.repo, "files": files, "dry_run": true});
             return session.print(&facts, || {
                 let list: String = files.iter().map(|f| format!("  {f}\n")).collect();

@@ -109,6 +109,24 @@ impl Session {
         Base::open(&found.dir, found.repo, found.commit)
     }
 
+    /// Opens a plain model, of a repository without bringing its weights: they are read by byte range.
+    pub fn base_in_place(&self, model: &ModelRef) -> Result<Base> {
+        match model {
+            ModelRef::Repo { id, revision } if !self.hub()?.options.offline => {
+                let hub = Arc::new(self.hub()?);
+                let layout = Layout::Model;
+                let (found, checkpoint) = hub.remote(id, revision, layout, self.observer())?;
+                Ok(Base {
+                    dir: found.dir,
+                    checkpoint,
+                    repo: found.repo,
+                    revision: found.commit,
+                })
+            }
+            _ => self.base(model),
+        }
+    }
+
     /// Opens a decomposition, and the base it needs if it is a sidecar.
     pub fn artifact(
         &self,
@@ -124,6 +142,32 @@ impl Session {
         }
         let origin = origin(&found, &artifact);
         Ok((artifact, origin))
+    }
+
+    /// As [`Session::artifact`], but of repositories the weights stay where they are, and every tensor is checked whenever it
+    /// is read.
+    pub fn artifact_to_stream(
+        &self,
+        model: &ModelRef,
+        base: Option<&ModelRef>,
+    ) -> Result<Artifact> {
+        let (artifact, _) = self.artifact_in_place(model)?;
+        if artifact.svd.layout != ArtifactLayout::Sidecar {
+            return Ok(artifact.checked());
+        }
+        let pin = &artifact.svd.base;
+        let base = match (base, &pin.repo, &pin.revision) {
+            (Some(given), _, _) => self.base_in_place(given)?,
+            (None, Some(id), Some(revision)) => self.base_in_place(&ModelRef::Repo {
+                id: id.clone(),
+                revision: revision.clone(),
+            })?,
+            _ => self.base_of(&[&artifact.dir], pin, None)?,
+        };
+        base.check(pin, self.observer())?;
+        let base = base.checked(None, self.observer())?;
+        let checkpoint = artifact.checkpoint.clone();
+        Ok(Artifact::open_stored(&artifact.dir, checkpoint, Some(base))?.checked())
     }
 
     /// Opens a decomposition on its own, of a repository without bringing its weights: they are read by byte range.

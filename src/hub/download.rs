@@ -1,5 +1,6 @@
 //! Files from the Hub into the cache that Python's huggingface_hub shares, verified before they get their name.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::ops::Range;
@@ -53,6 +54,8 @@ struct RemoteWeights {
     hub: Arc<Hub>,
     repo: String,
     commit: String,
+    /// By file, of those that lie in LFS.
+    stated: BTreeMap<String, String>,
 }
 
 impl Storage for RemoteWeights {
@@ -63,6 +66,14 @@ impl Storage for RemoteWeights {
             .range(&self.repo, &self.commit, file, offset, end)?;
         buffer.copy_from_slice(&bytes);
         Ok(())
+    }
+
+    fn stated_sha256(&self, file: &str) -> Option<String> {
+        self.stated.get(file).cloned()
+    }
+
+    fn is_remote(&self) -> bool {
+        true
     }
 }
 
@@ -256,10 +267,14 @@ impl Hub {
             std::fs::read(&path).context("read", &path)
         };
         let (inventory, indexed) = self.inventory(repo, &commit, &files, layout, index)?;
+        let large = files.iter().filter(|file| file.lfs);
         let storage = RemoteWeights {
             hub: self.clone(),
             repo: repo.into(),
             commit,
+            stated: large
+                .map(|file| (file.path.clone(), file.oid.clone()))
+                .collect(),
         };
         let checkpoint = Checkpoint::stored(&found.dir, inventory, indexed, Arc::new(storage));
         Ok((found, checkpoint))

@@ -68,7 +68,7 @@ impl Push<'_> {
     }
 
     /// What the Hub says of each of these: where it goes, or that it is there.
-    fn objects(&self, files: &[&LocalFile]) -> Result<Vec<Value>> {
+    pub(super) fn objects(&self, files: &[&LocalFile]) -> Result<Vec<Value>> {
         let url = format!(
             "{}/{}.git/info/lfs/objects/batch",
             self.hub.endpoint(),

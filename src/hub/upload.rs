@@ -184,6 +184,14 @@ impl Hub {
         let mut head = self.commit_of(repo, &branch)?;
         push.preupload(&mut files)?;
         let bytes_sent = push.send_large(&files)?;
+        let mut taken = push.taken(dir)?;
+        if !taken.is_empty() {
+            let differing = self.differing(repo, &head, &taken)?;
+            for file in &mut taken {
+                file.unchanged = !differing.contains(&file.name);
+            }
+        }
+        files.extend(taken);
         let mut pull_request_url = None;
         let batches = batches(&files);
         for (number, batch) in batches.iter().enumerate() {
@@ -222,7 +230,7 @@ impl Hub {
     }
 
     /// Makes the repository and the branch, as far as they are not there.
-    fn prepare(
+    pub(super) fn prepare(
         &self,
         api: &HFClientSync,
         repo: &str,

@@ -13,6 +13,7 @@ use super::element::Elements;
 use super::header::{Entry, Header};
 use crate::error::{Error, IoContext, Result};
 use crate::json;
+use crate::sum::{Sum, sha256_hex};
 
 /// How the files of a checkpoint are called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -166,6 +167,16 @@ pub fn is_plain_file_name(name: &str) -> bool {
 pub trait Storage: fmt::Debug + Send + Sync {
     /// Fills `buffer` with a file's bytes from `offset` on.
     fn read_at(&self, file: &str, offset: u64, buffer: &mut [u8]) -> Result<()>;
+
+    /// What whoever holds the file says its sha256 is.
+    fn stated_sha256(&self, _file: &str) -> Option<String> {
+        None
+    }
+
+    /// Whether every reading crosses a network, and may bring other bytes than the one before.
+    fn is_remote(&self) -> bool {
+        false
+    }
 }
 
 /// Files in a directory of this machine.
@@ -189,7 +200,12 @@ pub struct Checkpoint {
     /// Whether an index file names the shards (a single file needs none).
     pub indexed: bool,
     storage: Arc<dyn Storage>,
+    /// What each tensor must be: known of files that are read again and again over a network.
+    sums: Option<Arc<TensorSums>>,
 }
+
+/// The sha256 of each tensor's bytes.
+pub type TensorSums = BTreeMap<String, String>;
 
 impl Checkpoint {
     /// Opens one file of `dir` on its own.
@@ -204,6 +220,7 @@ impl Checkpoint {
             inventory: Inventory::new(dir, files)?,
             indexed: false,
             storage: Arc::new(Disk(dir.into())),
+            sums: None,
         })
     }
 
@@ -219,6 +236,65 @@ impl Checkpoint {
             inventory,
             indexed,
             storage,
+            sums: None,
+        }
+    }
+
+    /// The same, which from now on refuses a tensor that is not what `sums` says.
+    pub fn with_sums(&self, sums: TensorSums) -> Self {
+        Self {
+            sums: Some(Arc::new(sums)),
+            ..self.clone()
+        }
+    }
+
+    pub fn is_remote(&self) -> bool {
+        self.storage.is_remote()
+    }
+
+    /// The sha256 of a file: as whoever holds it says, else of its bytes.
+    pub fn file_sha256(&self, file: &WeightFile, progress: impl FnMut(u64)) -> Result<String> {
+        match self.storage.stated_sha256(&file.name) {
+            Some(stated) => Ok(stated),
+            None => Ok(self.hash(file, progress)?.0),
+        }
+    }
+
+    /// Reads a file from end to end: its sha256, and that of each of its tensors. `progress` is told the bytes read.
+    ///
+    /// # Errors
+    /// A file that is not what whoever holds it says it is.
+    pub fn hash(
+        &self,
+        file: &WeightFile,
+        mut progress: impl FnMut(u64),
+    ) -> Result<(String, TensorSums)> {
+        let (mut whole, mut sums) = (Sum::default(), TensorSums::new());
+        let prefix = file.header.prefix.len() as u64;
+        whole.update(&file.header.prefix);
+        progress(prefix);
+        let mut at = prefix;
+        for entry in &file.header.entries {
+            let mut sum = Sum::default();
+            self.blocks(&file.name, entry, |block| {
+                whole.update(&block.bytes);
+                sum.update(&block.bytes);
+                progress(block.bytes.len() as u64);
+                Ok(())
+            })?;
+            at += entry.bytes;
+            sums.insert(entry.name.clone(), sum.finish());
+        }
+        assert_eq!(at, file.header.file_bytes(), "tensors cover their file");
+        let found = whole.finish();
+        match self.storage.stated_sha256(&file.name) {
+            Some(stated) if stated != found => Err(Error::Checksum {
+                what: format!("`{}` as it was read", file.name),
+                path: self.dir.join(&file.name),
+                expected: stated,
+                found,
+            }),
+            _ => Ok((found, sums)),
         }
     }
 
@@ -260,6 +336,7 @@ impl Checkpoint {
             inventory,
             indexed: true,
             storage: Arc::new(Disk(dir.into())),
+            sums: None,
         })
     }
 
@@ -276,9 +353,31 @@ impl Checkpoint {
         tensor: &str,
         mut visit: impl FnMut(&Elements) -> Result<()>,
     ) -> Result<()> {
-        // a multiple of every width, and large beside the cost of a call
-        const BLOCK_BYTES: u64 = 4 << 20;
         let (file, entry) = self.locate(tensor)?;
+        let Some(expected) = self.expected(tensor) else {
+            return self.blocks(file, entry, visit);
+        };
+        let mut sum = Sum::default();
+        self.blocks(file, entry, |block| {
+            sum.update(&block.bytes);
+            visit(block)
+        })?;
+        self.refuse_other(tensor, expected, sum.finish())
+    }
+
+    fn blocks(
+        &self,
+        file: &str,
+        entry: &Entry,
+        mut visit: impl FnMut(&Elements) -> Result<()>,
+    ) -> Result<()> {
+        // a multiple of every width, and large beside the cost of a call, or of a request
+        const BLOCK_BYTES: u64 = 4 << 20;
+        const REMOTE_BLOCK_BYTES: u64 = 32 << 20;
+        let most = match self.is_remote() {
+            true => REMOTE_BLOCK_BYTES,
+            false => BLOCK_BYTES,
+        };
         let mut block = Elements {
             dtype: entry.dtype,
             shape: vec![0],
@@ -286,7 +385,7 @@ impl Checkpoint {
         };
         let mut read = 0;
         while read < entry.bytes {
-            let length = BLOCK_BYTES.min(entry.bytes - read) as usize;
+            let length = most.min(entry.bytes - read) as usize;
             block.bytes.resize(length, 0);
             block.shape[0] = 8 * length / entry.dtype.bitsize();
             self.storage
@@ -308,7 +407,27 @@ impl Checkpoint {
     /// Reads one tensor.
     pub fn read(&self, tensor: &str) -> Result<Elements> {
         let (file, entry) = self.locate(tensor)?;
-        self.read_bytes(file, entry, entry.shape.clone(), entry.bytes)
+        let elements = self.read_bytes(file, entry, entry.shape.clone(), entry.bytes)?;
+        if let Some(expected) = self.expected(tensor) {
+            self.refuse_other(tensor, expected, sha256_hex(&elements.bytes))?;
+        }
+        Ok(elements)
+    }
+
+    fn expected(&self, tensor: &str) -> Option<&str> {
+        self.sums.as_ref()?.get(tensor).map(String::as_str)
+    }
+
+    fn refuse_other(&self, tensor: &str, expected: &str, found: String) -> Result<()> {
+        if found == expected {
+            return Ok(());
+        }
+        Err(Error::Checksum {
+            what: format!("tensor `{tensor}`"),
+            path: self.path_of(tensor),
+            expected: expected.into(),
+            found,
+        })
     }
 
     /// Reads the first rows of a tensor, and nothing of the others.

@@ -18,6 +18,7 @@ mod ranks;
 mod resume;
 mod round_trip;
 mod siege;
+mod streaming;
 mod training;
 mod untie;
 mod verify;

@@ -1,0 +1,135 @@
+//! A repository as an outlet: the contents of finished files go up while others are still being made, and a commit gives
+//! them their names in the end.
+
+use std::path::PathBuf;
+
+use super::client::Hub;
+use super::upload::{LocalFile, Push, PushOptions};
+use crate::error::{Error, Result};
+use crate::event::{Observer, Silent};
+use crate::outlet::{Away, Finished, Outlet};
+
+/// Takes finished files to a repository.
+pub struct HubOutlet<'a> {
+    hub: &'a Hub,
+    repo: String,
+    branch: String,
+    options: PushOptions,
+    keeps: bool,
+    observer: &'a dyn Observer,
+}
+
+impl Hub {
+    /// An outlet to a repository, which is made if it is not there. With `keeps`, files stay on this machine too.
+    ///
+    /// # Errors
+    /// Now, rather than after hours of work: a token that may not write there, no network.
+    pub fn outlet<'a>(
+        &'a self,
+        repo: &str,
+        options: &PushOptions,
+        keeps: bool,
+        observer: &'a dyn Observer,
+    ) -> Result<HubOutlet<'a>> {
+        if self.options.offline {
+            return Err(Error::Offline { repo: repo.into() });
+        }
+        let branch = options.branch.clone().unwrap_or_else(|| "main".into());
+        self.prepare(&self.api()?, repo, &branch, options)?;
+        Ok(HubOutlet {
+            hub: self,
+            repo: repo.into(),
+            branch,
+            options: options.clone(),
+            keeps,
+            observer,
+        })
+    }
+}
+
+impl HubOutlet<'_> {
+    fn push(&self) -> Push<'_> {
+        Push {
+            hub: self.hub,
+            repo: &self.repo,
+            revision: self.branch.clone(),
+            options: &self.options,
+            // what is shown is the work, not each file's way
+            observer: &Silent,
+        }
+    }
+}
+
+impl Outlet for HubOutlet<'_> {
+    fn take(&self, file: &Finished) -> Result<()> {
+        let sent = self.push().send_large(&[local(file)])?;
+        if sent > 0 {
+            self.observer.note(format!(
+                "{} MB of finished weights are at {}",
+                sent.div_ceil(1_000_000),
+                self.repo
+            ));
+        }
+        Ok(())
+    }
+
+    fn holds(&self, file: &Finished) -> Result<bool> {
+        self.push().has(&local(file))
+    }
+
+    fn keeps(&self) -> bool {
+        self.keeps
+    }
+
+    fn place(&self) -> String {
+        let kept = if self.keeps { ", and stay" } else { "" };
+        format!("{}@{}{kept}", self.repo, self.branch)
+    }
+}
+
+fn local(file: &Finished) -> LocalFile {
+    let name = file.path.file_name().unwrap_or_default();
+    LocalFile {
+        name: name.to_string_lossy().into_owned(),
+        path: file.path.clone(),
+        size: file.bytes,
+        sha256: file.sha256.clone(),
+        blob_id: None,
+        lfs: true,
+        unchanged: false,
+    }
+}
+
+impl Push<'_> {
+    /// Whether the Hub has the contents of a large file.
+    fn has(&self, file: &LocalFile) -> Result<bool> {
+        let told = self.objects(&[file])?;
+        Ok(told[0]["actions"].is_null())
+    }
+
+    /// The files that an outlet took from `dir`, to be named by a commit.
+    ///
+    /// # Errors
+    /// One whose contents the Hub does not have any more.
+    pub(super) fn taken(&self, dir: &std::path::Path) -> Result<Vec<LocalFile>> {
+        let away = Away::of(dir)?.files.into_iter();
+        let mut files = Vec::new();
+        for (name, file) in away.filter(|(name, _)| !dir.join(name).exists()) {
+            let finished = Finished {
+                path: PathBuf::from(&name),
+                bytes: file.bytes,
+                sha256: file.sha256,
+            };
+            let taken = local(&finished);
+            if !self.has(&taken)? {
+                return Err(Error::NotThereAnyMore {
+                    repo: self.repo.into(),
+                    file: name,
+                    dir: dir.into(),
+                });
+            }
+            files.push(taken);
+        }
+        Ok(files)
+    }
+}

@@ -1,0 +1,221 @@
+//! From the Hub to the Hub: neither a model nor what is made of it ever lies on this disk as a whole.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use svdhub::hub::server::Effect;
+use svdhub::weights::Dtype;
+
+use crate::world::{Run, World, arg, files, tensors, wait_until};
+
+/// A world with a model on its Hub, and the name of its repository.
+fn published(dtype: Dtype) -> (World, &'static str) {
+    let world = World::with_hub();
+    let base = world.model("base", dtype, 700_000);
+    let publish = ["publish", arg(&base), "base/model"];
+    world.run(&publish).succeeds();
+    (world, "base/model")
+}
+
+/// The arguments of a decomposition into small shards, which pass through to a repository.
+fn passing<'a>(model: &'a str, out: &'a Path, repo: &'a str) -> Vec<&'a str> {
+    let fixed = ["decompose", model, "--out", arg(out), "--push", repo];
+    let small = ["--stream", "--shard-size", "300kB"];
+    fixed.into_iter().chain(small).collect()
+}
+
+/// What a repository holds but its card and report, which tell the time.
+fn pulled(world: &World, repo: &str) -> BTreeMap<String, Vec<u8>> {
+    let out = world.path(&format!("pulled-{}", repo.replace('/', "-")));
+    let download = ["hub", "download", repo, "--out", arg(&out)];
+    world.run(&download).succeeds();
+    comparable(&out)
+}
+
+fn comparable(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = files(dir);
+    files.retain(|name, _| name != "README.md" && name != ".gitattributes");
+    files
+}
+
+fn weight_bytes_below(dir: &Path) -> u64 {
+    let mut bytes = 0;
+    let mut folders = vec![dir.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+            let path = entry.path();
+            match path.metadata() {
+                Ok(data) if data.is_dir() && !path.is_symlink() => folders.push(path),
+                Ok(data) if data.len() > 100_000 && !path.ends_with("tokenizer.json") => {
+                    bytes += data.len();
+                }
+                _ => {}
+            }
+        }
+    }
+    bytes
+}
+
+/// The same decomposition, made here.
+fn made_here(world: &World, model: &str) -> PathBuf {
+    let out = world.path("made-here");
+    let decompose = ["decompose", model, "--out", arg(&out)];
+    let small = ["--shard-size", "300kB"];
+    world.run(&[&decompose[..], &small].concat()).succeeds();
+    out
+}
+
+#[test]
+fn what_passes_through_is_what_is_made_here_and_leaves_no_weights_behind() {
+    let (world, model) = published(Dtype::BF16);
+    let out = world.path("out");
+    let mut child = world.command(&passing(model, &out, "you/svd")).spawn();
+    let child = child.as_mut().expect("starts");
+    let mut most = 0;
+    while child.try_wait().expect("asks").is_none() {
+        most = most.max(weight_bytes_below(&out));
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(child.wait().expect("ends").success());
+    assert_eq!(weight_bytes_below(&world.path("hf")), 0, "in the cache");
+    assert_eq!(weight_bytes_below(&out), 0, "in the directory");
+    let split = pulled(&world, "you/svd");
+    let shards = split.keys().filter(|name| name.starts_with("svd-"));
+    assert!(shards.count() > 10);
+    let whole: usize = split.values().map(Vec::len).sum();
+    assert!(
+        most < whole as u64 / 3,
+        "{most} of {whole} bytes were here at once"
+    );
+    let here = made_here(&world, model);
+    assert!(
+        split == comparable(&here),
+        "other files than those made here"
+    );
+
+    let merged = world.path("merged");
+    let merge = ["merge", "you/svd", "--stream", "--out", arg(&merged)];
+    let facts = world.json(&[&merge[..], &["--push", "you/model"]].concat());
+    assert_eq!(facts["identical_to_base"], true);
+    assert_eq!(facts["pushed"]["repo"], "you/model");
+    assert!(pulled(&world, "you/model") == pulled(&world, model));
+    assert_eq!(weight_bytes_below(&merged), 0);
+    assert!(world.path("hf").exists() && world.path("merged/config.json").exists());
+    // a second time there is nothing to do, and nothing to send
+    let again = world.json(&[&merge[..], &["--push", "you/model"]].concat());
+    assert_eq!(again["pushed"]["bytes_sent"], 0);
+}
+
+#[test]
+fn a_sidecar_is_merged_from_two_repositories_without_bringing_either() {
+    let (world, model) = published(Dtype::F32);
+    let out = world.path("out");
+    let sidecar = [
+        &passing(model, &out, "you/light")[..],
+        &["--layout", "sidecar"],
+    ]
+    .concat();
+    world.run(&sidecar).succeeds();
+    let merged = world.path("merged");
+    let merge = ["merge", "you/light", "--stream", "--out", arg(&merged)];
+    assert_eq!(world.json(&merge)["identical_to_base"], true);
+    assert!(comparable(&merged) == pulled(&world, model));
+    assert_eq!(weight_bytes_below(&world.path("hf")), 0);
+}
+
+#[test]
+fn what_is_sent_stays_here_too_where_that_is_wanted() {
+    let (world, model) = published(Dtype::BF16);
+    let out = world.path("out");
+    let keeping = [&passing(model, &out, "you/svd")[..], &["--keep"]].concat();
+    world.run(&keeping).succeeds();
+    assert!(comparable(&out) == pulled(&world, "you/svd"));
+    world.run(&["verify", arg(&out)]).succeeds();
+}
+
+#[test]
+fn killed_on_its_way_through_it_goes_on_to_the_same_files() {
+    let (world, model) = published(Dtype::BF16);
+    let here = comparable(&made_here(&world, model));
+    let out = world.path("out");
+    let start = || world.command(&passing(model, &out, "you/svd"));
+    let before = world.hub().requests().len();
+    // each time a few more objects have arrived
+    for kills in 1..=4 {
+        let mut child = start().spawn().expect("starts");
+        let sent = || world.asked(before, "PUT /").len();
+        wait_until("another shard is sent", || sent() >= 4 * kills);
+        child.kill().expect("kills");
+        child.wait().expect("is gone");
+    }
+    let sent = world.asked(before, "PUT /").len();
+    let run = Run::of(start().output().expect("runs")).succeeds();
+    assert!(run.stderr.contains("going on"), "{}", run.stderr);
+    assert!(pulled(&world, "you/svd") == here);
+    let shards = here.keys().filter(|name| name.starts_with("svd-")).count();
+    let all = world.asked(before, "PUT /").len();
+    // one was cut off by each kill, and is sent again
+    assert!(all <= shards + 2 * 4 + 4, "{all} for {shards} shards");
+    assert!(all > sent);
+    // another place is another job, and without one it is not the same either
+    world.run(&passing(model, &out, "you/elsewhere")).refuses(&[
+        "shards go to",
+        "you/svd@main",
+        "you/elsewhere@main",
+    ]);
+}
+
+/// The contents of large files that the Hub has.
+fn objects(world: &World) -> BTreeSet<PathBuf> {
+    let folders = std::fs::read_dir(world.path("hub/objects")).expect("lists");
+    let files = folders.flat_map(|folder| {
+        let folder = folder.expect("a folder").path();
+        std::fs::read_dir(folder).expect("lists").flatten()
+    });
+    files.map(|file| file.path()).collect()
+}
+
+#[test]
+fn contents_that_the_hub_lost_are_made_again() {
+    let (world, model) = published(Dtype::BF16);
+    let out = world.path("out");
+    let (before, named) = (world.hub().requests().len(), objects(&world));
+    let mut child = world.command(&passing(model, &out, "you/svd")).spawn();
+    let child = child.as_mut().expect("starts");
+    wait_until("some shards are sent", || {
+        world.asked(before, "PUT /").len() >= 5
+    });
+    child.kill().expect("kills");
+    child.wait().expect("is gone");
+    let sent = objects(&world);
+    for lost in sent.difference(&named) {
+        std::fs::remove_file(lost).expect("removes");
+    }
+    let run = world.run(&passing(model, &out, "you/svd")).succeeds();
+    assert!(
+        run.stderr.contains("is not where it went any more"),
+        "{}",
+        run.stderr
+    );
+    assert!(pulled(&world, "you/svd") == comparable(&made_here(&world, model)));
+}
+
+#[test]
+fn a_byte_that_changes_on_its_way_here_is_refused_by_name() {
+    let (world, model) = published(Dtype::BF16);
+    let before = world.hub().requests().len();
+    world.run(&["plan", model]).succeeds();
+    let headers = world.asked(before, "GET /objects/").len();
+    let each = tensors(&world.path("base")).len();
+    // of the first reading, which sees whole files; and of later ones, of single tensors
+    for (name, spared) in [("first", headers), ("later", headers + each)] {
+        let out = world.path(name);
+        world.fault("GET /objects/", spared, Effect::Slow { delay_ms: 0 });
+        world.fault("GET /objects/", 1, Effect::WrongBytes);
+        let run = world.run(&passing(model, &out, "you/svd"));
+        run.refuses(&["sha256", "model-0000"]);
+        world.hub().heal();
+        world.run(&passing(model, &out, "you/svd")).succeeds();
+    }
+}
