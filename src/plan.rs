@@ -603,7 +603,8 @@ impl Plan {
         let bytes = |t: &PlannedTensor| t.artifact_bytes_max(self.storing);
         let largest = self.tensors.iter().map(bytes).max().unwrap_or(0);
         let shard = shard_bytes_max.max(largest).saturating_add(largest);
-        let ahead = limits.waiting.saturating_add(limits.threads) as u64;
+        // those that wait are taken over before a shard is written, and as many wait again until it is gone
+        let ahead = (limits.waiting.saturating_mul(2)).saturating_add(limits.threads) as u64;
         let passing = shard
             .saturating_mul(2)
             .saturating_add(largest.saturating_mul(ahead));

@@ -85,7 +85,8 @@ fn what_passes_through_is_what_is_made_here_and_leaves_no_weights_behind() {
     assert!(shards.count() > 10);
     let whole: usize = split.values().map(Vec::len).sum();
     assert!(
-        most < whole as u64 / 3,
+        // shards of 300 kB and matrices of as much: two of those, and what two threads have ready
+        most < whole as u64 / 2,
         "{most} of {whole} bytes were here at once"
     );
     let here = made_here(&world, model);
