@@ -7,6 +7,7 @@ mod lfs;
 mod oidc;
 mod outlet;
 mod refusal;
+mod sender;
 pub mod server;
 mod upload;
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::Read;
 use std::path::PathBuf;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use hf_hub::HFClientSync;
@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 
 use super::oidc::{Login, Minted};
 use super::refusal::{unreachable, wait_asked};
+use super::sender::Sender;
 use crate::error::{Error, Result};
 use crate::weights::header::HEADER_BYTES_MAX;
 
@@ -85,6 +86,7 @@ pub struct Hub {
     http: Client,
     /// The token that a login gave, until it expires.
     pub(super) minted: Mutex<Option<Minted>>,
+    sender: OnceLock<Sender>,
 }
 
 /// One file of a repository, as the Hub lists it.
@@ -110,7 +112,7 @@ const UPLOAD_BYTES_PER_S: u64 = 32 << 10;
 /// A Hub may ask for more patience than a user has.
 const WAIT_MAX: Duration = Duration::from_secs(300);
 const FIRST_PAUSE: Duration = Duration::from_millis(300);
-const USER_AGENT: &str = concat!("svdhub/", env!("CARGO_PKG_VERSION"));
+pub(super) const USER_AGENT: &str = concat!("svdhub/", env!("CARGO_PKG_VERSION"));
 
 impl Hub {
     /// Prepares a client; nothing is sent yet.
@@ -129,6 +131,7 @@ impl Hub {
             options,
             http,
             minted: Mutex::default(),
+            sender: OnceLock::new(),
         })
     }
 
@@ -340,12 +343,21 @@ impl Hub {
         what: &Asked,
         build: &dyn Fn(&str) -> RequestBuilder,
     ) -> Result<Response> {
+        self.send_by(what, &|url| build(url).send())
+    }
+
+    /// The same, of a request that `send` makes and sends.
+    pub(super) fn send_by(
+        &self,
+        what: &Asked,
+        send: &dyn Fn(&str) -> Result<Response, reqwest::Error>,
+    ) -> Result<Response> {
         self.sign_in()?;
         let mut pause = FIRST_PAUSE;
         for attempt in 1.. {
             let last = attempt == TRIES;
             let mut wait = pause;
-            match self.follow(&what.url, build) {
+            match follow(&what.url, send) {
                 Ok(response) if response.status().is_success() => return Ok(response),
                 Ok(response) => {
                     let status = response.status();
@@ -408,31 +420,42 @@ impl Hub {
         !error.is_connect()
     }
 
-    fn follow(
-        &self,
-        url: &str,
-        build: &dyn Fn(&str) -> RequestBuilder,
-    ) -> Result<Response, reqwest::Error> {
-        let mut url = url.to_string();
-        for _ in 0..5 {
-            let response = build(&url).send()?;
-            let target = response
-                .headers()
-                .get(LOCATION)
-                .and_then(|l| l.to_str().ok());
-            match target {
-                Some(target) if response.status().is_redirection() => {
-                    let base = response.url().clone();
-                    match base.join(target) {
-                        Ok(next) => url = next.into(),
-                        Err(_) => return Ok(response),
-                    }
-                }
-                _ => return Ok(response),
-            }
+    /// What sends large bodies, on so many threads.
+    pub(super) fn sender(&self, threads: usize) -> Result<&Sender> {
+        if self.sender.get().is_none() {
+            let sender = Sender::new(threads, CONNECT_TIMEOUT, self.options.patience);
+            let sender = sender.map_err(|e| unreachable(self.endpoint(), e))?;
+            // another thread may have been faster: one of the two is as good
+            let _ = self.sender.set(sender);
         }
-        build(&url).send()
+        Ok(self.sender.get().expect("it was set above"))
     }
+}
+
+/// Sends where redirects lead.
+fn follow(
+    url: &str,
+    send: &dyn Fn(&str) -> Result<Response, reqwest::Error>,
+) -> Result<Response, reqwest::Error> {
+    let mut url = url.to_string();
+    for _ in 0..5 {
+        let response = send(&url)?;
+        let target = response
+            .headers()
+            .get(LOCATION)
+            .and_then(|l| l.to_str().ok());
+        match target {
+            Some(target) if response.status().is_redirection() => {
+                let base = response.url().clone();
+                match base.join(target) {
+                    Ok(next) => url = next.into(),
+                    Err(_) => return Ok(response),
+                }
+            }
+            _ => return Ok(response),
+        }
+    }
+    send(&url)
 }
 
 /// A request in the terms of an error message.

@@ -2,16 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use reqwest::Method;
-use reqwest::blocking::{Body, RequestBuilder};
+use reqwest::blocking::RequestBuilder;
 use serde_json::{Value, json};
 
 use super::client::Asked;
+use super::sender::Section;
 use super::upload::{LocalFile, Push};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Stage, Unit};
@@ -22,24 +21,6 @@ const BATCH_OBJECTS: usize = 32;
 const PARALLEL_UPLOADS: usize = 4;
 /// An expired link is replaced this many times.
 const FRESH_LINKS: usize = 3;
-
-/// Part of a file, read where it lies as often as it is sent.
-struct Section {
-    file: Arc<File>,
-    position: u64,
-    left: u64,
-}
-
-impl Read for Section {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let most = usize::try_from(self.left).unwrap_or(usize::MAX);
-        let most = most.min(buffer.len());
-        let n = self.file.read_at(&mut buffer[..most], self.position)?;
-        self.position += n as u64;
-        self.left -= n as u64;
-        Ok(n)
-    }
-}
 
 impl Push<'_> {
     /// Sends the contents of LFS files that the Hub does not have; says how many bytes that were.
@@ -195,12 +176,12 @@ impl Push<'_> {
     /// Sends a section, and says the tag of what arrived.
     fn put(&self, href: &str, section: &dyn Fn() -> Section, header: &Value) -> Result<String> {
         let what = self.asked("upload a large file", href.into());
-        let response = self.hub.send(&what, &|url| {
+        let sender = self.hub.sender(PARALLEL_UPLOADS)?;
+        let response = self.hub.send_by(&what, &|url| {
+            let request = with_headers(self.hub.request(Method::PUT, url), header).build()?;
             let section = section();
-            let length = section.left;
-            with_headers(self.hub.request(Method::PUT, url), header)
-                .timeout(self.hub.upload_patience(length))
-                .body(Body::sized(section, length))
+            let patience = self.hub.upload_patience(section.left);
+            sender.send(&request, section, patience)
         })?;
         let etag = response.headers().get("etag").and_then(|e| e.to_str().ok());
         Ok(etag.unwrap_or_default().to_string())
@@ -255,19 +236,5 @@ mod tests {
         assert_eq!(part_addresses(&header), [(1, "a"), (2, "b"), (10, "c")]);
         assert_eq!(chunk_size(&json!({"chunk_size": "0"})), None);
         assert_eq!(chunk_size(&json!({"Authorization": "x"})), None);
-    }
-
-    #[test]
-    fn a_section_is_that_part_of_the_file_and_no_more() {
-        let mut file = tempfile::tempfile().expect("a file");
-        std::io::Write::write_all(&mut file, b"0123456789").expect("writes");
-        let mut text = String::new();
-        let mut section = Section {
-            file: Arc::new(file),
-            position: 3,
-            left: 4,
-        };
-        section.read_to_string(&mut text).expect("reads");
-        assert_eq!(text, "3456");
     }
 }

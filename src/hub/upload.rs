@@ -17,6 +17,7 @@ use super::download::digests;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::weights::place::Home;
+use crate::workers;
 
 /// How to push.
 #[derive(Debug, Clone)]
@@ -514,25 +515,28 @@ fn local_files(dir: &Path, observer: &dyn Observer) -> Result<Vec<LocalFile>> {
     let names = published_files(dir)?;
     let size = |name: &String| std::fs::metadata(dir.join(name)).map_or(0, |m| m.len());
     observer.start(Stage::Hash, names.iter().map(size).sum(), Unit::Bytes);
-    let files = names
-        .into_iter()
-        .map(|name| {
-            let path = dir.join(&name);
-            let found = digests(&path, INLINE_BYTES_MAX)?;
-            observer.advance(Stage::Hash, found.size, &name);
-            Ok(LocalFile {
-                name,
-                path,
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut files = Vec::new();
+    workers::in_order(
+        &names,
+        threads,
+        |name| digests(&dir.join(name), INLINE_BYTES_MAX),
+        |name, found| {
+            observer.advance(Stage::Hash, found.size, name);
+            files.push(LocalFile {
+                path: dir.join(name),
+                name: name.clone(),
                 size: found.size,
                 sha256: found.sha256,
                 blob_id: found.blob_id,
                 lfs: false,
                 unchanged: false,
-            })
-        })
-        .collect();
+            });
+            Ok(())
+        },
+    )?;
     observer.finish(Stage::Hash);
-    files
+    Ok(files)
 }
 
 /// What is to be committed together: weights first, what names them later, the card in the last commit.

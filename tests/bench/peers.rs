@@ -13,9 +13,10 @@ use serde_json::{Value, json};
 use svdhub::weights::Checkpoint;
 
 use crate::Result;
+use crate::blas::HARMFUL;
 use crate::machine::loudly;
 use crate::matrix::{Reference, matrix_of};
-use crate::python::{HARMFUL, beside, environment};
+use crate::python::{beside, environment};
 
 /// The peers of one matrix; their names are those of peers.py.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -5,9 +5,6 @@ use std::process::{Command, Stdio};
 
 use crate::Result;
 
-/// Environment variables that make numpy's and scipy's OpenBLAS slower than it need be: removed for the peers.
-pub const HARMFUL: [&str; 2] = ["OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"];
-
 /// A file beside the benchmarks' sources.
 pub fn beside(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -24,7 +21,7 @@ pub fn environment(dir: &Path, requirements: &str) -> Result<PathBuf> {
     if std::fs::read_to_string(&installed).is_ok_and(|text| text == wanted) {
         return Ok(python);
     }
-    eprintln!("Installing the peers with pip (some 3 GB, once)");
+    eprintln!("Installing the peers with pip (once; PyTorch takes some 3 GB)");
     let succeed = |command: &mut Command| -> Result<()> {
         let status = command
             .stdout(Stdio::null())

@@ -5,6 +5,7 @@
 //! matrix is the wall time over their number. Rounds alternate (ours, theirs, ours, theirs …), so that whatever else the
 //! machine does hits both; a ratio is taken within a round, and the median of the rounds is what counts.
 
+mod blas;
 mod machine;
 mod matrix;
 mod measure;
@@ -240,7 +241,7 @@ fn environment(args: &Args, peers: Option<&Peers>) -> Vec<String> {
         ));
         lines.push(format!("their BLAS: {}", peers.blas()));
     }
-    let set: Vec<String> = python::HARMFUL
+    let set: Vec<String> = blas::HARMFUL
         .iter()
         .filter_map(|name| {
             let value = std::env::var(name).ok()?;

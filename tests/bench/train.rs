@@ -5,6 +5,7 @@
 //! theirs, ours, theirs …), a ratio is taken within a round, and the median of the rounds is what counts. The floor is
 //! 4 FLOP per weight and token, forward and back through frozen weights, at the rate of plain products of these shapes.
 
+mod blas;
 mod machine;
 mod process;
 mod python;
@@ -30,9 +31,10 @@ use svdhub::source::Source;
 use svdhub::train::{self, Duration};
 use svdhub::{decompose, linalg};
 
+use blas::HARMFUL;
 use machine::{load, loudly};
 use process::output_and_peak;
-use python::{HARMFUL, beside, environment};
+use python::{beside, environment};
 use spread::Spread;
 
 /// A benchmark says what went wrong and stops: nobody handles its errors by kind.
