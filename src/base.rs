@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::Pin;
+use crate::front_matter;
 use crate::json;
 use crate::sum::sha256_file;
 use crate::weights::shard::write_atomically;
@@ -212,35 +213,10 @@ pub fn copy_side_files(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The YAML front matter of a model card, as far as plain `key: value` lines and lists go.
-///
-/// Enough to inherit a licence and languages; anything richer is left alone.
+/// The metadata of a model's card, to inherit a licence and languages; null where it has none that can be read.
 pub fn card_facts(dir: &Path) -> Value {
-    let mut facts = serde_json::Map::new();
     let Ok(text) = std::fs::read_to_string(dir.join("README.md")) else {
         return Value::Null;
     };
-    let mut lines = text.lines();
-    if lines.next().map(str::trim_end) != Some("---") {
-        return Value::Null;
-    }
-    let mut list: Option<String> = None;
-    for line in lines.map(str::trim_end).take_while(|&l| l != "---") {
-        let unquoted =
-            |s: &str| Value::String(s.trim().trim_matches(|c| c == '"' || c == '\'').to_string());
-        if let Some(item) = line.trim_start().strip_prefix("- ") {
-            if let Some(Value::Array(items)) = list.as_ref().and_then(|key| facts.get_mut(key)) {
-                items.push(unquoted(item));
-            }
-        } else if let Some((key, value)) = line.split_once(':').filter(|_| !line.starts_with(' ')) {
-            list = value.trim().is_empty().then(|| key.to_string());
-            let value = if list.is_some() {
-                Value::Array(Vec::new())
-            } else {
-                unquoted(value)
-            };
-            facts.insert(key.to_string(), value);
-        }
-    }
-    Value::Object(facts)
+    front_matter::read(&text).unwrap_or_default()
 }

@@ -23,6 +23,7 @@ pub mod evaluate;
 pub mod event;
 pub mod export;
 pub mod format;
+mod front_matter;
 pub mod generate;
 pub mod html;
 pub mod hub;

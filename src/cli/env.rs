@@ -35,13 +35,41 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
         })
     }
 
-    /// A path, whose `~` is the home directory.
+    /// A path, whose `~` is the home directory, and whose `$NAME` and `${NAME}` are other variables that are set.
     fn path(&self, name: &str) -> Option<PathBuf> {
-        let text = self.get(name)?;
+        let text = self.expanded(&self.get(name)?);
         match text.strip_prefix("~/") {
             Some(rest) => Some(self.user().join(rest)),
             None => Some(text.into()),
         }
+    }
+
+    /// As Python's os.path.expandvars: what is not set stays as it is.
+    fn expanded(&self, text: &str) -> String {
+        let mut done = String::new();
+        let mut left = text;
+        while let Some((before, behind)) = left.split_once('$') {
+            done.push_str(before);
+            let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+            let (name, rest) = match behind.strip_prefix('{') {
+                Some(braced) => braced.split_once('}').unwrap_or(("", behind)),
+                None => {
+                    let end = behind.find(|c| !is_word(c)).unwrap_or(behind.len());
+                    behind.split_at(end)
+                }
+            };
+            match Some(name).filter(|name| !name.is_empty()).and_then(&self.0) {
+                Some(value) => {
+                    done.push_str(&value);
+                    left = rest;
+                }
+                None => {
+                    done.push('$');
+                    left = behind;
+                }
+            }
+        }
+        done + left
     }
 
     fn user(&self) -> PathBuf {
@@ -163,6 +191,14 @@ mod tests {
             ("HF_HUB_CACHE", "/new"),
         ];
         assert_eq!(cache(&all), Path::new("/new"));
+        for (written, found) in [
+            ("$SCRATCH/hf", "/s/hf/hub"),
+            ("${SCRATCH}2", "/s2/hub"),
+            ("/a/$NONE/${NONE/$", "/a/$NONE/${NONE/$/hub"),
+        ] {
+            let named = [("SCRATCH", "/s"), ("HF_HOME", written)];
+            assert_eq!(options(&named).cache, Path::new(found));
+        }
         let empty = [("HOME", "/u"), ("HF_HOME", ""), ("HF_HUB_CACHE", "")];
         assert_eq!(cache(&empty), Path::new("/u/.cache/huggingface/hub"));
     }

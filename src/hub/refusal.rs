@@ -135,11 +135,22 @@ pub(super) fn unreachable(endpoint: &str, error: reqwest::Error) -> Error {
     }
 }
 
+/// `Retry-After` is seconds, or a date (RFC 9110, 10.2.3).
+fn seconds_until(named: &str) -> Option<u64> {
+    let named = named.trim();
+    named.parse().ok().or_else(|| {
+        let date = chrono::DateTime::parse_from_rfc2822(named).ok()?;
+        let wait = date.signed_duration_since(chrono::Utc::now());
+        // a part of a second is one
+        Some(wait.num_milliseconds().max(0).unsigned_abs().div_ceil(1000))
+    })
+}
+
 /// How long the Hub asks to wait: in `Retry-After`, or where a limit is used up, until its window ends:
 /// `RateLimit: "api";r=0;t=55`.
 pub(super) fn wait_asked(headers: &HeaderMap) -> Option<Duration> {
     let text = |name: &str| headers.get(name)?.to_str().ok();
-    let named = text(RETRY_AFTER.as_str()).and_then(|seconds| seconds.trim().parse().ok());
+    let named = text(RETRY_AFTER.as_str()).and_then(seconds_until);
     let until_reset = || {
         let limits = text("ratelimit")?.split(',');
         let reset = |limit: &str| {
@@ -205,5 +216,13 @@ mod tests {
             Some(7)
         );
         assert_eq!(asked(&[("retry-after", "soon")]), None);
+        let past = asked(&[("retry-after", "Wed, 21 Oct 2015 07:28:00 GMT")]);
+        assert_eq!(past, Some(0));
+        let then = chrono::Utc::now() + chrono::TimeDelta::seconds(60);
+        let then = then.format("%a, %d %b %Y %H:%M:%S GMT").to_string();
+        let mut headers = HeaderMap::new();
+        headers.insert("retry-after", then.parse().expect("a value"));
+        let wait = wait_asked(&headers).expect("a wait").as_secs();
+        assert!((58..=60).contains(&wait), "{wait}");
     }
 }

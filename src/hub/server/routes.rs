@@ -5,8 +5,6 @@
 //! huggingface_hub 2.4, hf-hub 1.0 and huggingface.js. The bytes of LFS objects do not pass here: a reply names the file
 //! to send, and `lfs::Receiving` takes what arrives.
 
-use std::collections::BTreeMap;
-
 use serde_json::{Value, json};
 
 use super::access::{self, Caller, Grant};
@@ -14,6 +12,7 @@ use super::lfs;
 use super::reply::{Call, Refusal, Reply, refuse, text};
 use super::repo::{Refused, Repo, RepoId, RepoKind};
 use super::store::Store;
+use crate::front_matter;
 
 /// The account behind every token.
 pub const USER: &str = "local";
@@ -219,47 +218,20 @@ fn visit<'a>(
     }
 }
 
-/// Checks the front matter of a card, as far as that goes without a reader of YAML: keys at the left margin, once each;
-/// quotes that close; no tabs; a licence with a name where it is `other`.
+/// Checks the front matter of a card: YAML, and a licence with a name where it is `other`.
 fn validate_card(call: &Call) -> Result<Reply, Refusal> {
     let body = call.json()?;
     let (mut errors, mut warnings) = (Vec::new(), Vec::new());
-    let mut lines = text(&body, "content")?.lines();
-    let is_fence = |line: &&str| line.trim_end() == "---";
-    if lines.next().is_some_and(|line| is_fence(&line)) {
-        let metadata: Vec<&str> = lines.by_ref().take_while(|line| !is_fence(line)).collect();
-        let closed = text(&body, "content")?.lines().filter(is_fence).count() > 1;
-        if !closed {
-            errors.push("the yaml metadata does not end with a line `---`".to_owned());
+    match front_matter::read(text(&body, "content")?) {
+        Ok(Value::Null) => {
+            warnings.push("empty or missing yaml metadata in repo card".to_owned());
         }
-        let mut seen = BTreeMap::new();
-        for line in &metadata {
-            if line.starts_with('\t') {
-                errors.push(format!("a tab indents `{}`", line.trim()));
-            }
-            let top = !line.starts_with([' ', '\t', '-', '#']) && !line.trim().is_empty();
-            match line.split_once(':').filter(|_| top) {
-                Some((key, value)) => {
-                    let value = value.trim();
-                    let open = ['"', '\'']
-                        .into_iter()
-                        .any(|quote| value.starts_with(quote) && !value[1..].ends_with(quote));
-                    if open {
-                        errors.push(format!("a quote of `{key}` does not close"));
-                    }
-                    if seen.insert(key, value).is_some() {
-                        errors.push(format!("duplicated mapping key `{key}`"));
-                    }
-                }
-                None if top && closed => errors.push(format!("`{line}` is no mapping")),
-                None => {}
+        Ok(metadata) => {
+            if metadata["license"] == "other" && metadata["license_name"].is_null() {
+                warnings.push("`license: other` needs a `license_name`".to_owned());
             }
         }
-        if seen.get("license") == Some(&"other") && !seen.contains_key("license_name") {
-            warnings.push("`license: other` needs a `license_name`".to_owned());
-        }
-    } else {
-        warnings.push("empty or missing yaml metadata in repo card".to_owned());
+        Err(wrong) => errors.push(wrong),
     }
     let messages = |texts: &[String]| -> Vec<Value> {
         texts.iter().map(|text| json!({"message": text})).collect()
