@@ -194,7 +194,14 @@ impl Hub {
         }
         files.extend(taken);
         let mut pull_request_url = None;
-        let batches = batches(&files);
+        let mut batches = batches(&files);
+        if !batches.is_empty()
+            && let Some(there) = push.waiting_pull_request(&files)?
+        {
+            head = there.commit;
+            pull_request_url = there.pull_request_url;
+            batches.clear();
+        }
         for (number, batch) in batches.iter().enumerate() {
             let title = match batches.len() {
                 1 => options.message.clone(),
@@ -456,6 +463,37 @@ impl Push<'_> {
             branch: self.revision.clone(),
             detail: format!("{head} is not ours"),
         })
+    }
+
+    /// An open pull request that proposes just these files: a run that was killed has left it.
+    fn waiting_pull_request(&self, files: &[LocalFile]) -> Result<Option<Landed>> {
+        const LOOKED_AT: usize = 20;
+        if !self.opens_pull_request() {
+            return Ok(None);
+        }
+        let query = "discussions?type=pull_request&status=open";
+        let url = self.hub.api_url(self.repo, query);
+        let what = Asked::of("list pull requests", url, self.repo, &self.revision);
+        let get = |url: &str| self.hub.request(Method::GET, url);
+        // a repository may have none, or not let us see them: then a new one is opened
+        let Ok((answer, _)) = self.hub.answer::<Value>(&what, &get) else {
+            return Ok(None);
+        };
+        let listed = answer["discussions"].as_array().into_iter().flatten();
+        let open = listed.filter(|it| it["isPullRequest"] == true && it["status"] == "open");
+        for number in open.filter_map(|it| it["num"].as_u64()).take(LOOKED_AT) {
+            let commit = self
+                .hub
+                .commit_of(self.repo, &format!("refs/pr/{number}"))?;
+            if self.hub.differing(self.repo, &commit, files)?.is_empty() {
+                let url = format!("{}/{}/discussions/{number}", self.hub.endpoint(), self.repo);
+                return Ok(Some(Landed {
+                    commit,
+                    pull_request_url: Some(url),
+                }));
+            }
+        }
+        Ok(None)
     }
 
     /// Every pull request with its commit, where one is about to be opened.

@@ -307,6 +307,25 @@ fn many_files_land_in_several_commits_with_the_card_in_the_last() {
 }
 
 #[test]
+fn what_is_proposed_already_is_not_proposed_again() {
+    let world = World::with_hub();
+    let dir = folder(&world, "model", &[("config.json", 99)]);
+    let propose = ["publish", arg(&dir), "org/model", "--pr"];
+    let first = world.json(&propose);
+    let again = world.json(&propose);
+    assert_eq!(again["pull_request_url"], first["pull_request_url"]);
+    assert_eq!(again["commit"], first["commit"]);
+    // other files are another proposal
+    std::fs::write(dir.join("NOTICE"), "more").expect("writes");
+    let other = world.json(&propose);
+    assert_ne!(other["pull_request_url"], first["pull_request_url"]);
+    // and what was landed meanwhile needs none
+    world.run(&["publish", arg(&dir), "org/model"]).succeeds();
+    let nothing = world.json(&propose);
+    assert!(nothing["pull_request_url"].is_null(), "{nothing}");
+}
+
+#[test]
 fn a_branch_that_moves_meanwhile_is_not_overwritten() {
     let world = World::with_hub();
     let dir = folder(&world, "model", &[("config.json", 99)]);
