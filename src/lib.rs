@@ -32,6 +32,7 @@ pub mod job;
 pub mod join;
 pub mod json;
 pub mod kind;
+mod lanes;
 pub mod linalg;
 pub mod merge;
 pub mod model;

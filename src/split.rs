@@ -10,8 +10,9 @@ use std::ops::Range;
 use ndarray::{Array1, Array2, s};
 use safetensors::Dtype;
 
+use crate::lanes::widest;
 use crate::linalg::{ExactSum, gemm};
-use crate::weights::rounding::{push_rounded, rounding_margin, value_of};
+use crate::weights::rounding::{round_sums, rounding_margin, usual_margin, value_of};
 use crate::weights::{Elements, Rounder};
 
 /// The frozen vectors and the original singular values of one weight M (m, n).
@@ -140,16 +141,16 @@ impl Factors {
         changed
     }
 
-    /// Calls `visit((i, j), (uᵀ·diag(weights)·v)ᵢⱼ)` for every element.
-    fn for_each_product(&self, weights: &[f64], visit: impl FnMut((usize, usize), f64)) {
-        self.for_each_element(|rows| self.scaled(weights, rows), visit);
+    /// Calls `visit(i, j, (uᵀ·diag(weights)·v)ᵢⱼ)` for every row i and range j of columns.
+    fn for_each_product(&self, weights: &[f64], visit: impl FnMut(usize, Range<usize>, &[f64])) {
+        self.for_each_row(|rows| self.scaled(weights, rows), visit);
     }
 
-    /// Calls `visit((i, j), (leftᵀ·v)ᵢⱼ)` for every element, tile by tile; `left` gives (q, columns).
-    fn for_each_element(
+    /// Calls `visit(i, j, (leftᵀ·v)ᵢⱼ)` for every row i and range j of columns, tile by tile; `left` gives (q, columns).
+    fn for_each_row(
         &self,
         left: impl Fn(Range<usize>) -> Array2<f64>,
-        mut visit: impl FnMut((usize, usize), f64),
+        mut visit: impl FnMut(usize, Range<usize>, &[f64]),
     ) {
         let (m, n) = self.shape();
         for rows in tiles(m) {
@@ -158,9 +159,8 @@ impl Factors {
                 let right = self.v.slice(s![.., columns.clone()]).mapv(f64::from);
                 let tile = gemm(left.view(), true, right.view(), false);
                 for (row, i) in tile.rows().into_iter().zip(rows.clone()) {
-                    for (&p, j) in row.iter().zip(columns.clone()) {
-                        visit((i, j), p);
-                    }
+                    let row = row.to_slice().expect("a product is dense");
+                    visit(i, columns.clone(), row);
                 }
             }
         }
@@ -169,7 +169,9 @@ impl Factors {
     /// ‖uᵀ·diag(σ)·v‖, Frobenius, whatever the vectors: they need not be orthonormal.
     pub fn norm(&self) -> f64 {
         let mut sum = 0f64;
-        self.for_each_product(&self.sigma_f64(), |_, p| sum += p * p);
+        self.for_each_product(&self.sigma_f64(), |_, _, p| {
+            sum += p.iter().map(|p| p * p).sum::<f64>();
+        });
         sum.sqrt()
     }
 
@@ -229,17 +231,40 @@ impl Factors {
         };
         let mut values = vec![0f32; m * n];
         let mut unsafe_at = Vec::new();
-        self.for_each_product(&weights, |(i, j), p| {
-            let at = i * n + j;
-            let x = original[at];
-            let rest = (f64::from(x) - p) as f32;
-            values[at] = rest;
-            let off = (f64::from(rest) + p - f64::from(x)).abs();
-            let doubt = gamma * (rows[i] * columns[j] + f64::from(x).abs())
-                + detour * (f64::from(x).abs() + p.abs());
-            // a zero has a sign that arithmetic does not keep
-            if x == 0.0 || off + doubt >= rounding_margin(matrix.dtype, x) {
-                unsafe_at.push(at as u64);
+        let dtype = matrix.dtype;
+        let mut error = Vec::new();
+        self.for_each_product(&weights, |i, j, p| {
+            let at = i * n + j.start..i * n + j.end;
+            let (x, rest) = (&original[at.clone()], &mut values[at.clone()]);
+            error.resize(p.len(), 0.0);
+            let (row, columns) = (rows[i], &columns[j]);
+            let doubtful = widest(
+                #[inline(always)]
+                || {
+                    let mut doubtful = false;
+                    let outs = rest.iter_mut().zip(&mut error);
+                    for ((rest, error), ((&x, &p), column)) in
+                        outs.zip(x.iter().zip(p).zip(columns))
+                    {
+                        let wide = f64::from(x);
+                        *rest = (wide - p) as f32;
+                        let off = (f64::from(*rest) + p - wide).abs();
+                        let doubt =
+                            gamma * (row * column + wide.abs()) + detour * (wide.abs() + p.abs());
+                        *error = off + doubt;
+                        doubtful |= *error >= usual_margin(dtype, x);
+                    }
+                    doubtful
+                },
+            );
+            if !doubtful {
+                return;
+            }
+            for ((at, &x), &error) in (at.start..).zip(x).zip(&error) {
+                // a zero has a sign that arithmetic does not keep
+                if x == 0.0 || error >= rounding_margin(dtype, x) {
+                    unsafe_at.push(at as u64);
+                }
             }
         });
         unsafe_at.sort_unstable();
@@ -259,12 +284,14 @@ impl Factors {
         let (m, n) = self.shape();
         let width = dtype.bitsize() / 8;
         let mut bytes = vec![0u8; m * n * width];
-        let mut rounded = Vec::with_capacity(width);
-        self.for_each_product(&self.sigma_f64(), |(i, j), p| {
-            let at = i * n + j;
-            rounded.clear();
-            push_rounded(dtype, f64::from(residual.values[at]) + p, &mut rounded);
-            bytes[at * width..(at + 1) * width].copy_from_slice(&rounded);
+        self.for_each_product(&self.sigma_f64(), |i, j, p| {
+            let at = i * n + j.start..i * n + j.end;
+            let rest = &residual.values[at.clone()];
+            let bytes = &mut bytes[at.start * width..at.end * width];
+            widest(
+                #[inline(always)]
+                || round_sums(dtype, rest, p, bytes),
+            );
         });
         for (&at, value) in residual
             .exact_at
@@ -312,7 +339,7 @@ impl Factors {
         let gamma = self.gamma();
         let (_, n) = self.shape();
         let left = |rows| self.changed(change, rows);
-        self.for_each_element(left, |(i, j), p| {
+        let mut visit = |i: usize, j: usize, p: f64| {
             let at = i * n + j;
             let x = f64::from(original[at]);
             let start = whole.map_or(x, |whole| whole[at]);
@@ -332,6 +359,9 @@ impl Factors {
             loss.unchanged += u64::from(p != 0.0 && stored == x);
             loss.elements += 1;
             bytes[at * width..(at + 1) * width].copy_from_slice(&bits.to_le_bytes()[..width]);
+        };
+        self.for_each_row(left, |i, j, row| {
+            j.zip(row).for_each(|(j, &p)| visit(i, j, p));
         });
         let merged = Elements {
             dtype,
@@ -353,6 +383,7 @@ mod tests {
     use super::*;
     use crate::linalg::{Algorithm, Wanted, decompose};
     use crate::weights::Rounding;
+    use crate::weights::rounding::push_rounded;
     use proptest::prelude::*;
 
     fn nearest(dtype: Dtype) -> Rounder {

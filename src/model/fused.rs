@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use super::family::Activation;
 use super::ops::TANH_GELU;
+use crate::lanes::{LANES, by_lane, dot, widest};
 
 /// Rows are handed to threads in groups of about this many numbers: enough to pay for the hand-over.
 const GROUP: usize = 16 << 10;
@@ -59,49 +60,6 @@ fn in_place(tensor: &Tensor, f: impl Fn(&mut [f32])) -> Result<()> {
 
 fn rows_per_group(row: usize) -> usize {
     (GROUP / row.max(1)).max(1)
-}
-
-/// Runs loops with the widest vectors the processor has: what is inlined into `f` is compiled once for each width. Sums go
-/// by [`LANES`], so that their bits are the same in all of them.
-#[inline(always)]
-fn widest<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(f)
-}
-
-/// Partial sums that are kept beside each other: f32 in the widest vectors there are.
-const LANES: usize = 16;
-
-/// Calls `f` with every number and the lane it falls into.
-#[inline(always)]
-fn by_lane<T, L>(values: &mut [T], lanes: &mut [L; LANES], f: impl Fn(&mut T, &mut L)) {
-    let mut groups = values.chunks_exact_mut(LANES);
-    for group in &mut groups {
-        for (x, lane) in group.iter_mut().zip(lanes.iter_mut()) {
-            f(x, lane);
-        }
-    }
-    for (x, lane) in groups.into_remainder().iter_mut().zip(lanes.iter_mut()) {
-        f(x, lane);
-    }
-}
-
-/// Σ aᵢ·bᵢ
-#[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0f32; LANES];
-    let (mut a, mut b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    for (a, b) in (&mut a).zip(&mut b) {
-        for (lane, (a, b)) in lanes.iter_mut().zip(a.iter().zip(b)) {
-            *lane += a * b;
-        }
-    }
-    for (lane, (a, b)) in lanes
-        .iter_mut()
-        .zip(a.remainder().iter().zip(b.remainder()))
-    {
-        *lane += a * b;
-    }
-    lanes.iter().sum()
 }
 
 /// eˣ to some 10⁻⁷ of itself, without a branch: a loop over it is vectorised, over the library's it is not.

@@ -93,6 +93,7 @@ fn push_bits(dtype: Dtype, bits: u32, bytes: &mut Vec<u8>) {
 ///
 /// From f64 at once: rounding to f32 first and then to 16 bits would round twice, and `f16::from_f64` does so, or cuts
 /// digits off, as the processor has it.
+#[inline(always)]
 fn nearest(dtype: Dtype, x: f64) -> u32 {
     match dtype {
         Dtype::F32 => (x as f32).to_bits(),
@@ -114,6 +115,7 @@ pub fn value_of(dtype: Dtype, bits: u32) -> f64 {
 
 /// `x` rounded to odd in f32: the last of 24 digits remembers what was cut, so that the second rounding, to 8 or 11 of
 /// them, is exact (Boldo & Melquiond 2008).
+#[inline(always)]
 fn f32_to_odd(x: f64) -> f32 {
     let near = x as f32;
     if !near.is_finite() || f64::from(near) == x {
@@ -127,10 +129,9 @@ fn f32_to_odd(x: f64) -> f32 {
     f32::from_bits(toward_zero.to_bits() | 1)
 }
 
-/// The distance from the representable value `x` to the nearest value that would round elsewhere.
-///
-/// Half a unit in the last place on the narrower side; at the ends of the range, on the inner side.
-pub fn rounding_margin(dtype: Dtype, x: f32) -> f64 {
+/// [`rounding_margin`] where it is told by the exponent alone; −1 of zero, of powers of two and of subnormal numbers.
+#[inline(always)]
+pub fn usual_margin(dtype: Dtype, x: f32) -> f64 {
     // between two powers of two, all neighbours are as far apart: half of 2^(exponent − digits)
     let (digits, normal_from) = match dtype {
         Dtype::F16 => (10, -14),
@@ -139,8 +140,35 @@ pub fn rounding_margin(dtype: Dtype, x: f32) -> f64 {
     };
     let bits = x.to_bits();
     let exponent = (bits >> 23 & 0xff) as i32 - 127;
-    if bits << 9 != 0 && (normal_from..128).contains(&exponent) {
-        return f64::from_bits(((exponent - digits - 1 + 1023) as u64) << 52);
+    if bits << 9 != 0 && exponent >= normal_from && exponent < 128 {
+        f64::from_bits(((exponent - digits - 1 + 1023) as u64) << 52)
+    } else {
+        -1.0
+    }
+}
+
+/// The numbers nearest to a + b, element by element, as bytes.
+#[inline(always)]
+pub fn round_sums(dtype: Dtype, a: &[f32], b: &[f64], bytes: &mut [u8]) {
+    let sums = a.iter().zip(b).map(|(&a, &b)| f64::from(a) + b);
+    if dtype == Dtype::F32 {
+        for (bytes, sum) in bytes.chunks_exact_mut(4).zip(sums) {
+            bytes.copy_from_slice(&(sum as f32).to_le_bytes());
+        }
+    } else {
+        for (bytes, sum) in bytes.chunks_exact_mut(2).zip(sums) {
+            bytes.copy_from_slice(&(nearest(dtype, sum) as u16).to_le_bytes());
+        }
+    }
+}
+
+/// The distance from the representable value `x` to the nearest value that would round elsewhere.
+///
+/// Half a unit in the last place on the narrower side; at the ends of the range, on the inner side.
+pub fn rounding_margin(dtype: Dtype, x: f32) -> f64 {
+    let usual = usual_margin(dtype, x);
+    if usual > 0.0 {
+        return usual;
     }
     let next = |step: i32| -> f64 {
         let shift = |bits: u32, width: u32| -> Option<u32> {
