@@ -1,4 +1,4 @@
-//! A directory to the Hub: large files through LFS, the rest in commits, and then compared with what arrived.
+//! A directory to the Hub: large files through Xet or LFS, the rest in commits, and then compared with what arrived.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -471,7 +471,7 @@ impl Push<'_> {
         self.options.pull_request && !self.revision.starts_with("refs/pr/")
     }
 
-    fn revision_url(&self, verb: &str) -> String {
+    pub fn revision_url(&self, verb: &str) -> String {
         let query = if self.opens_pull_request() {
             "?create_pr=1"
         } else {

@@ -22,3 +22,4 @@ mod training;
 mod untie;
 mod verify;
 mod world;
+mod xet;
