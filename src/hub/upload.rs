@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use super::client::{Asked, Hub, TRIES, segment};
 use super::download::digests;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
+use crate::sum::sha256_file;
 use crate::weights::place::Home;
 
 /// How to push.
@@ -69,6 +71,27 @@ pub(super) struct LocalFile {
     pub blob_id: Option<String>,
     pub lfs: bool,
     pub unchanged: bool,
+    /// Before it was read.
+    pub stamp: Stamp,
+}
+
+/// What of a file is another whenever its contents are: the kernel keeps it, nobody can set it back.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Stamp {
+    inode: u64,
+    bytes: u64,
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Result<Self> {
+        let found = std::fs::metadata(path).context("read", path)?;
+        Ok(Self {
+            inode: found.ino(),
+            bytes: found.len(),
+            changed: (found.ctime(), found.ctime_nsec()),
+        })
+    }
 }
 
 /// A push under way.
@@ -492,6 +515,23 @@ impl LocalFile {
         }
     }
 
+    /// Makes sure that the file still is what was read at first.
+    pub fn check_unchanged(&self) -> Result<()> {
+        if Stamp::of(&self.path)? == self.stamp {
+            return Ok(());
+        }
+        let found = sha256_file(&self.path, |_| {})?;
+        if found == self.sha256 {
+            return Ok(());
+        }
+        Err(Error::Checksum {
+            what: format!("`{}` changed while it was sent", self.name),
+            path: self.path.clone(),
+            expected: self.sha256.clone(),
+            found,
+        })
+    }
+
     /// How late it is sent: weights, then what names them, then the card.
     fn turn(&self) -> u8 {
         match self.name.as_str() {
@@ -510,6 +550,7 @@ fn local_files(dir: &Path, observer: &dyn Observer) -> Result<Vec<LocalFile>> {
         .into_iter()
         .map(|name| {
             let path = dir.join(&name);
+            let stamp = Stamp::of(&path)?;
             let found = digests(&path, INLINE_BYTES_MAX)?;
             observer.advance(Stage::Hash, found.size, &name);
             Ok(LocalFile {
@@ -520,6 +561,7 @@ fn local_files(dir: &Path, observer: &dyn Observer) -> Result<Vec<LocalFile>> {
                 blob_id: found.blob_id,
                 lfs: false,
                 unchanged: false,
+                stamp,
             })
         })
         .collect();
@@ -593,6 +635,7 @@ mod tests {
             blob_id: None,
             lfs,
             unchanged: false,
+            stamp: Stamp::default(),
         }
     }
 

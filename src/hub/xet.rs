@@ -24,15 +24,17 @@ use super::upload::{LocalFile, Push};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage};
 
-/// Of all downloads together, the decoded bytes that wait to be written: 64 MB, hf-xet's `download_buffer_size` and `_limit`.
+/// Of all downloads together, the decoded bytes that wait to be written: hf-xet's `download_buffer_size` and `_limit`, 128 MB.
 ///
-/// Left alone it takes a sixteenth of the machine's memory, and up to a quarter. With this, 2 GB came in a process of 173 MB
+/// Left alone it takes a sixteenth of the machine's memory, and up to a quarter. With this, 2 GB came in a process of 231 MB
 /// (2 cores, 2026-11).
-const BUFFER_BYTES: u64 = 64_000_000;
-/// Chunks travel in blocks of at most 64 MiB: so many at once, each way.
+const BUFFER_BYTES: u64 = 128_000_000;
+/// Chunks travel in blocks of at most 64 MiB: so many are fetched at once, as far as the buffer holds them.
+const PARALLEL_FETCHES: usize = 4;
+/// So many blocks are sent at once.
 ///
-/// An upload holds two more, one that is filled and one that is packed: 268 MB together; 2 GB went from a process of 367 MB.
-const PARALLEL_BLOCKS: usize = 2;
+/// An upload holds two more, one that is filled and one that is packed: 268 MB together; 2 GB went from a process of 376 MB.
+const PARALLEL_SENDS: usize = 2;
 /// Files that are cut into chunks at the same time: each has a block that is being filled.
 const PARALLEL_FILES: usize = 1;
 const PROGRESS_PAUSE: Duration = Duration::from_millis(100);
@@ -78,10 +80,10 @@ impl Hub {
         config.reconstruction.download_buffer_limit = BUFFER_BYTES.into();
         config.data.max_concurrent_file_ingestion = PARALLEL_FILES;
         let client = &mut config.client;
-        client.ac_max_upload_concurrency = PARALLEL_BLOCKS;
-        client.ac_initial_upload_concurrency = PARALLEL_BLOCKS;
-        client.ac_max_download_concurrency = PARALLEL_BLOCKS;
-        client.ac_initial_download_concurrency = PARALLEL_BLOCKS;
+        client.ac_max_upload_concurrency = PARALLEL_SENDS;
+        client.ac_initial_upload_concurrency = PARALLEL_SENDS;
+        client.ac_max_download_concurrency = PARALLEL_FETCHES;
+        client.ac_initial_download_concurrency = PARALLEL_FETCHES;
         client.retry_max_attempts = TRIES as usize;
         client.retry_base_delay = FIRST_PAUSE;
         client.connect_timeout = CONNECT_TIMEOUT;
@@ -268,27 +270,18 @@ impl Push<'_> {
                 .with_token_info(pass.access.access_token, pass.access.exp)
                 .with_token_refresh_url(pass.issuer, pass.headers)
                 .build_blocking()?;
-            let handles = files.iter().map(|file| {
-                // read once more, so that a file which changed meanwhile is noticed
-                commit.upload_from_path_blocking(file.path.clone(), Sha256Policy::Compute)
-            });
-            let handles = handles.collect::<Result<Vec<_>, _>>()?;
-            Ok((commit, handles))
+            for file in files {
+                let sum = Sha256Policy::from_hex(&file.sha256);
+                commit.upload_from_path_blocking(file.path.clone(), sum)?;
+            }
+            Ok(commit)
         };
-        let (commit, handles) = begin().map_err(failed)?;
+        let commit = begin().map_err(failed)?;
         let report = self.watched(&commit, files, || commit.commit_blocking());
         let report = report.map_err(failed)?;
-        for (file, handle) in files.iter().zip(&handles) {
-            let sent = report.uploads.get(&handle.task_id());
-            let found = sent.and_then(|sent| sent.xet_info.sha256.clone());
-            if found.as_ref() != Some(&file.sha256) {
-                return Err(Error::Checksum {
-                    what: format!("`{}` as it was sent", file.name),
-                    path: file.path.clone(),
-                    expected: file.sha256.clone(),
-                    found: found.unwrap_or_default(),
-                });
-            }
+        // the store was told the sha256 that the file had before, and believes it
+        for file in files {
+            file.check_unchanged()?;
         }
         Ok(report.dedup_metrics.xorb_bytes_uploaded)
     }

@@ -213,6 +213,49 @@ fn a_killed_upload_by_xet_sends_nothing_again() {
 }
 
 #[test]
+fn a_file_that_changes_while_it_is_sent_is_not_committed() {
+    let world = world();
+    let dir = model(&world, "model", &[("a.safetensors", 300_000)]);
+    let path = dir.join("a.safetensors");
+    world.fault("/preupload/", 1, Effect::Slow { delay_ms: 1500 });
+    let child = world
+        .command(&["publish", arg(&dir), "org/model"])
+        .spawn()
+        .expect("starts");
+    wait_until("it has been read", || {
+        !world
+            .asked(0, "GET /api/models/org/model/revision/main")
+            .is_empty()
+    });
+    std::fs::write(&path, noise(99, 300_000)).expect("writes");
+    Run::of(child.wait_with_output().expect("ends"))
+        .refuses(&["`a.safetensors` changed while it was sent"]);
+    assert!(xet_hashes(&world, "org/model").is_empty());
+    // what was told of it then spoils nothing now
+    world.run(&["publish", arg(&dir), "org/model"]).succeeds();
+    let out = world.path("out");
+    world.run(&download("org/model", &out)).succeeds();
+    assert_eq!(fetched(&out), files(&dir));
+}
+
+#[test]
+fn branches_and_pull_requests_take_chunks_too() {
+    let world = world();
+    let dir = model(&world, "model", &[("a.safetensors", 300_000)]);
+    let branch = ["publish", arg(&dir), "org/model", "--branch", "dev/x"];
+    world.run(&branch).succeeds();
+    std::fs::write(dir.join("b.safetensors"), noise(5, 200_000)).expect("writes");
+    world
+        .run(&["publish", arg(&dir), "org/model", "--pr"])
+        .succeeds();
+    assert_eq!(by_http(&world, 0), 0);
+    let out = world.path("out");
+    world.run(&download("org/model@refs/pr/1", &out)).succeeds();
+    assert_eq!(fetched(&out), files(&dir));
+    assert_eq!(by_http(&world, 0), 0);
+}
+
+#[test]
 fn a_killed_download_by_xet_goes_on() {
     let world = world();
     let size = 150_000_000;
@@ -381,7 +424,7 @@ fn a_transfer_by_xet_holds_little_memory_beside_its_blocks() {
     let world = world();
     let dir = model(&world, "model", &[("model.safetensors", 300 << 20)]);
     // beside them 200 MB, as for every transfer
-    let (packed, decoded) = (4 * (64 << 20), 64_000_000);
+    let (packed, decoded) = (4 * (64 << 20), 128_000_000);
     let out = world.path("out");
     let download = download("org/model", &out);
     let publish = ["publish", arg(&dir), "org/model", "--quiet"];
