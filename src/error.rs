@@ -320,6 +320,10 @@ pub enum Error {
     AnswerCut { request: String },
     #[error("a link that the Hub gave to {action} opens nothing ({detail})")]
     LinkRefused { action: String, detail: String },
+    #[error("the Hub's Xet store does not take the large files")]
+    Xet {
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     #[error("{endpoint} gives this job no token for `{resource}` ({detail})")]
     LoginRefused {
         endpoint: String,

@@ -1,5 +1,6 @@
-//! The Hub: the only place that speaks HTTP. hf-hub for metadata, refs and repositories; our own thin layer for bytes,
-//! because hf-hub 1.0.0 stores error pages as weights, accepts truncated files and sends large files inline.
+//! The Hub: the only place that speaks HTTP. hf-hub for metadata, refs and repositories, hf-xet for chunks of large files; our
+//! own thin layer for all other bytes, because hf-hub 1.0.0 stores error pages as weights, accepts truncated files and sends
+//! large files inline.
 
 mod client;
 mod download;
@@ -10,6 +11,7 @@ mod refusal;
 mod sender;
 pub mod server;
 mod upload;
+mod xet;
 
 pub use client::{Hub, HubOptions, Token};
 pub use download::{Downloaded, Snapshot};

@@ -135,6 +135,9 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::LinkRefused { .. } => {
             "run the same command again; links expire, early where this machine's clock is wrong"
         }
+        Error::Xet { .. } => {
+            "run the same command again later: what has arrived is not sent again; HF_HUB_DISABLE_XET=1 sends by LFS, where the Hub takes that"
+        }
         Error::LoginRefused { .. } => {
             "name this workflow among the trusted publishers of that repository, or unset HF_OIDC_RESOURCE"
         }

@@ -92,6 +92,15 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
         cache.unwrap_or_else(|| self.home().join("hub"))
     }
 
+    /// Where Xet remembers what it has sent, unless it is switched off.
+    fn xet(&self) -> Option<PathBuf> {
+        if self.flag("HF_HUB_DISABLE_XET") {
+            return None;
+        }
+        let cache = self.path("HF_XET_CACHE");
+        Some(cache.unwrap_or_else(|| self.home().join("xet")))
+    }
+
     fn token(&self) -> Option<Token> {
         if self.flag("HF_HUB_DISABLE_IMPLICIT_TOKEN") {
             return None;
@@ -128,6 +137,7 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
         let endpoint = endpoint.or_else(|| self.get("HF_ENDPOINT"));
         let endpoint = endpoint.unwrap_or_else(|| PUBLIC_HUB.into());
         let mut options = HubOptions::new(endpoint, self.cache());
+        options.xet = self.xet();
         options.offline = self.flag("HF_HUB_OFFLINE") || self.flag("TRANSFORMERS_OFFLINE");
         if !options.offline {
             options.login = self.login()?;
@@ -217,6 +227,26 @@ mod tests {
         assert_eq!(patience("3"), Duration::from_secs(3));
         assert_eq!(patience("soon"), options(&[]).patience);
         assert_eq!(patience("0"), options(&[]).patience);
+    }
+
+    #[test]
+    fn xet_is_used_unless_it_is_switched_off_and_remembers_where_pythons_does() {
+        let xet = |variables: &[(&str, &str)]| options(variables).xet;
+        let usual = [("HOME", "/u")];
+        assert_eq!(
+            xet(&usual).as_deref(),
+            Some(Path::new("/u/.cache/huggingface/xet"))
+        );
+        let home = [("HF_HOME", "/h"), ("HF_HUB_CACHE", "/new")];
+        assert_eq!(xet(&home).as_deref(), Some(Path::new("/h/xet")));
+        let named = [("HF_HOME", "/h"), ("HF_XET_CACHE", "/x")];
+        assert_eq!(xet(&named).as_deref(), Some(Path::new("/x")));
+        for off in ["1", "true", "YES", "on"] {
+            assert_eq!(xet(&[("HF_HUB_DISABLE_XET", off)]), None, "{off}");
+        }
+        for on in ["0", "", "no", "2"] {
+            assert!(xet(&[("HF_HUB_DISABLE_XET", on)]).is_some(), "{on}");
+        }
     }
 
     #[test]

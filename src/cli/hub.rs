@@ -33,8 +33,9 @@ enum Action {
     /// Serve the repositories kept in a folder, until interrupted
     ///
     /// Speaks the Hub's protocol on the loopback address: set HF_ENDPOINT to the address it prints, and HF_TOKEN to the
-    /// token. Python's huggingface_hub needs HF_HUB_DISABLE_XET=1. To rehearse a keyless login, set HF_OIDC_RESOURCE to
-    /// org/name, ACTIONS_ID_TOKEN_REQUEST_URL to <address>/oidc/token?job=1 and ACTIONS_ID_TOKEN_REQUEST_TOKEN to the token.
+    /// token. Large files come and go by Xet and by LFS; the store of Xet's chunks, on a port of its own, lies open to this
+    /// machine. To rehearse a keyless login, set HF_OIDC_RESOURCE to org/name, ACTIONS_ID_TOKEN_REQUEST_URL to
+    /// <address>/oidc/token?job=1 and ACTIONS_ID_TOKEN_REQUEST_TOKEN to the token.
     Serve {
         /// Where the repositories are kept
         dir: PathBuf,
@@ -47,6 +48,9 @@ enum Action {
         /// Take larger files in parts of so many bytes
         #[arg(long, value_name = "BYTES")]
         part_bytes: Option<u64>,
+        /// Take and give large files by LFS alone: the newest huggingface_hub then needs HF_HUB_DISABLE_XET=1
+        #[arg(long)]
+        no_xet: bool,
     },
 }
 
@@ -59,11 +63,13 @@ impl Command {
                 port,
                 grants,
                 part_bytes,
+                no_xet,
             } => {
                 let options = ServerOptions {
                     port: *port,
                     grants: grants.clone(),
                     part_bytes: *part_bytes,
+                    xet: !no_xet,
                     ..ServerOptions::default()
                 };
                 let server =

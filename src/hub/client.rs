@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use super::oidc::{Login, Minted};
 use super::refusal::{unreachable, wait_asked};
 use super::sender::Sender;
+use super::xet::Engine;
 use crate::error::{Error, Result};
 use crate::weights::header::HEADER_BYTES_MAX;
 
@@ -36,7 +37,7 @@ impl Token {
     }
 
     /// The header it is made for, which the logs of other crates do not show either.
-    fn bearer(&self) -> HeaderValue {
+    pub(super) fn bearer(&self) -> HeaderValue {
         let text = format!("Bearer {}", self.0);
         // a token with a line break in it is none, and the Hub says so
         let mut value = HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("Bearer ?"));
@@ -60,19 +61,23 @@ pub struct HubOptions {
     pub login: Option<Login>,
     /// The cache shared with Python's huggingface_hub (`…/hub`).
     pub cache: PathBuf,
+    /// Where Xet remembers what it has sent (`…/xet`); with none, large files travel by HTTP and LFS alone.
+    pub xet: Option<PathBuf>,
     pub offline: bool,
     /// Without a byte for this long, a transfer is dead.
     pub patience: Duration,
 }
 
 impl HubOptions {
-    /// An anonymous client.
+    /// An anonymous client, which keeps what Xet remembers beside the cache.
     pub fn new(endpoint: impl Into<String>, cache: impl Into<PathBuf>) -> Self {
+        let cache = cache.into();
         Self {
             endpoint: endpoint.into(),
             token: None,
             login: None,
-            cache: cache.into(),
+            xet: Some(cache.with_file_name("xet")),
+            cache,
             offline: false,
             patience: PATIENCE,
         }
@@ -87,6 +92,7 @@ pub struct Hub {
     /// The token that a login gave, until it expires.
     pub(super) minted: Mutex<Option<Minted>>,
     sender: OnceLock<Sender>,
+    pub(super) xet: Engine,
 }
 
 /// One file of a repository, as the Hub lists it.
@@ -105,13 +111,13 @@ pub struct RemoteFile {
 pub(super) const TRIES: u32 = 5;
 /// Of a listing: a thousand files are on each.
 const PAGES_MAX: usize = 1000;
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The answer to an upload comes when all of it has arrived: slower than this, it has not.
 const UPLOAD_BYTES_PER_S: u64 = 32 << 10;
 /// A Hub may ask for more patience than a user has.
 const WAIT_MAX: Duration = Duration::from_secs(300);
-const FIRST_PAUSE: Duration = Duration::from_millis(300);
+pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(300);
 pub(super) const USER_AGENT: &str = concat!("svdhub/", env!("CARGO_PKG_VERSION"));
 
 impl Hub {
@@ -132,6 +138,7 @@ impl Hub {
             http,
             minted: Mutex::default(),
             sender: OnceLock::new(),
+            xet: Engine::default(),
         })
     }
 

@@ -15,6 +15,7 @@ use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 use super::client::{Asked, Hub, RemoteFile, segment, segments};
+use super::xet::Way;
 use crate::base::is_weights_or_media;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
@@ -210,8 +211,9 @@ impl Hub {
         let sizes = files.iter().map(|file| file.size);
         let bytes = sizes.fold(0, u64::saturating_add);
         observer.start(Stage::Download, bytes, Unit::Bytes);
+        let xet = Way::new(self, repo, commit, observer);
         workers::for_each(files, PARALLEL_DOWNLOADS, |file| {
-            self.fetch(repo, commit, file, &place(file), observer)
+            self.fetch(repo, commit, file, &place(file), &xet, observer)
         })?;
         observer.finish(Stage::Download);
         Ok(())
@@ -473,6 +475,7 @@ impl Hub {
         commit: &str,
         file: &RemoteFile,
         place: &Place,
+        xet: &Way,
         observer: &dyn Observer,
     ) -> Result<()> {
         for path in [&place.lock, &place.partial, &place.target] {
@@ -489,12 +492,9 @@ impl Hub {
         // what an earlier run left may be the part that is wrong: then all is fetched once more
         let mut begun = std::fs::metadata(&place.partial).is_ok_and(|found| found.len() > 0);
         loop {
-            for attempt in 0..=RESUMPTIONS {
-                match self.append(repo, commit, file, &place.partial, observer) {
-                    Ok(()) => break,
-                    Err(Error::DownloadCut { .. }) if attempt < RESUMPTIONS => {}
-                    Err(error) => return Err(error),
-                }
+            let in_chunks = xet.append(file, &place.partial)?;
+            if !in_chunks {
+                self.append_all(repo, commit, file, &place.partial, observer)?;
             }
             let found = digest(&place.partial, file)?;
             if found == file.oid {
@@ -502,7 +502,9 @@ impl Hub {
             }
             // nothing of it can be trusted, not even as a beginning
             std::fs::remove_file(&place.partial).context("remove", &place.partial)?;
-            if !begun {
+            if in_chunks {
+                xet.brought_wrong_bytes(file);
+            } else if !begun {
                 return Err(Error::Checksum {
                     what: format!("the download of `{}` from {repo}", file.path),
                     path: place.target.clone(),
@@ -513,6 +515,24 @@ impl Hub {
             begun = false;
         }
         std::fs::rename(&place.partial, &place.target).context("rename", &place.target)
+    }
+
+    /// Appends what is missing of a file; a transfer that breaks off goes on from where it stopped.
+    fn append_all(
+        &self,
+        repo: &str,
+        commit: &str,
+        file: &RemoteFile,
+        partial: &Path,
+        observer: &dyn Observer,
+    ) -> Result<()> {
+        for attempt in 0.. {
+            match self.append(repo, commit, file, partial, observer) {
+                Err(Error::DownloadCut { .. }) if attempt < RESUMPTIONS => {}
+                result => return result,
+            }
+        }
+        unreachable!("the last try returns")
     }
 
     fn append(

@@ -22,6 +22,14 @@ const PARALLEL_UPLOADS: usize = 4;
 /// An expired link is replaced this many times.
 const FRESH_LINKS: usize = 3;
 
+/// How large files are to be sent.
+pub(super) enum Told<'a> {
+    /// By Xet: those that may not be there.
+    Xet(Vec<&'a LocalFile>),
+    /// By LFS: of each file, what is to be done.
+    Lfs(Vec<Value>),
+}
+
 impl Push<'_> {
     /// Sends the contents of LFS files that the Hub does not have; says how many bytes that were.
     pub fn send_large(&self, files: &[LocalFile]) -> Result<u64> {
@@ -37,7 +45,16 @@ impl Push<'_> {
         self.observer.start(Stage::Upload, bytes, Unit::Bytes);
         let sent = AtomicU64::new(0);
         for group in large.chunks(BATCH_OBJECTS) {
-            let told = self.objects(group)?;
+            let told = match self.objects(group, self.hub.options.xet.is_some())? {
+                Told::Xet(lacking) => {
+                    sent.fetch_add(self.send_chunks(&lacking)?, Ordering::Relaxed);
+                    let bytes = |files: &[&LocalFile]| files.iter().map(|f| f.size).sum::<u64>();
+                    let there = bytes(group) - bytes(&lacking);
+                    self.observer.advance(Stage::Upload, there, &group[0].name);
+                    continue;
+                }
+                Told::Lfs(told) => told,
+            };
             let work: Vec<(&LocalFile, &Value)> = group.iter().copied().zip(&told).collect();
             workers::for_each(&work, PARALLEL_UPLOADS, |(file, told)| {
                 sent.fetch_add(self.deliver(file, told)?, Ordering::Relaxed);
@@ -48,8 +65,8 @@ impl Push<'_> {
         Ok(sent.into_inner())
     }
 
-    /// What the Hub says of each of these: where it goes, or that it is there.
-    pub(super) fn objects(&self, files: &[&LocalFile]) -> Result<Vec<Value>> {
+    /// What the Hub says of each of these: where it goes, or that it is there; or that all go by Xet, where we offer that.
+    pub(super) fn objects<'f>(&self, files: &[&'f LocalFile], with_xet: bool) -> Result<Told<'f>> {
         let url = format!(
             "{}/{}.git/info/lfs/objects/batch",
             self.hub.endpoint(),
@@ -60,9 +77,13 @@ impl Push<'_> {
         let asked: Vec<Value> = asked
             .map(|f| json!({"oid": f.sha256, "size": f.size}))
             .collect();
+        let mut transfers = vec!["basic", "multipart"];
+        if with_xet {
+            transfers.push("xet");
+        }
         let body = json!({
             "operation": "upload",
-            "transfers": ["basic", "multipart"],
+            "transfers": transfers,
             "hash_algo": "sha256",
             "ref": {"name": format!("refs/heads/{}", self.revision)},
             "objects": asked,
@@ -74,9 +95,16 @@ impl Push<'_> {
                 .header("Content-Type", "application/vnd.git-lfs+json")
                 .body(body.to_string())
         };
-        let (answer, _): (Value, _) = self.hub.answer(&what, &post)?;
+        let (answer, _): (Value, _) = match self.hub.answer(&what, &post) {
+            // a Hub that takes large files by Xet alone has no such address
+            Err(Error::HubStatus {
+                status: 404 | 405 | 501,
+                ..
+            }) if with_xet => return Ok(Told::Xet(files.to_vec())),
+            answer => answer?,
+        };
         let objects = answer["objects"].as_array();
-        files
+        let told = files
             .iter()
             .map(|file| {
                 let mut objects = objects.into_iter().flatten();
@@ -91,7 +119,16 @@ impl Push<'_> {
                 }
                 Ok(told.clone())
             })
-            .collect()
+            .collect::<Result<Vec<Value>>>()?;
+        if !with_xet || answer["transfer"] != "xet" {
+            return Ok(Told::Lfs(told));
+        }
+        let pairs = files.iter().zip(&told);
+        let lacking = pairs.filter(|(_, told)| told["actions"]["upload"].is_object());
+        let lacking: Vec<&LocalFile> = lacking.map(|(file, _)| *file).collect();
+        // a Hub that names none has all, or never does: what is there costs no second transfer
+        let all = lacking.is_empty();
+        Ok(Told::Xet(if all { files.to_vec() } else { lacking }))
     }
 
     /// Brings one object to where it goes, and says how many bytes were sent.
@@ -100,7 +137,10 @@ impl Push<'_> {
         for fresh in 0.. {
             match self.send_object(file, &told["actions"]) {
                 Err(Error::LinkRefused { .. }) if fresh < FRESH_LINKS => {
-                    told = self.objects(&[file])?.swap_remove(0);
+                    match self.objects(&[file], false)? {
+                        Told::Lfs(mut fresh_told) => told = fresh_told.swap_remove(0),
+                        Told::Xet(_) => unreachable!("Xet was not offered"),
+                    }
                 }
                 result => {
                     self.observer.advance(Stage::Upload, file.size, &file.name);
@@ -187,7 +227,7 @@ impl Push<'_> {
         Ok(etag.unwrap_or_default().to_string())
     }
 
-    fn asked(&self, action: &'static str, url: String) -> Asked {
+    pub fn asked(&self, action: &'static str, url: String) -> Asked {
         Asked::of(action, url, self.repo, &self.revision)
     }
 }

@@ -1,12 +1,13 @@
 //! A small Hugging Face Hub on this machine: what tests, offline teams and `svdhub hub serve` publish to.
 //!
 //! It speaks as much of the Hub's protocol as huggingface_hub, hf-hub, huggingface.js and curl use for models and
-//! datasets, with classic LFS (set `HF_HUB_DISABLE_XET=1` for the Python client), in one piece or in parts. Contents come
-//! from a second port, because clients treat a redirect within one origin differently. Tests can break any reply on
-//! purpose and read afterwards what was asked.
+//! datasets: large files by classic LFS, in one piece or in parts, and by Xet where that is switched on (where not, the newest
+//! Python client needs `HF_HUB_DISABLE_XET=1`). Contents come from a second port, because clients treat a redirect within one
+//! origin differently, and chunks from a third. Tests can break any reply of the first two on purpose and read afterwards what
+//! was asked.
 //!
-//! This file moves bytes; `routes` finds who answers: `access`, `browse`, `publish`, `lfs`, `discuss`. `repo` says what a
-//! repository is, `store` remembers, `fault` breaks.
+//! This file moves bytes; `routes` finds who answers: `access`, `browse`, `publish`, `lfs`, `xet`, `discuss`. `repo` says what
+//! a repository is, `store` remembers, `fault` breaks.
 
 mod access;
 mod browse;
@@ -18,6 +19,7 @@ mod reply;
 mod repo;
 mod routes;
 mod store;
+mod xet;
 
 pub use access::{Grant, Scope};
 pub use fault::{Effect, Fault};
@@ -48,6 +50,7 @@ use lfs::Receiving;
 use reply::{Call, Content, Refusal, Reply, header_text};
 use routes::Hub;
 use store::Store;
+use xet::Cas;
 
 /// The largest body of a request that is not an LFS upload: a commit with its small files.
 const BODY_BYTES_MAX: usize = 200_000_000;
@@ -71,6 +74,8 @@ pub struct ServerOptions {
     pub page_entries: usize,
     /// LFS objects larger than this are sent in parts of it, where the client can do that.
     pub part_bytes: Option<u64>,
+    /// Whether large files may come and go by Xet; what comes so takes its space twice.
+    pub xet: bool,
     /// How long a token holds that was exchanged for a job's identity.
     pub login_seconds: u64,
 }
@@ -82,6 +87,7 @@ impl Default for ServerOptions {
             grants: Vec::new(),
             page_entries: 1000,
             part_bytes: None,
+            xet: false,
             login_seconds: 3600,
         }
     }
@@ -118,8 +124,18 @@ impl Server {
         let (hub_listener, hub_address) = listen(options.port)?;
         let (cdn_listener, cdn_address) = listen(0)?;
         let cdn = format!("http://{cdn_address}");
+        // Disk work blocks its thread, so there are more threads than a small machine has cores.
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(4)
+            .enable_all()
+            .build()?;
+        let cas = match options.xet {
+            true => Some(runtime.block_on(Cas::start(&store.xet_folder()))?),
+            false => None,
+        };
         let hub = Hub {
             store,
+            cas,
             grants: options.grants.clone(),
             page_entries: options.page_entries.max(1),
             part_bytes: options.part_bytes,
@@ -134,11 +150,6 @@ impl Server {
             faults: Mutex::default(),
             journal: Mutex::default(),
         });
-        // Disk work blocks its thread, so there are more threads than a small machine has cores.
-        let runtime = Builder::new_multi_thread()
-            .worker_threads(4)
-            .enable_all()
-            .build()?;
         let (stop, stopped) = oneshot::channel();
         let listeners = [(hub_listener, Side::Hub), (cdn_listener, Side::Cdn)];
         let serving = Arc::clone(&shared);

@@ -1,8 +1,9 @@
-//! A directory to the Hub: large files through LFS, the rest in commits, and then compared with what arrived.
+//! A directory to the Hub: large files through Xet or LFS, the rest in commits, and then compared with what arrived.
 
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use super::client::{Asked, Hub, TRIES, segment};
 use super::download::digests;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
+use crate::sum::sha256_file;
 use crate::weights::place::Home;
 use crate::workers;
 
@@ -70,6 +72,27 @@ pub(super) struct LocalFile {
     pub blob_id: Option<String>,
     pub lfs: bool,
     pub unchanged: bool,
+    /// Before it was read.
+    pub stamp: Stamp,
+}
+
+/// What of a file is another whenever its contents are: the kernel keeps it, nobody can set it back.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Stamp {
+    inode: u64,
+    bytes: u64,
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    pub fn of(path: &Path) -> Result<Self> {
+        let found = std::fs::metadata(path).context("read", path)?;
+        Ok(Self {
+            inode: found.ino(),
+            bytes: found.len(),
+            changed: (found.ctime(), found.ctime_nsec()),
+        })
+    }
 }
 
 /// A push under way.
@@ -518,7 +541,7 @@ impl Push<'_> {
         self.options.pull_request && !self.revision.starts_with("refs/pr/")
     }
 
-    fn revision_url(&self, verb: &str) -> String {
+    pub fn revision_url(&self, verb: &str) -> String {
         let query = if self.opens_pull_request() {
             "?create_pr=1"
         } else {
@@ -537,6 +560,23 @@ impl LocalFile {
         } else {
             self.blob_id.as_deref()
         }
+    }
+
+    /// Makes sure that the file still is what was read at first.
+    pub fn check_unchanged(&self) -> Result<()> {
+        if Stamp::of(&self.path)? == self.stamp {
+            return Ok(());
+        }
+        let found = sha256_file(&self.path, |_| {})?;
+        if found == self.sha256 {
+            return Ok(());
+        }
+        Err(Error::Checksum {
+            what: format!("`{}` changed while it was sent", self.name),
+            path: self.path.clone(),
+            expected: self.sha256.clone(),
+            found,
+        })
     }
 
     /// How late it is sent: weights, then what names them, then the card.
@@ -558,8 +598,12 @@ fn local_files(dir: &Path, observer: &dyn Observer) -> Result<Vec<LocalFile>> {
     workers::in_order(
         &names,
         threads,
-        |name| digests(&dir.join(name), INLINE_BYTES_MAX),
-        |name, found| {
+        |name| {
+            let path = dir.join(name);
+            let stamp = Stamp::of(&path)?;
+            Ok((digests(&path, INLINE_BYTES_MAX)?, stamp))
+        },
+        |name, (found, stamp)| {
             observer.advance(Stage::Hash, found.size, name);
             files.push(LocalFile {
                 path: dir.join(name),
@@ -569,6 +613,7 @@ fn local_files(dir: &Path, observer: &dyn Observer) -> Result<Vec<LocalFile>> {
                 blob_id: found.blob_id,
                 lfs: false,
                 unchanged: false,
+                stamp,
             });
             Ok(())
         },
@@ -643,6 +688,7 @@ mod tests {
             blob_id: None,
             lfs,
             unchanged: false,
+            stamp: Stamp::default(),
         }
     }
 

@@ -1,5 +1,5 @@
 //! The embedded Hub, judged by clients we did not write: huggingface_hub of today and of before Xet, transformers, and
-//! huggingface.js. What one pushes, all others pull.
+//! huggingface.js, each with Xet and without. What one pushes, all others pull.
 //!
 //! `tests/clients/install DIR` brings them; `SVDHUB_CLIENTS=DIR` names where they are.
 
@@ -16,13 +16,24 @@ use svdhub::weights::Dtype;
 use crate::world::{TOKEN, World, arg};
 
 /// Somebody else's client.
+#[derive(Clone)]
 struct Client {
     name: &'static str,
     program: PathBuf,
     script: &'static str,
+    /// Whether large files go by Xet, where the Hub has that.
+    xet: bool,
 }
 
 impl Client {
+    fn called(&self) -> String {
+        format!("{}{}", self.name, if self.xet { "-xet" } else { "" })
+    }
+
+    fn home(&self, world: &World) -> PathBuf {
+        world.path(&format!("home-{}", self.called()))
+    }
+
     /// Runs one verb of its script in a home of its own, and returns what it prints.
     fn run(&self, world: &World, verb: &str, repo: &str, folder: &Path) -> Value {
         self.run_with(world, verb, repo, folder, &[])
@@ -37,7 +48,7 @@ impl Client {
         variables: &[(&str, &str)],
     ) -> Value {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients");
-        let home = world.path(&format!("home-{}", self.name));
+        let home = self.home(world);
         std::fs::create_dir_all(&home).expect("creates");
         let output = Command::new(&self.program)
             .arg(script.join(self.script))
@@ -48,11 +59,12 @@ impl Client {
             .env("HF_HOME", home.join("hf"))
             .env("HF_ENDPOINT", world.hub().endpoint())
             .env("HF_TOKEN", TOKEN)
-            // the Hub has no Xet, and today's client no longer asks
-            .env("HF_HUB_DISABLE_XET", "1")
+            // of a Hub without Xet, today's client no longer asks
+            .env("HF_HUB_DISABLE_XET", if self.xet { "0" } else { "1" })
             .env("HF_HUB_DISABLE_TELEMETRY", "1")
             .env("PYTHONDONTWRITEBYTECODE", "1")
             .env("SVDHUB_JS", home.join("../js"))
+            .env("SVDHUB_XET", if self.xet { "1" } else { "" })
             .envs(variables.iter().copied())
             .output()
             .expect("the client starts");
@@ -82,6 +94,7 @@ fn clients(test: &str) -> Vec<Client> {
         name,
         program: dir.join(folder).join("bin/python"),
         script: "clients.py",
+        xet: false,
     };
     let mut clients = vec![python("newest", "newest"), python("old", "old")];
     if dir.join("js/node_modules").is_dir() {
@@ -89,6 +102,7 @@ fn clients(test: &str) -> Vec<Client> {
             name: "js",
             program: "node".into(),
             script: "clients.mjs",
+            xet: false,
         });
     } else {
         writeln!(
@@ -108,22 +122,44 @@ fn sums(dir: &Path) -> BTreeMap<String, String> {
     names.iter().map(|name| (name.clone(), sum(name))).collect()
 }
 
-/// A model with a folder in it.
-fn model(world: &World) -> PathBuf {
-    let dir = world.model("model", Dtype::BF16, 600_000);
+/// A model with a folder in it, and a large file that no other has.
+fn model(world: &World, name: &str) -> PathBuf {
+    let dir = world.model(name, Dtype::BF16, 600_000);
     std::fs::create_dir_all(dir.join("runs/one")).expect("creates");
     std::fs::write(dir.join("runs/one/notes.txt"), "a note\n").expect("writes");
+    let own = (0..4000).map(|i| sha256_hex(format!("{name} {i}").as_bytes()));
+    let own: String = own.collect();
+    std::fs::write(dir.join("own.bin"), own).expect("writes");
     dir
 }
 
-/// In one piece, and in parts.
-fn modes() -> [ServerOptions; 2] {
+/// In one piece, in parts, and in chunks.
+fn modes() -> [ServerOptions; 3] {
     let parts = ServerOptions {
         part_bytes: Some(200_000),
         page_entries: 3,
         ..ServerOptions::default()
     };
-    [ServerOptions::default(), parts]
+    let chunks = ServerOptions {
+        xet: true,
+        ..ServerOptions::default()
+    };
+    [ServerOptions::default(), parts, chunks]
+}
+
+/// To a Hub with Xet they come with it, and without.
+fn either_way(clients: &[Client], options: &ServerOptions) -> Vec<Client> {
+    let with = |xet| {
+        move |client: &Client| Client {
+            xet,
+            ..client.clone()
+        }
+    };
+    let mut all: Vec<Client> = clients.iter().map(with(false)).collect();
+    if options.xet {
+        all.extend(clients.iter().map(with(true)));
+    }
+    all
 }
 
 fn with_js(world: &World) {
@@ -142,30 +178,43 @@ fn what_one_client_pushes_all_pull() {
         return;
     }
     for options in modes() {
+        let clients = either_way(&clients, &options);
         let world = World::with_hub_of(options);
         with_js(&world);
-        let dir = model(&world);
-        world.run(&["publish", arg(&dir), "local/ours"]).succeeds();
-        let mut repos = vec!["local/ours".to_string()];
+        let ours = model(&world, "ours");
+        let expected = |dir: &Path| serde_json::to_value(sums(dir)).expect("JSON");
+        world.run(&["publish", arg(&ours), "local/ours"]).succeeds();
+        let mut repos = vec![("local/ours".to_string(), expected(&ours))];
         for client in &clients {
-            let repo = format!("local/{}", client.name);
+            let repo = format!("local/{}", client.called());
+            let dir = model(&world, &format!("of-{}", client.called()));
+            let before = world.hub().requests().len();
             client.run(&world, "push", &repo, &dir);
-            repos.push(repo);
+            let by_lfs = !world.asked(before, "PUT ").is_empty();
+            let by_xet = !world.asked(before, "xet-write-token").is_empty() || client.name == "js";
+            assert!(
+                by_lfs != client.xet && by_xet >= client.xet,
+                "{repo} came another way"
+            );
+            repos.push((repo, expected(&dir)));
         }
-        let expected = serde_json::to_value(sums(&dir)).expect("JSON");
-        for repo in &repos {
+        for (repo, expected) in &repos {
             for client in &clients {
-                let into = world.path(&format!("{}-from-{repo}", client.name));
+                let into = world.path(&format!("{}-from-{repo}", client.called()));
                 std::fs::create_dir_all(&into).expect("creates");
+                let before = world.hub().requests().len();
                 let pulled = client.run(&world, "pull", repo, &into);
-                assert_eq!(pulled["sums"], expected, "{} from {repo}", client.name);
+                assert_eq!(&pulled["sums"], expected, "{} from {repo}", client.called());
+                let by_xet = !world.asked(before, "xet-read-token").is_empty();
+                // the shards are the same in all repositories, and ours came by Xet
+                assert_eq!(by_xet, client.xet, "{} from {repo}", client.called());
             }
             let into = world.path(&format!("ours-from-{repo}"));
             world
                 .run(&["hub", "download", repo, "--out", arg(&into)])
                 .succeeds();
             assert_eq!(
-                serde_json::to_value(sums(&into)).expect("JSON"),
+                &serde_json::to_value(sums(&into)).expect("JSON"),
                 expected,
                 "{repo}"
             );
@@ -176,11 +225,12 @@ fn what_one_client_pushes_all_pull() {
 
 #[test]
 fn every_client_can_do_all_that_publishers_do() {
+    let clients = clients("every_client_can_do_all_that_publishers_do");
     for options in modes() {
-        for client in clients("every_client_can_do_all_that_publishers_do") {
+        for client in either_way(&clients, &options) {
             let world = World::with_hub_of(options.clone());
             with_js(&world);
-            let dir = model(&world);
+            let dir = model(&world, "model");
             // the old client asks the public Hub about cards, whatever the endpoint
             let elsewhere = [("SVDHUB_CARDS_GO_ELSEWHERE", "1")];
             let variables = if client.name == "old" {
@@ -195,15 +245,23 @@ fn every_client_can_do_all_that_publishers_do() {
 
 #[test]
 fn the_cache_is_shared_with_python_in_both_orders() {
-    for client in clients("the_cache_is_shared_with_python_in_both_orders") {
+    let xet = ServerOptions {
+        xet: true,
+        ..ServerOptions::default()
+    };
+    let clients = clients("the_cache_is_shared_with_python_in_both_orders");
+    for client in either_way(&clients, &xet) {
         if client.script != "clients.py" {
             continue;
         }
-        let world = World::with_hub();
-        let dir = model(&world);
+        let world = World::with_hub_of(ServerOptions {
+            xet: client.xet,
+            ..ServerOptions::default()
+        });
+        let dir = model(&world, "model");
         world.run(&["publish", arg(&dir), "local/one"]).succeeds();
         world.run(&["publish", arg(&dir), "local/two"]).succeeds();
-        let home = world.path(&format!("home-{}", client.name)).join("hf");
+        let home = client.home(&world).join("hf");
         let verify = |repo: &str| {
             let mut command = world.command(&["verify", repo]);
             crate::world::Run::of(command.env("HF_HOME", &home).output().expect("runs"))
@@ -244,10 +302,11 @@ fn transformers_loads_by_name_what_we_published() {
         name: "torch",
         program: program.into(),
         script: "clients.py",
+        xet: false,
     }));
     for client in &clients {
         let world = World::with_hub();
-        let dir = model(&world);
+        let dir = model(&world, "model");
         world.run(&["publish", arg(&dir), "local/model"]).succeeds();
         let facts = client.run(&world, "transformers", "local/model", &dir);
         assert_eq!(facts["model_type"], "llama");
@@ -261,7 +320,7 @@ fn python_logs_in_by_the_identity_of_its_job() {
     let clients = clients("python_logs_in_by_the_identity_of_its_job");
     if let Some(client) = clients.first() {
         let world = World::with_hub();
-        let dir = model(&world);
+        let dir = model(&world, "model");
         world.run(&["publish", arg(&dir), "local/model"]).succeeds();
         let url = format!("{}/oidc/token?job=1", world.hub().endpoint());
         let job = [

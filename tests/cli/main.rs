@@ -23,3 +23,4 @@ mod training;
 mod untie;
 mod verify;
 mod world;
+mod xet;

@@ -48,6 +48,8 @@ fn mishap(dice: &mut Dice, world: &World) {
         "/resolve/",
         "/preupload/",
         "/objects/batch",
+        "xet-read-token",
+        "xet-write-token",
         "/lfs/verify",
         "PUT /",
         "complete_multipart",
@@ -159,6 +161,7 @@ fn besiege(seed: u64) -> End {
     let world = World::with_hub_of(ServerOptions {
         part_bytes: dice.pick(&[None, Some(70_000)]),
         page_entries: dice.pick(&[2, 1000]) as usize,
+        xet: dice.below(2) == 0,
         ..ServerOptions::default()
     });
     let base = world.model("base", Dtype::BF16, 500_000);

@@ -13,6 +13,7 @@ const hub = require("@huggingface/hub");
 const hubUrl = process.env.HF_ENDPOINT;
 const accessToken = process.env.HF_TOKEN;
 const options = { hubUrl, accessToken };
+const useXet = process.env.SVDHUB_XET === "1";
 
 async function filesOf(folder) {
   const entries = await readdir(folder, { recursive: true, withFileTypes: true });
@@ -26,7 +27,7 @@ async function push(repo, folder) {
   const files = await Promise.all(
     names.map(async (path) => ({ path, content: new Blob([await readFile(join(folder, path))]) })),
   );
-  const made = await hub.uploadFiles({ ...options, repo, files, useXet: false });
+  const made = await hub.uploadFiles({ ...options, repo, files, useXet });
   return { commit: made.commit.oid };
 }
 
@@ -34,7 +35,7 @@ async function pull(repo, folder) {
   const sums = {};
   for await (const file of hub.listFiles({ ...options, repo, recursive: true })) {
     if (file.type !== "file" || file.path === ".gitattributes") continue;
-    const content = await hub.downloadFile({ ...options, repo, path: file.path });
+    const content = await hub.downloadFile({ ...options, repo, path: file.path, xet: useXet });
     const bytes = Buffer.from(await content.arrayBuffer());
     await mkdir(dirname(join(folder, file.path)), { recursive: true });
     await writeFile(join(folder, file.path), bytes);

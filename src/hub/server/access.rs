@@ -226,7 +226,8 @@ fn opened(hub: &Hub, kind: &str, ticket: &str) -> Option<Value> {
     (claims["exp"].as_u64()? > now()).then_some(claims)
 }
 
-fn seal(hub: &Hub, kind: &str, claims: &str) -> String {
+/// What nobody else can put under claims.
+pub fn seal(hub: &Hub, kind: &str, claims: &str) -> String {
     // the secret at both ends: a digest of what begins with it could be continued
     let secret = &hub.secret;
     hex(&Sha256::digest(format!(
@@ -235,7 +236,7 @@ fn seal(hub: &Hub, kind: &str, claims: &str) -> String {
 }
 
 /// Seconds since 1970.
-fn now() -> u64 {
+pub fn now() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |since| since.as_secs())
 }

@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use super::lfs::object_url;
 use super::reply::{Refusal, Reply, encode, refuse};
 use super::repo::{Commit, Entry, EntryKind, git_id, lfs_pointer};
-use super::routes::{USER, Visit};
+use super::routes::{Hub, USER, Visit};
+use super::xet::xet_hash;
 
 impl Visit<'_> {
     pub fn info(&self, revision: &str) -> Result<Reply, Refusal> {
@@ -77,7 +78,7 @@ impl Visit<'_> {
             entries.insert(*path, folder_json(path, id));
         }
         for (path, entry) in commit.tree.iter().filter(|(path, _)| listed(path)) {
-            entries.insert(path, file_json(path, entry));
+            entries.insert(path, file_json(self.hub, path, entry));
         }
         // The cursor is the last path of the page before: it stays right when the branch moves meanwhile.
         let cursor = self.call.parameter("cursor").unwrap_or_default();
@@ -95,7 +96,8 @@ impl Visit<'_> {
         let commit = self.hub.store.commit_at(&self.id, revision)?;
         let folders = commit.folders();
         let found = |path: &String| {
-            let file = commit.tree.get(path).map(|entry| file_json(path, entry));
+            let file = commit.tree.get(path);
+            let file = file.map(|entry| file_json(self.hub, path, entry));
             file.or_else(|| Some(folder_json(path, folders.get(path.as_str())?)))
         };
         let entries: Vec<Value> = self.call.paths()?.iter().filter_map(found).collect();
@@ -176,7 +178,7 @@ impl Visit<'_> {
         let entry = commit.tree.get(path).ok_or_else(missing)?;
         let (file, size) = self.hub.store.content(entry)?;
         let tag = format!("\"{}\"", entry.sha256);
-        let reply = match entry.kind {
+        let mut reply = match entry.kind {
             EntryKind::Regular if !cached && !self.repo.private && self.repo.gated.is_none() => {
                 let kind = self.id.kind.plural();
                 let path: Vec<String> = path.split('/').map(encode).collect();
@@ -198,14 +200,20 @@ impl Visit<'_> {
                 .header("x-linked-size", entry.size.to_string())
                 .header("accept-ranges", "bytes"),
         };
+        if let Some(hash) = xet_hash(self.hub, entry) {
+            reply = self.with_chunks(reply, &hash, &commit.id);
+        }
         Ok(reply.header("x-repo-commit", &commit.id))
     }
 }
 
-fn file_json(path: &str, entry: &Entry) -> Value {
+fn file_json(hub: &Hub, path: &str, entry: &Entry) -> Value {
     let mut value = json!({"type": "file", "oid": entry.oid, "size": entry.size, "path": path});
     if entry.kind == EntryKind::Lfs {
         value["lfs"] = lfs_json("oid", entry);
+    }
+    if let Some(hash) = xet_hash(hub, entry) {
+        value["xetHash"] = json!(hash);
     }
     value
 }

@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 use super::reply::{Call, Refusal, Reply, list, refuse, text};
 use super::repo::{Refused, hex};
 use super::routes::{Hub, Visit};
+use super::xet::Right;
 
 /// The bytes that an address on the CDN permits to send.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,10 +75,12 @@ pub fn complete(hub: &Hub, call: &Call) -> Result<Reply, Refusal> {
 impl Visit<'_> {
     pub fn lfs_batch(&self, batch: &Value) -> Result<Reply, Refusal> {
         let upload = batch["operation"] != "download";
-        let multipart = batch["transfers"]
-            .as_array()
-            .is_some_and(|transfers| transfers.iter().any(|word| word == "multipart"));
-        let part_bytes = self.hub.part_bytes.filter(|_| multipart);
+        let offers = |transfer: &str| {
+            let transfers = batch["transfers"].as_array();
+            transfers.is_some_and(|all| all.iter().any(|word| word == transfer))
+        };
+        let xet = upload && self.hub.cas.is_some() && offers("xet");
+        let part_bytes = self.hub.part_bytes.filter(|_| offers("multipart"));
         let verify = format!("{}.git/info/lfs/verify", self.page());
         let mut objects = Vec::new();
         for object in list(batch, "objects")? {
@@ -88,6 +91,11 @@ impl Visit<'_> {
             // No `actions` at all says that there is nothing to do; clients stumble over `null`.
             match (upload, there) {
                 (true, true) => {}
+                (true, false) if xet => {
+                    let name = batch["ref"]["name"].as_str().unwrap_or("main");
+                    let pass = self.xet_pass(Right::Write, name)?;
+                    answer["actions"] = json!({"upload": pass});
+                }
                 (true, false) => {
                     let upload = self.upload_action(oid, size.as_u64().unwrap_or(0), part_bytes);
                     answer["actions"] = json!({"upload": upload, "verify": {"href": verify}});
@@ -102,7 +110,9 @@ impl Visit<'_> {
             }
             objects.push(answer);
         }
-        let transfer = if part_bytes.is_some() {
+        let transfer = if xet {
+            "xet"
+        } else if part_bytes.is_some() {
             "multipart"
         } else {
             // what every client must understand, whatever it offers

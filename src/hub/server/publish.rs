@@ -90,6 +90,13 @@ impl Visit<'_> {
     pub fn commit(&self, revision: &str) -> Result<Reply, Refusal> {
         let draft = draft(self.call)?;
         let store = &self.hub.store;
+        if let Some(cas) = &self.hub.cas {
+            for change in &draft.changes {
+                if let To::Lfs(sha256, _) = &change.to {
+                    cas.deliver(store, sha256)?;
+                }
+            }
+        }
         let (made, number) = if self.call.flag("create_pr") {
             let (title, said) = (draft.title.clone(), draft.message.clone());
             let discussion = |base| Discussion::new(&title, &said, Status::Open, Some(base));

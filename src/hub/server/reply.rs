@@ -235,6 +235,7 @@ impl From<Refused> for Refusal {
             Refused::Stale => refusal(412),
             Refused::Lost(_) => refusal(500),
             Refused::Disk(error) => Refusal::new(500, format!("{refused}: {error}")),
+            Refused::Cas(error) => Refusal::new(500, format!("{refused}: {error}")),
             _ => refusal(400),
         }
     }

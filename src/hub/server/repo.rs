@@ -143,6 +143,8 @@ pub enum Refused {
     Lost(String),
     #[error("the folder of the Hub cannot be read or written")]
     Disk(#[from] io::Error),
+    #[error("the store of chunks fails")]
+    Cas(#[from] xet_client::ClientError),
 }
 
 impl RepoKind {

@@ -12,6 +12,7 @@ use super::lfs;
 use super::reply::{Call, Refusal, Reply, refuse, text};
 use super::repo::{Refused, Repo, RepoId, RepoKind};
 use super::store::Store;
+use super::xet::{Cas, Right};
 use crate::front_matter;
 
 /// The account behind every token.
@@ -20,6 +21,8 @@ pub const USER: &str = "local";
 /// What every answer depends on besides the request.
 pub struct Hub {
     pub store: Store,
+    /// Where Xet clients send and fetch large files, if they may.
+    pub cas: Option<Cas>,
     /// See `ServerOptions`, as the following.
     pub grants: Vec<Grant>,
     pub page_entries: usize,
@@ -107,7 +110,7 @@ impl Visit<'_> {
         let method = self.call.method.as_str();
         // `paths-info` is a question too long for an address.
         if method != "GET" && rest.first() != Some(&"paths-info") {
-            self.caller.check_writes(&self.id)?;
+            self.check_writes()?;
         }
         match (method, rest) {
             ("GET", []) => self.info("main"),
@@ -135,9 +138,8 @@ impl Visit<'_> {
                     ("POST", "preupload") => self.preupload(&revision),
                     ("POST", "commit") => self.commit(&revision),
                     ("POST", "tag") => self.create_tag(&revision),
-                    ("GET", "xet-read-token" | "xet-write-token") => {
-                        refuse(404, "This Hub has no Xet storage")
-                    }
+                    ("GET", "xet-read-token") => self.xet_token(Right::Read, &revision),
+                    ("GET", "xet-write-token") => self.xet_token(Right::Write, &revision),
                     _ => no_route(self.call),
                 }
             }
@@ -172,19 +174,23 @@ impl Visit<'_> {
                 if batch["operation"] == "download" {
                     self.check_gate()?;
                 } else {
-                    self.caller.check_writes(&self.id)?;
+                    self.check_writes()?;
                 }
                 self.lfs_batch(&batch)
             }
             ("POST", ["info", "lfs", "verify"]) => {
-                self.caller.check_writes(&self.id)?;
+                self.check_writes()?;
                 self.lfs_verify()
             }
             _ => no_route(self.call),
         }
     }
 
-    fn check_gate(&self) -> Result<(), Refusal> {
+    pub fn check_writes(&self) -> Result<(), Refusal> {
+        self.caller.check_writes(&self.id)
+    }
+
+    pub fn check_gate(&self) -> Result<(), Refusal> {
         if self.repo.gated.is_none() || self.caller.reads(&self.id) {
             return Ok(());
         }
@@ -349,6 +355,7 @@ mod tests {
         (
             folder,
             Hub {
+                cas: None,
                 store,
                 grants: Vec::from_iter(grants),
                 page_entries: 1000,

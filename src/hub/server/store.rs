@@ -4,7 +4,9 @@
 //! models/<owner>/<name>/repo.json             branches, tags, pull requests, who may see it; replaced last
 //!                      /commits/<sha>.json    parent, title, message, date, and the whole tree
 //! objects/<xx>/<sha256>                       contents, shared by all repositories
+//!             <sha256>.xet                    the name of the content in the store of chunks, where it is there too
 //! parts/<sha256>/<number>                     of uploads in parts, until the whole is put together; removed at the start
+//! xet/                                        the store of chunks, see `xet`
 //! incoming/                                   uploads under way; what a killed Hub left here is removed at the start
 //! ```
 //! Nothing is kept in memory: every answer is read from the folder, so a folder of repositories can be stopped,
@@ -216,6 +218,26 @@ impl Store {
         Some((path, size))
     }
 
+    /// The name of a content in the store of chunks, if it came through that.
+    pub fn xet_hash(&self, sha256: &str) -> Option<String> {
+        fs::read_to_string(self.xet_path(sha256)?).ok()
+    }
+
+    /// Keeps the name of a content in the store of chunks.
+    pub fn remember_xet_hash(&self, sha256: &str, hash: &str) -> io::Result<()> {
+        let path = self.xet_path(sha256);
+        self.write(&path.expect("it names a content"), hash.as_bytes())
+    }
+
+    fn xet_path(&self, sha256: &str) -> Option<PathBuf> {
+        Some(self.object_path(sha256)?.with_extension("xet"))
+    }
+
+    /// The folder of the store of chunks.
+    pub fn xet_folder(&self) -> PathBuf {
+        self.root.join("xet")
+    }
+
     /// Where the content of a file lies, and its size.
     pub fn content(&self, entry: &Entry) -> Result<(PathBuf, u64), Refused> {
         let lost = || Refused::Lost(entry.sha256.clone());
@@ -387,12 +409,16 @@ impl Store {
         Ok(self.write_json(&self.folder(id).join("repo.json"), repo)?)
     }
 
-    /// Sibling temporary file, fsync, rename: a reader sees the old file or the new one.
     fn write_json(&self, path: &Path, value: &impl Serialize) -> io::Result<()> {
+        self.write(path, &serde_json::to_vec(value)?)
+    }
+
+    /// Sibling temporary file, fsync, rename: a reader sees the old file or the new one.
+    fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let number = self.temporaries.fetch_add(1, Ordering::Relaxed);
         let temporary = path.with_extension(format!("{}-{number}.tmp", std::process::id()));
         let mut file = File::create(&temporary)?;
-        file.write_all(&serde_json::to_vec(value)?)?;
+        file.write_all(bytes)?;
         file.sync_all()?;
         rename_durably(&temporary, path)
     }
