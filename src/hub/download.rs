@@ -453,7 +453,7 @@ impl Hub {
         }
     }
 
-    fn asked(&self, repo: &str, commit: &str, file: &str) -> Asked {
+    pub(super) fn asked(&self, repo: &str, commit: &str, file: &str) -> Asked {
         Asked {
             action: "download a file",
             url: format!(

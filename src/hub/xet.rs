@@ -37,6 +37,8 @@ const PARALLEL_FETCHES: usize = 4;
 const PARALLEL_SENDS: usize = 2;
 /// Files that are cut into chunks at the same time: each has a block that is being filled.
 const PARALLEL_FILES: usize = 1;
+/// Of a smaller file whose listing names no chunks, the question would cost about as much as the file.
+const ASK_BYTES: u64 = 32 << 20;
 const PROGRESS_PAUSE: Duration = Duration::from_millis(100);
 
 /// hf-xet, started when the first file needs it.
@@ -145,7 +147,7 @@ impl<'a> Way<'a> {
     ///
     /// Where not, it is left to HTTP, which goes on behind what has.
     pub fn append(&self, file: &RemoteFile, partial: &Path) -> Result<bool> {
-        let Some(hash) = file.xet_hash.as_ref().filter(|_| file.lfs) else {
+        let Some(hash) = self.name_of(file) else {
             return Ok(false);
         };
         let Some(group) = self.open() else {
@@ -164,7 +166,7 @@ impl<'a> Way<'a> {
         if received == file.size {
             return Ok(true);
         }
-        let info = XetFileInfo::new(hash.clone(), file.size);
+        let info = XetFileInfo::new(hash, file.size);
         let mut stream = match group.download_stream_blocking(info, Some(received..file.size)) {
             Ok(stream) => stream,
             Err(error) => return Ok(self.fails(&error.to_string())),
@@ -196,6 +198,21 @@ impl<'a> Way<'a> {
     /// What came this way is not the file: nothing more does.
     pub fn brought_wrong_bytes(&self, file: &RemoteFile) {
         self.fails(&format!("its `{}` has another sha256", file.path));
+    }
+
+    /// The name of a file in the store: from the listing, or where that says none, from the headers of the file.
+    fn name_of(&self, file: &RemoteFile) -> Option<String> {
+        if !file.lfs || matches!(*locked(&self.state), State::Closed) {
+            return None;
+        }
+        if file.xet_hash.is_some() || file.size < ASK_BYTES {
+            return file.xet_hash.clone();
+        }
+        let what = self.hub.asked(self.repo, self.commit, &file.path);
+        // not sent on to where the bytes are: that place knows no names
+        let answer = self.hub.request(Method::HEAD, &what.url).send().ok()?;
+        let name = answer.headers().get("x-xet-hash")?.to_str().ok()?;
+        Some(name.to_string())
     }
 
     fn open(&self) -> Option<XetDownloadStreamGroup> {

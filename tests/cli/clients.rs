@@ -17,8 +17,8 @@ use crate::world::{TOKEN, World, arg};
 
 /// Somebody else's client.
 #[derive(Clone)]
-struct Client {
-    name: &'static str,
+pub struct Client {
+    pub name: &'static str,
     program: PathBuf,
     script: &'static str,
     /// Whether large files go by Xet, where the Hub has that.
@@ -26,6 +26,10 @@ struct Client {
 }
 
 impl Client {
+    pub fn with_xet(self) -> Self {
+        Self { xet: true, ..self }
+    }
+
     fn called(&self) -> String {
         format!("{}{}", self.name, if self.xet { "-xet" } else { "" })
     }
@@ -39,7 +43,7 @@ impl Client {
         self.run_with(world, verb, repo, folder, &[])
     }
 
-    fn run_with(
+    pub fn run_with(
         &self,
         world: &World,
         verb: &str,
@@ -78,7 +82,7 @@ impl Client {
 }
 
 /// The clients where they are installed, or a loud word that they are not.
-fn clients(test: &str) -> Vec<Client> {
+pub fn clients(test: &str) -> Vec<Client> {
     let Some(dir) = std::env::var_os("SVDHUB_CLIENTS").map(PathBuf::from) else {
         // not eprintln: of a test that passes, that is not shown
         let how = "tests/clients/install DIR, then name DIR in SVDHUB_CLIENTS";

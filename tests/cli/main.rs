@@ -17,6 +17,7 @@ mod python;
 mod ranks;
 mod resume;
 mod round_trip;
+mod shardline;
 mod siege;
 mod streaming;
 mod training;

@@ -21,7 +21,7 @@ fn world() -> World {
 }
 
 /// Bytes in which no chunk comes twice (xorshift64).
-fn noise(seed: u64, bytes: usize) -> Vec<u8> {
+pub fn noise(seed: u64, bytes: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut noise = Vec::with_capacity(bytes + 8);
     while noise.len() < bytes {
@@ -154,6 +154,30 @@ fn one_changed_shard_sends_its_changed_chunks_alone() {
     let out = world.path("out");
     world.run(&download("org/model", &out)).succeeds();
     assert_eq!(fetched(&out), files(&dir));
+}
+
+#[test]
+fn a_name_in_the_headers_of_a_large_file_is_enough() {
+    let world = world();
+    let weights = [("a.safetensors", 40_000_000), ("b.safetensors", 100_000)];
+    let dir = model(&world, "model", &weights);
+    world.run(&["publish", arg(&dir), "org/model"]).succeeds();
+    let mut listed = world.api("org/model/tree/main?recursive=true");
+    for entry in listed.as_array_mut().expect("a list") {
+        entry.as_object_mut().expect("an entry").remove("xetHash");
+    }
+    let without = Effect::Status {
+        status: 200,
+        headers: vec![],
+        body: listed.to_string(),
+    };
+    world.fault("/tree/", 1, without);
+    let out = world.path("out");
+    let before = world.hub().requests().len();
+    world.run(&download("org/model", &out)).succeeds();
+    assert_eq!(fetched(&out), files(&dir));
+    assert_eq!(by_http(&world, before), 1, "the small one");
+    assert_eq!(world.asked(before, "HEAD ").len(), 1);
 }
 
 #[test]
