@@ -7,7 +7,7 @@ use svdhub::hub::server::{Effect, ServerOptions};
 use svdhub::sum::sha256_hex;
 use svdhub::weights::Dtype;
 
-use crate::world::{Run, World, arg, files, wait_until};
+use crate::world::{Run, World, answer, arg, files, wait_until};
 
 /// A world whose Hub holds the fixture model as `org/base`.
 fn published(options: ServerOptions) -> World {
@@ -19,17 +19,6 @@ fn published(options: ServerOptions) -> World {
 
 fn world() -> World {
     published(ServerOptions::default())
-}
-
-fn answer(status: u16, headers: &[(&str, &str)], body: &str) -> Effect {
-    let headers = headers.iter();
-    Effect::Status {
-        status,
-        headers: headers
-            .map(|(k, v)| (k.to_string(), v.to_string()))
-            .collect(),
-        body: body.into(),
-    }
 }
 
 fn download(world: &World) -> Run {

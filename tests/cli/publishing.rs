@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 use svdhub::hub::server::{Effect, ServerOptions};
 
-use crate::world::{Run, TOKEN, World, arg, peak_bytes, wait_until};
+use crate::world::{self, Run, TOKEN, World, arg, peak_bytes, wait_until};
 
 /// A directory with files of these names and sizes, whose bytes differ.
 fn folder(world: &World, name: &str, files: &[(&str, usize)]) -> PathBuf {
@@ -26,14 +26,7 @@ fn folder(world: &World, name: &str, files: &[(&str, usize)]) -> PathBuf {
 }
 
 fn answer(status: u16, headers: &[(&str, &str)]) -> Effect {
-    let headers = headers.iter();
-    Effect::Status {
-        status,
-        headers: headers
-            .map(|(k, v)| (k.to_string(), v.to_string()))
-            .collect(),
-        body: "trouble".into(),
-    }
+    world::answer(status, headers, "trouble")
 }
 
 /// The titles of a branch's commits, the newest first, without the first of all.

@@ -287,6 +287,18 @@ pub fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     files
 }
 
+/// Any answer instead of the right one.
+pub fn answer(status: u16, headers: &[(&str, &str)], body: &str) -> Effect {
+    let headers = headers.iter();
+    Effect::Status {
+        status,
+        headers: headers
+            .map(|(k, v)| (k.to_string(), v.to_string()))
+            .collect(),
+        body: body.into(),
+    }
+}
+
 /// A path as an argument.
 pub fn arg(path: &Path) -> &str {
     path.to_str().expect("UTF-8")

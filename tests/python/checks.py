@@ -166,36 +166,45 @@ def raw(tensor):
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def peft(arguments):
-    import peft
+def with_adapter(base, adapter):
+    """The model with PEFT's adapter on it, loaded without complaint; the layers it touches, and those it saves whole."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    said = [str(w.message) for w in said]
+    loaded = [text for text in said if "missing" in text or "unexpected" in text or "not found" in text]
+    check(not loaded, f"PEFT complains: {loaded}")
+    # exactly the modules of the adapter
+    modules = dict(model.base_model.model.named_modules())
+    touched = {name for name, module in modules.items() if isinstance(module, LoraLayer)}
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    stored = load_file(adapter / "adapter_model.safetensors")
+    held = {key[len(prefix) : -len(suffix)] for key in stored if key.endswith(suffix)}
+    check(touched == held, f"PEFT touches other modules than the adapter holds: {sorted(touched ^ held)[:5]}")
+    saved = {name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)}
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    check(saved == set(config["modules_to_save"] or []), f"PEFT saves other modules: {sorted(saved)[:5]}")
+    return model, touched, saved
+
+
+def peft(arguments):
+    import peft
+    from peft import PeftModel
 
     facts = {"peft": peft.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     export = pathlib.Path(arguments.export)
     report = json.loads((export / "report.json").read_text())["export"]
     config = json.loads((export / "adapter_config.json").read_text())
-    stored = load_file(export / "adapter_model.safetensors")
     base, merged = load(arguments.base), load(arguments.merged)
     before, after = tensors(base), tensors(merged)
     untouched = logits(base)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        model = PeftModel.from_pretrained(base, arguments.export).eval()
-    said = [str(w.message) for w in said]
-    loaded = [text for text in said if "missing" in text or "unexpected" in text or "not found" in text]
-    check(not loaded, f"PEFT complains: {loaded}")
-
-    # exactly the modules of the adapter
+    model, touched, saved = with_adapter(base, export)
     inner = model.base_model.model
-    touched = {name for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    held = {key[len(prefix) : -len(suffix)] for key in stored if key.endswith(suffix)}
-    check(touched == held, f"PEFT touches other modules than the adapter holds: {sorted(touched ^ held)[:5]}")
     check(touched == set(report["modules"]), "report.json names other modules")
-    saved = {name for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)}
-    check(saved == set(config["modules_to_save"] or []), f"PEFT saves other modules: {sorted(saved)[:5]}")
     check(sorted(saved) == sorted(report["modules_to_save"]), "report.json names other modules_to_save")
 
     # in the space of weights: what PEFT adds against what merging changed
@@ -252,36 +261,20 @@ def peft(arguments):
 
 def lora(arguments):
     import peft
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
-    from peft.utils import ModulesToSaveWrapper
 
     facts = {"peft": peft.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     adapter = pathlib.Path(arguments.adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    stored = load_file(adapter / "adapter_model.safetensors")
     asked = json.loads(pathlib.Path(arguments.logits).read_text())
     ids, wanted = torch.tensor([asked["ids"]]), torch.tensor(asked["logits"], dtype=torch.double)
     base = load(arguments.base)
     with torch.no_grad():
         untouched = base(ids, use_cache=False).logits[0].double()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        model = PeftModel.from_pretrained(base, arguments.adapter).eval()
-    said = [str(w.message) for w in said]
-    loaded = [text for text in said if "missing" in text or "unexpected" in text or "not found" in text]
-    check(not loaded, f"PEFT complains: {loaded}")
-    inner = model.base_model.model
-    touched = {name for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    held = {key[len(prefix) : -len(suffix)] for key in stored if key.endswith(suffix)}
-    check(touched == held, f"PEFT touches other modules than the adapter holds: {sorted(touched ^ held)[:5]}")
+    model, touched, saved = with_adapter(base, adapter)
     linear = {name for name, module in load(arguments.base).named_modules() if isinstance(module, torch.nn.Linear)}
     if base.config.tie_word_embeddings:
         linear.discard("lm_head")
     check(touched == linear, f"not all linear layers: {sorted(touched ^ linear)[:5]}")
-    saved = {name for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)}
-    check(saved == set(config["modules_to_save"] or []), f"PEFT saves other modules: {sorted(saved)[:5]}")
     facts |= {"modules": len(touched), "saved": len(saved), "rank": config["r"], "alpha": config["lora_alpha"]}
 
     facts["moved"] = ((wanted - untouched).abs().max() / untouched.abs().max()).item()
