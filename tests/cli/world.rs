@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::Once;
 
 use serde_json::Value;
 use svdhub::hub::server::{Effect, Fault, Request, Server, ServerOptions};
+use svdhub::linalg::single_threaded_blas;
 use svdhub::model::ModelConfig;
 use svdhub::weights::{Checkpoint, Dtype, Elements, Header, Layout, ShardWriter};
 use tempfile::TempDir;
@@ -33,6 +35,9 @@ pub fn fixture(name: &str) -> PathBuf {
 
 impl World {
     pub fn new() -> Self {
+        // a fork waits for OpenBLAS's threads to end, and for ever where another test wakes them just then
+        static ALONE: Once = Once::new();
+        ALONE.call_once(single_threaded_blas);
         Self {
             dir: TempDir::new().expect("temporary directory"),
             server: None,
