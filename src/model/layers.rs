@@ -432,11 +432,12 @@ mod tests {
                 run(DType::F64).expect("computes"),
             );
             for (found, wanted) in single.iter().zip(&double) {
-                let scale = wanted.iter().fold(1e-3f64, |m, x| m.max(x.abs()));
+                let scale = wanted.iter().fold(1f64, |m, x| m.max(x.abs()));
                 for (found, wanted) in found.iter().zip(wanted) {
-                    // some dozen roundings, in sums of up to 40 terms
+                    // y reaches some tens and is the phase of a cosine, which errs by 10⁻⁶ of that, in each of 40 terms
+                    // that are larger than their sum
                     assert!(
-                        (found - wanted).abs() < 3e-6 * scale,
+                        (found - wanted).abs() < 1e-3 * scale,
                         "{found} for {wanted}"
                     );
                 }
