@@ -597,17 +597,19 @@ impl Plan {
         self.disk_bytes + self.disk_bytes / 50 + self.disk_bytes.min(twice)
     }
 
-    /// The most that is there at any time where shards do not stay: the matrices of one shard, that shard, and of the
-    /// next ones what may be finished before it is gone.
+    /// The most that is there at any time where shards do not stay: the matrices of one shard, that shard, those that lie
+    /// across its two ends, and of the next ones what may be finished before it is gone.
     pub fn disk_bytes_passing(&self, shard_bytes_max: u64, limits: Limits) -> u64 {
         let bytes = |t: &PlannedTensor| t.artifact_bytes_max(self.storing);
         let largest = self.tensors.iter().map(bytes).max().unwrap_or(0);
-        let shard = shard_bytes_max.max(largest).saturating_add(largest);
+        let shard = shard_bytes_max.max(largest);
         // those that wait are taken over before a shard is written, and as many wait again until it is gone
-        let ahead = (limits.waiting.saturating_mul(2)).saturating_add(limits.threads) as u64;
-        let passing = shard
-            .saturating_mul(2)
-            .saturating_add(largest.saturating_mul(ahead));
+        let ahead = (limits.waiting.saturating_mul(2)).saturating_add(limits.threads);
+        let mut matrices: Vec<u64> = self.decomposed().map(bytes).collect();
+        matrices.sort_unstable_by(|a, b| b.cmp(a));
+        let beside = matrices.iter().take(ahead.saturating_add(2));
+        let beside = beside.fold(0u64, |sum, &bytes| sum.saturating_add(bytes));
+        let passing = shard.saturating_mul(2).saturating_add(beside);
         passing.min(self.disk_bytes_peak(shard_bytes_max))
     }
 
@@ -886,6 +888,7 @@ fn untied_head(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::decompose::PASSING_SHARD_BYTES;
     use serde_json::{Value, json};
 
     fn plan(config: Value, rank: Rank) -> Plan {
@@ -906,6 +909,26 @@ mod tests {
     fn small() -> Value {
         json!({"model_type": "qwen2", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50, "tie_word_embeddings": true})
+    }
+
+    #[test]
+    fn eight_billion_weights_pass_through_a_small_disk() {
+        let llama = |hidden: u64, inner: u64, layers: u64, heads: u64| {
+            let config = json!({"model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
+                "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": 128_256,
+                "tie_word_embeddings": false});
+            plan(config, Rank::Fraction(0.1))
+        };
+        let limits = Limits {
+            waiting: 4,
+            ..Limits::threads(4)
+        };
+        let gigabytes =
+            |plan: Plan| plan.disk_bytes_passing(PASSING_SHARD_BYTES, limits) / 1_000_000_000;
+        // the head, whose M′ takes 2.1 GB and u and v 0.2, thrice; and 13 matrices of 0.265
+        assert_eq!(gigabytes(llama(4096, 14_336, 32, 32)), 10);
+        // with one of 4.6 GB, and matrices of 1.05
+        assert_eq!(gigabytes(llama(8192, 28_672, 80, 64)), 27);
     }
 
     #[test]

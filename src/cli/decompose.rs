@@ -40,9 +40,9 @@ pub struct Command {
     /// Multiply whole matrices there: auto, cpu or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: DeviceChoice,
-    /// Start a new file when one would grow beyond this (500MB, 5GB)
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size)]
-    shard_size: u64,
+    /// Start a new file when one would grow beyond this (500MB, 5GB) [default: 5GB; 2GB where files only pass through]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    shard_size: Option<u64>,
     /// Do only share I of N, for `svdhub assemble` to join; N machines with the same options do it all
     #[arg(long, value_name = "I/N", conflicts_with = "push")]
     part: Option<Share>,
@@ -96,6 +96,10 @@ impl Command {
             false => session.base(&self.model)?,
         };
         let backend = Backend::from(session.device(self.device)?);
+        let usual = match self.passing.passes_through() {
+            true => decompose::PASSING_SHARD_BYTES,
+            false => Options::default().shard_bytes_max,
+        };
         let options = Options {
             plan: self.plan.options(),
             algorithm: Algorithm {
@@ -105,7 +109,7 @@ impl Command {
                 ..Algorithm::default()
             },
             backend,
-            shard_bytes_max: self.shard_size,
+            shard_bytes_max: self.shard_size.unwrap_or(usual),
         };
         if let Some(share) = self.part {
             let record =

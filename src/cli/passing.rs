@@ -39,6 +39,11 @@ impl Passing {
         }
     }
 
+    /// Whether what is made does not stay on this disk.
+    pub fn passes_through(&self) -> bool {
+        self.push.is_some() && !self.keep
+    }
+
     /// The Hub, where it is needed.
     pub fn hub(&self, session: &Session) -> Result<Option<Hub>> {
         self.push.as_ref().map(|_| session.hub()).transpose()

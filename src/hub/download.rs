@@ -543,16 +543,7 @@ impl Hub {
         partial: &Path,
         observer: &dyn Observer,
     ) -> Result<()> {
-        let mut out = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(partial)
-            .context("open", partial)?;
-        let mut received = out.metadata().context("read", partial)?.len();
-        if received > file.size {
-            out.set_len(0).context("write", partial)?;
-            received = 0;
-        }
+        let (mut out, mut received) = open_partial(partial, file.size)?;
         if received == file.size {
             return Ok(());
         }
@@ -674,6 +665,21 @@ impl Place {
         let size = std::fs::metadata(&self.target).map(|found| found.len());
         Ok(size.is_ok_and(|size| size == file.size) && digest(&self.target, file)? == file.oid)
     }
+}
+
+/// A file that transfers append to, and its bytes so far; one that is longer than it may become begins anew.
+pub(super) fn open_partial(partial: &Path, size: u64) -> Result<(File, u64)> {
+    let out = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(partial)
+        .context("open", partial)?;
+    let received = out.metadata().context("read", partial)?.len();
+    if received <= size {
+        return Ok((out, received));
+    }
+    out.set_len(0).context("write", partial)?;
+    Ok((out, 0))
 }
 
 /// Of a repository's files, those that some verb reads.

@@ -4,7 +4,6 @@
 //! file that HTTP would append to, so that either goes on where the other stopped, and is verified like everything else.
 
 use std::fmt;
-use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -20,6 +19,7 @@ use xet::xet_session::{
 };
 
 use super::client::{Asked, CONNECT_TIMEOUT, FIRST_PAUSE, Hub, RemoteFile, TRIES, segment};
+use super::download::open_partial;
 use super::upload::{LocalFile, Push};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage};
@@ -153,16 +153,7 @@ impl<'a> Way<'a> {
         let Some(group) = self.open() else {
             return Ok(false);
         };
-        let mut out = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(partial)
-            .context("open", partial)?;
-        let mut received = out.metadata().context("read", partial)?.len();
-        if received > file.size {
-            out.set_len(0).context("write", partial)?;
-            received = 0;
-        }
+        let (mut out, mut received) = open_partial(partial, file.size)?;
         if received == file.size {
             return Ok(true);
         }

@@ -8,6 +8,7 @@ mod machine;
 mod process;
 mod python;
 mod spread;
+mod start;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use machine::{load, loudly};
 use process::output_and_peak;
 use python::environment;
 use spread::Spread;
+use start::benchmark;
 
 /// A benchmark says what went wrong and stops: nobody handles its errors by kind.
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -66,19 +68,7 @@ const PEAK_BYTES_MAX: f64 = 200e6;
 const XET_BUFFER_BYTES: [f64; 2] = [268e6, 128e6];
 
 fn main() -> ExitCode {
-    // cargo passes --bench when it benchmarks; without, it is a test run that only wants to see this start
-    if !std::env::args().any(|argument| argument == "--bench") {
-        println!("not a benchmark run: cargo bench --bench hub");
-        return ExitCode::SUCCESS;
-    }
-    match run(&Args::parse()) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    benchmark("hub", || run(&Args::parse()))
 }
 
 /// One direction, both sides over all rounds.

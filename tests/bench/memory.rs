@@ -5,6 +5,7 @@
 //! a process takes more than promised, or the plan is off by more than a quarter.
 
 mod process;
+mod start;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use clap::Parser;
 use half::{bf16, f16};
 use process::output_and_peak;
 use serde_json::{Value, json};
+use start::benchmark;
 use svdhub::model::ModelConfig;
 use svdhub::plan::expected_inventory;
 use svdhub::weights::{Dtype, ShardWriter};
@@ -79,19 +81,7 @@ fn stored(name: &str) -> std::result::Result<Stored, String> {
 }
 
 fn main() -> ExitCode {
-    // cargo passes --bench when it benchmarks; without, it is a test run that only wants to see this start
-    if !std::env::args().any(|argument| argument == "--bench") {
-        println!("not a benchmark run: cargo bench --bench memory");
-        return ExitCode::SUCCESS;
-    }
-    match run(&Args::parse()) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    benchmark("memory", || run(&Args::parse()))
 }
 
 /// Whether all that was promised holds.

@@ -13,6 +13,7 @@ mod model;
 mod peers;
 mod python;
 mod spread;
+mod start;
 mod table;
 mod targets;
 
@@ -30,6 +31,7 @@ use matrix::{Kind, Matrix, Shape};
 use measure::Accuracy;
 use peers::{Peer, Peers};
 use spread::Spread;
+use start::benchmark;
 
 /// A benchmark says what went wrong and stops: nobody handles its errors by kind.
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -157,19 +159,7 @@ impl Case {
 }
 
 fn main() -> ExitCode {
-    // cargo passes --bench when it benchmarks; without, it is a test run that only wants to see this start
-    if !std::env::args().any(|argument| argument == "--bench") {
-        println!("not a benchmark run: cargo bench --bench svd");
-        return ExitCode::SUCCESS;
-    }
-    match run(&Args::parse()) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    benchmark("svd", || run(&Args::parse()))
 }
 
 /// Whether all that was asked for holds.

@@ -10,6 +10,7 @@ mod machine;
 mod process;
 mod python;
 mod spread;
+mod start;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -36,6 +37,7 @@ use machine::{load, loudly};
 use process::output_and_peak;
 use python::{beside, environment};
 use spread::Spread;
+use start::benchmark;
 
 /// A benchmark says what went wrong and stops: nobody handles its errors by kind.
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -85,24 +87,13 @@ struct Args {
 const TEXT: &str = "fixtures/eighty-train.txt";
 
 fn main() -> ExitCode {
-    // cargo passes --bench when it benchmarks; without, it is a test run that only wants to see this start
-    if !std::env::args().any(|argument| argument == "--bench") {
-        println!("not a benchmark run: cargo bench --bench train");
-        return ExitCode::SUCCESS;
-    }
-    let args = Args::parse();
-    let outcome = match &args.ours {
-        Some(artifact) => steps_of_ours(artifact, &args).map(|()| true),
-        None => run(&args),
-    };
-    match outcome {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
+    benchmark("train", || {
+        let args = Args::parse();
+        match &args.ours {
+            Some(artifact) => steps_of_ours(artifact, &args).map(|()| true),
+            None => run(&args),
         }
-    }
+    })
 }
 
 /// A peer, and what is wanted of us beside it.

@@ -519,6 +519,16 @@ fn a_lora_that_would_be_computed_otherwise_or_does_not_fit_is_refused_by_name() 
         write(&changed);
         refused(&["adapter_config.json", key]);
     }
+    // the same numbers, with the square root of r beneath α
+    write(&config);
+    let with = || loss(&t.world, &[arg(&t.base), "--adapter", arg(&lora)]);
+    let (usual, rank) = (with(), config["r"].as_f64().expect("a number"));
+    let mut stabilised = config.clone();
+    stabilised["use_rslora"] = true.into();
+    stabilised["lora_alpha"] = rank.sqrt().into();
+    write(&stabilised);
+    let found = with();
+    assert!((found - usual).abs() < 2e-6 * usual, "{found} for {usual}");
     write(&config);
     let save = |weights: &BTreeMap<String, Elements>| {
         let layouts = weights.iter();
