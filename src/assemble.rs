@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
 use std::time::Instant;
 
 use crate::base::Base;
@@ -196,8 +195,7 @@ pub fn run(shares: &Shares, base: &Base, out: &Path, observer: &dyn Observer) ->
     };
     let mut joined = join.resume()?;
     joined.parts.extend(parts);
-    let (_, nothing_more) = mpsc::channel();
-    let joined = join.write_shards(joined, &nothing_more)?;
+    let joined = join.write_shards(joined, None)?;
     let joined = joined.expect("every part of the plan was read above");
     let records = || shares.shares.iter().map(|(_, record)| record);
     let facts = join.complete(

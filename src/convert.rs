@@ -23,7 +23,7 @@ use crate::linalg::{self, Certificate, certify, orthogonality};
 use crate::part::Part;
 use crate::split::Factors;
 use crate::weights::Elements;
-use crate::workers::{self, Limits};
+use crate::workers::{self, Cost, Limits};
 use crate::workspace::{Claim, Workspace, bytes_in, check_free_space};
 use crate::{ranks, report};
 
@@ -151,7 +151,7 @@ pub fn run(
     let joined = workers::run(
         &missing,
         Limits::threads(options.threads),
-        |_| 0,
+        |_| Cost::default(),
         |module| {
             let part = conversion.part(&folder, module)?;
             observer.advance(Stage::Convert, conversion.read_bytes(module), module);
@@ -160,7 +160,7 @@ pub fn run(
             }
             Ok(((*module).to_string(), part))
         },
-        |arrivals| join.write_shards(joined, arrivals),
+        |arrivals| join.write_shards(joined, Some(arrivals)),
     )?
     .expect("no worker failed, so every part has arrived");
     let facts = join.complete(joined, options.threads, started.elapsed().as_secs_f64())?;

@@ -6,7 +6,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 use ndarray::Array2;
@@ -27,7 +26,7 @@ use crate::split::Factors;
 use crate::sum::sha256_hex;
 use crate::weights::shard::write_atomically;
 use crate::weights::{Checkpoint, dtype_name};
-use crate::workers::{self, Limits};
+use crate::workers::{self, Arrivals, Cost, Limits};
 use crate::workspace::{Claim, PART_FILE, Workspace, bytes_in, check_free_space};
 use crate::{ranks, report};
 
@@ -70,21 +69,27 @@ pub fn run_to(
     }
     let base = &base.checked(Some(&workspace.state(BASE_SUMS)), observer)?;
     refuse_another_head(&plan, &base.checkpoint)?;
-    let passes_through = outlet.is_some_and(|outlet| !outlet.keeps());
-    if !passes_through {
+    let passing = outlet.filter(|outlet| !outlet.keeps());
+    if passing.is_none() {
         check_room(out, &plan, plan.disk_bytes_min(), observer)?;
     }
     let spectra = workspace.state(SPECTRA);
     let plan = ranks::resolve(plan, &base.checkpoint, &spectra, observer)?;
     let mut limits = options.plan.limits();
-    let needed = if passes_through {
-        // finished matrices do not pile up before a shard that is on its way
-        limits.waiting = limits.threads;
-        plan.disk_bytes_passing(options.shard_bytes_max, limits)
-    } else {
-        plan.disk_bytes_peak(options.shard_bytes_max)
+    let shard_bytes_max = options.shard_bytes_max;
+    let order = match passing {
+        None => {
+            check_room(out, &plan, plan.disk_bytes_peak(shard_bytes_max), observer)?;
+            plan.in_shard_order(shard_bytes_max)
+        }
+        Some(outlet) => {
+            let needed = plan.disk_bytes_passing(shard_bytes_max);
+            let room = workspace.room(outlet.room(), needed)?;
+            limits.disk = room - plan.disk_bytes_carried(shard_bytes_max);
+            // what is waited for comes first: nothing else could take its place on the disk
+            plan.decomposed().collect()
+        }
     };
-    check_room(out, &plan, needed, observer)?;
     let join = Join {
         frame: &Frame::of(base, &job, &plan),
         carried: &base.checkpoint,
@@ -103,15 +108,12 @@ pub fn run_to(
         limits,
         observer,
     };
-    let missing = compute.find_missing(
-        plan.in_shard_order(options.shard_bytes_max),
-        &mut joined.parts,
-    );
+    let missing = compute.find_missing(order, &mut joined.parts);
     let joined = compute
         .run(
             &plan.decomposed().collect::<Vec<_>>(),
             &missing,
-            |arrivals| join.write_shards(joined, arrivals),
+            |arrivals| join.write_shards(joined, Some(arrivals)),
         )?
         .expect("no worker failed, so every part has arrived");
     let facts = join.complete(joined, plan.threads, started.elapsed().as_secs_f64())?;
@@ -169,8 +171,9 @@ pub fn run_share(
     };
     let mut parts = BTreeMap::new();
     let missing = compute.find_missing(mine.clone(), &mut parts);
-    let arrived: Vec<(String, Part)> =
-        compute.run(&mine, &missing, |arrivals| Ok(arrivals.iter().collect()))?;
+    let arrived: Vec<(String, Part)> = compute.run(&mine, &missing, |arrivals| {
+        Ok(std::iter::from_fn(|| arrivals.recv()).collect())
+    })?;
     parts.extend(arrived);
     let modules = parts.into_iter().filter_map(|(module, part)| {
         let file = part.file?;
@@ -203,8 +206,8 @@ pub fn run_share(
 
 /// The usual size of shards that only pass through.
 ///
-/// With it, a model of 8 billion weights in bf16 with a head of 128,256 rows needs 10 GB of disk on four threads, and one
-/// of 70 billion 27 GB (a test of `plan`).
+/// With it, a model of 8 billion weights with a head of 128,256 rows needs 4 GB of disk, one of 405 billion 13 GB (a test
+/// of `plan`).
 pub const PASSING_SHARD_BYTES: u64 = 2_000_000_000;
 
 /// Where the spectra that a budget needs are kept in the state folder.
@@ -316,7 +319,7 @@ impl Compute<'_> {
         &self,
         wanted: &[&PlannedTensor],
         missing: &[&PlannedTensor],
-        consume: impl FnOnce(&Receiver<(String, Part)>) -> Result<C>,
+        consume: impl FnOnce(&Arrivals<(String, Part)>) -> Result<C>,
     ) -> Result<C> {
         std::fs::create_dir_all(self.folder).context("create", self.folder)?;
         let flops = |tensors: &[&PlannedTensor]| {
@@ -340,15 +343,23 @@ impl Compute<'_> {
             observer.resume(Stage::Decompose, all - to_do, all, Unit::Flops);
         }
         let left = AtomicUsize::new(missing.len());
+        let cost = |tensor: &&PlannedTensor| Cost {
+            memory: bytes(tensor),
+            disk: tensor.artifact_bytes_max(plan.storing),
+        };
         let work = |tensor: &&PlannedTensor| {
-            let part = self.compute_part(tensor)?;
+            let mut part = self.compute_part(tensor)?;
+            if let Some(file) = &mut part.file {
+                // as it was counted when it began
+                file.bytes = cost(tensor).disk;
+            }
             observer.advance(Stage::Decompose, tensor.flops(), tensor.module());
             if left.fetch_sub(1, Ordering::Relaxed) == 1 {
                 observer.finish(Stage::Decompose);
             }
             Ok((tensor.module().to_string(), part))
         };
-        workers::run(missing, limits, |tensor| bytes(tensor), work, consume)
+        workers::run(missing, limits, cost, work, consume)
     }
 
     fn compute_part(&self, tensor: &PlannedTensor) -> Result<Part> {

@@ -23,6 +23,12 @@ pub enum Error {
         needed: u64,
         free: u64,
     },
+    #[error("{} needs {needed} bytes of the disk, {allowed} are allowed", path.display())]
+    RoomTooSmall {
+        path: PathBuf,
+        needed: u64,
+        allowed: u64,
+    },
     #[error("{} is not valid JSON", path.display())]
     Json {
         path: PathBuf,

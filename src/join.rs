@@ -5,14 +5,16 @@
 //! folder. What is known of a shard is written beside it, and only then its parts go; so that a kill at any moment loses
 //! no finished matrix.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::Receiver;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::base::{Base, card_facts, copy_side_files, remember, side_files};
+use crate::contents::{Joint, Section};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{
@@ -30,7 +32,8 @@ use crate::spectrum::{self, Spectrum};
 use crate::sum::{Sum, sha256_file, sha256_hex};
 use crate::weights::shard::{rename, write_atomically};
 use crate::weights::{Checkpoint, Dtype, Entry, Header, Layout, ShardWriter};
-use crate::workspace::Workspace;
+use crate::workers::Arrivals;
+use crate::workspace::{Workspace, forget_stretch};
 
 /// The facts of a decomposition, as `report.json` keeps them.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -184,7 +187,8 @@ pub struct Join<'a> {
     pub observer: &'a dyn Observer,
     /// Whether a part is removed once it is in a shard: our own are, those of other directories are not.
     pub consumes: bool,
-    /// Where finished shards go, if not only here.
+    /// Where finished shards go, if not only here. One that does not keep them is given each from the pieces it consists of:
+    /// they never lie here as files.
     pub outlet: Option<&'a dyn Outlet>,
 }
 
@@ -234,6 +238,22 @@ impl Placed {
     }
 }
 
+impl Shard {
+    /// The modules of which it holds something.
+    fn sources(&self) -> BTreeSet<&str> {
+        let sources = self.tensors.iter().map(|(placed, _)| &placed.source);
+        let modules = sources.filter_map(|source| match source {
+            Source::Part(module) => Some(module.as_str()),
+            _ => None,
+        });
+        modules.collect()
+    }
+
+    fn holds(&self, tensor: &str) -> bool {
+        self.tensors.iter().any(|(placed, _)| placed.name == tensor)
+    }
+}
+
 impl Joined {
     fn bytes(&self) -> u64 {
         let tensors = self.shards.iter().flat_map(|shard| &shard.tensors);
@@ -267,7 +287,7 @@ impl Join<'_> {
                 return Ok(joined);
             }
             // the kill may have come between the record and these
-            self.consume(&shard)?;
+            self.consume(&shard, &mut BTreeMap::new())?;
             self.let_go(number, &shard)?;
             joined.parts.extend(shard.parts.clone());
             joined.shards.push(shard);
@@ -290,6 +310,14 @@ impl Join<'_> {
         ));
         for number in first.. {
             let mut left = 0;
+            let record = self.shard_path(number, "json");
+            if record.exists() {
+                // of a part that lies across its end, what went with it is gone
+                let shard: Shard = json::read(&record)?;
+                for part in shard.sources() {
+                    remove_if_there(&self.part_path(part))?;
+                }
+            }
             for ending in ["json", "safetensors"] {
                 let path = self.shard_path(number, ending);
                 if path.exists() {
@@ -304,41 +332,64 @@ impl Join<'_> {
         Ok(())
     }
 
-    /// Gives a finished shard to where shards go.
+    /// Gives a finished shard, if it is a file, to where shards go.
     fn let_go(&self, number: usize, shard: &Shard) -> Result<()> {
         let Some(outlet) = self.outlet else {
             return Ok(());
         };
-        let finished = self.finished(number, shard);
-        if finished.path.exists() {
-            outlet.take(&finished)?;
-            if !outlet.keeps() {
-                std::fs::remove_file(&finished.path).context("remove", &finished.path)?;
-            }
+        let path = self.shard_path(number, "safetensors");
+        if path.exists() {
+            outlet.take(&self.finished(number, shard), &Section::whole(&path)?)?;
         }
         Ok(())
     }
 
+    /// The outlet, if files do not stay.
+    fn passing(&self) -> Option<&dyn Outlet> {
+        self.outlet.filter(|outlet| !outlet.keeps())
+    }
+
     fn finished(&self, number: usize, shard: &Shard) -> Finished {
         Finished {
-            path: self.shard_path(number, "safetensors"),
+            name: format!("{number:05}.safetensors"),
             bytes: shard.bytes,
             sha256: shard.sha256.clone(),
         }
     }
 
-    /// Removes the files of parts that a durable shard has made superfluous.
-    fn consume(&self, shard: &Shard) -> Result<()> {
+    fn part_path(&self, module: &str) -> PathBuf {
+        crate::part::path_of(&self.workspace.state(PARTS), module)
+    }
+
+    /// Removes what a durable shard has made superfluous of its parts, and says how much less the disk holds.
+    fn consume(&self, shard: &Shard, parts: &mut BTreeMap<String, Part>) -> Result<u64> {
         if !self.consumes {
-            return Ok(());
+            return Ok(0);
         }
-        for module in shard.parts.keys() {
-            let path = crate::part::path_of(&self.workspace.state(PARTS), module);
-            if path.exists() {
-                std::fs::remove_file(&path).context("remove", &path)?;
+        let mut released = 0;
+        for module in shard.sources() {
+            let file = parts.get_mut(module).and_then(|part| part.file.as_mut());
+            let path = self.part_path(module);
+            if shard.parts.contains_key(module) {
+                remove_if_there(&path)?;
+                released += file.map_or(0, |file| std::mem::take(&mut file.bytes));
+            } else if self.passing().is_some() && path.exists() {
+                let mut forgotten = 0;
+                for entry in &Header::read(&path)?.entries {
+                    if shard.holds(&entry.name) && forget_stretch(&path, entry.offset, entry.bytes)
+                    {
+                        forgotten += entry.bytes;
+                    }
+                }
+                let bytes = file.map(|file| &mut file.bytes);
+                if let Some(bytes) = bytes {
+                    let less = forgotten.min(*bytes);
+                    *bytes -= less;
+                    released += less;
+                }
             }
         }
-        Ok(())
+        Ok(released)
     }
 
     /// Writes the shards that are not there yet, each as soon as its matrices have arrived.
@@ -347,8 +398,12 @@ impl Join<'_> {
     pub fn write_shards(
         &self,
         mut joined: Joined,
-        arrivals: &Receiver<(String, Part)>,
+        arrivals: Option<&Arrivals<(String, Part)>>,
     ) -> Result<Option<Joined>> {
+        if let Some(arrivals) = arrivals {
+            let files = joined.parts.values().filter_map(|part| part.file.as_ref());
+            arrivals.take_disk(files.map(|file| file.bytes).sum());
+        }
         let folder = self.workspace.state(SHARDS);
         std::fs::create_dir_all(&folder).context("create", &folder)?;
         let written = joined.shards.iter().flat_map(|shard| &shard.tensors);
@@ -361,7 +416,7 @@ impl Join<'_> {
             let placed = match item {
                 Some(Item::Matrix(module)) => {
                     while !joined.parts.contains_key(module) {
-                        let Ok((arrived, part)) = arrivals.recv() else {
+                        let Some((arrived, part)) = arrivals.and_then(Arrivals::recv) else {
                             return Ok(None);
                         };
                         joined.parts.insert(arrived, part);
@@ -381,9 +436,11 @@ impl Join<'_> {
                         });
                     }
                     None => {
-                        if let Some(full) = filling.add(tensor) {
-                            joined.parts.extend(arrivals.try_iter());
-                            self.write_shard(full, &mut joined)?;
+                        for full in filling.add(tensor) {
+                            let released = self.write_shard(full, &mut joined)?;
+                            if let Some(arrivals) = arrivals {
+                                arrivals.release_disk(released);
+                            }
                         }
                     }
                 }
@@ -430,7 +487,8 @@ impl Join<'_> {
             .resume(Stage::Write, done, all.max(done), Unit::Bytes);
     }
 
-    fn write_shard(&self, tensors: Vec<Placed>, joined: &mut Joined) -> Result<()> {
+    /// Makes a shard, and says how much less the disk holds of its parts.
+    fn write_shard(&self, tensors: Vec<Placed>, joined: &mut Joined) -> Result<u64> {
         let number = joined.shards.len() + 1;
         self.show(joined);
         let header = Header::compose(
@@ -439,7 +497,16 @@ impl Join<'_> {
                 .map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice())),
         )?;
         let bytes = header.file_bytes();
-        let mut writer = ShardWriter::create(&self.shard_path(number, "safetensors"), header)?;
+        let path = self.shard_path(number, "safetensors");
+        let mut contents = Joint::default();
+        let mut writer = match self.passing() {
+            Some(_) => {
+                contents.push(header.prefix.len() as u64, header.prefix.clone());
+                ShardWriter::nowhere(&path, header)?
+            }
+            None => ShardWriter::create(&path, header)?,
+        };
+        let mut spool = Spool::new(self.shard_path(number, "carried"));
         let mut open: Option<(String, Checkpoint)> = None;
         let mut shard = Shard {
             sha256: String::new(),
@@ -453,8 +520,11 @@ impl Join<'_> {
                 Source::Part(module) => {
                     let part = &joined.parts[module];
                     let sum = copy_part(&mut writer, &tensor, module, part, &mut open)?;
+                    let (_, stored) = open.as_ref().expect("it was just copied from");
+                    if self.passing().is_some() {
+                        contents.push(tensor.bytes(), stored.section(&tensor.name)?);
+                    }
                     if tensor.name == ModuleTensors::of(module).sigma {
-                        let (_, stored) = open.as_ref().expect("it was just copied from");
                         let sigma = stored.read(&tensor.name)?.to_f32();
                         shard.sigma.insert(module.clone(), sigma);
                     }
@@ -463,12 +533,22 @@ impl Join<'_> {
                     }
                     sum
                 }
-                Source::Carried => self.copy_carried(&mut writer, &tensor)?,
+                Source::Carried => match self.passing() {
+                    Some(_) => {
+                        let sum = self.copy_carried(&mut writer, &tensor, Some(&mut spool))?;
+                        contents.push(tensor.bytes(), spool.last(tensor.bytes()));
+                        sum
+                    }
+                    None => self.copy_carried(&mut writer, &tensor, None)?,
+                },
                 Source::BaseHeader(file) => {
                     let mut headers = self.frame.headers.iter();
                     let header = headers.find(|(name, _)| name == file);
                     let (_, prefix) = header.expect("headers are placed from this very list");
                     writer.put(&tensor.name, prefix)?;
+                    if self.passing().is_some() {
+                        contents.push(tensor.bytes(), prefix.clone());
+                    }
                     sha256_hex(prefix)
                 }
             };
@@ -477,15 +557,24 @@ impl Join<'_> {
             shard.tensors.push((tensor, sum));
         }
         shard.sha256 = writer.finish()?;
+        if let Some(outlet) = self.passing() {
+            outlet.take(&self.finished(number, &shard), &contents)?;
+            spool.remove()?;
+        }
         let json = serde_json::to_vec(&shard).expect("a shard's record serialises");
         write_atomically(&self.shard_path(number, "json"), &json)?;
-        self.consume(&shard)?;
+        let released = self.consume(&shard, &mut joined.parts)?;
         self.let_go(number, &shard)?;
         joined.shards.push(shard);
-        Ok(())
+        Ok(released)
     }
 
-    fn copy_carried(&self, writer: &mut ShardWriter, tensor: &Placed) -> Result<String> {
+    fn copy_carried(
+        &self,
+        writer: &mut ShardWriter,
+        tensor: &Placed,
+        mut spool: Option<&mut Spool>,
+    ) -> Result<String> {
         let checkpoint = self.carried;
         let mut sum = Sum::default();
         writer.begin(&tensor.name);
@@ -495,6 +584,9 @@ impl Join<'_> {
                 checkpoint.read_finite(&tensor.name)?;
             }
             sum.update(&block.bytes);
+            if let Some(spool) = &mut spool {
+                spool.write(&block.bytes)?;
+            }
             writer.write(&block.bytes)
         })?;
         let found = sum.finish();
@@ -663,7 +755,10 @@ pub fn clean_up(workspace: &Workspace) {
     let records = std::fs::read_dir(workspace.state(SHARDS));
     for record in records.into_iter().flatten().flatten() {
         let path = record.path();
-        if path.extension().is_some_and(|ending| ending == "json") {
+        if path
+            .extension()
+            .is_some_and(|ending| ending == "json" || ending == "carried")
+        {
             let _ = std::fs::remove_file(path);
         }
     }
@@ -733,6 +828,52 @@ fn copy_part(
     }
 }
 
+/// What is carried along with a shard that never lies here as a file.
+struct Spool {
+    path: PathBuf,
+    file: Option<File>,
+    bytes: u64,
+}
+
+impl Spool {
+    fn new(path: PathBuf) -> Self {
+        Self {
+            path,
+            file: None,
+            bytes: 0,
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let file = match &mut self.file {
+            Some(file) => file,
+            None => {
+                let made = File::create(&self.path).context("create", &self.path)?;
+                self.file.insert(made)
+            }
+        };
+        self.bytes += bytes.len() as u64;
+        file.write_all(bytes)
+            .map_err(|source| Error::io("write", &self.path, source))
+    }
+
+    /// The bytes that were written last.
+    fn last(&self, bytes: u64) -> Section {
+        Section::of(&self.path, self.bytes - bytes, bytes)
+    }
+
+    fn remove(self) -> Result<()> {
+        remove_if_there(&self.path)
+    }
+}
+
+fn remove_if_there(path: &Path) -> Result<()> {
+    match path.exists() {
+        true => std::fs::remove_file(path).context("remove", path),
+        false => Ok(()),
+    }
+}
+
 /// The index as it grows.
 #[derive(Default)]
 struct Index {
@@ -769,16 +910,24 @@ impl Filling {
         }
     }
 
-    /// Adds a tensor; returns the shard that was full without it.
-    fn add(&mut self, tensor: Placed) -> Option<Vec<Placed>> {
-        let fits = self.bytes == 0 || self.bytes + tensor.bytes() <= self.bytes_max;
-        let full = (!fits).then(|| std::mem::take(&mut self.shard));
-        if full.is_some() {
-            self.bytes = 0;
+    /// Adds a tensor; returns the shard that was full without it, and the one that is full with it.
+    fn add(&mut self, tensor: Placed) -> Vec<Vec<Placed>> {
+        let mut full = Vec::new();
+        if self.bytes > 0 && self.bytes + tensor.bytes() > self.bytes_max {
+            full.push(self.take());
         }
         self.bytes += tensor.bytes();
         self.shard.push(tensor);
+        // what is larger than a shard stays alone
+        if self.bytes > self.bytes_max {
+            full.push(self.take());
+        }
         full
+    }
+
+    fn take(&mut self) -> Vec<Placed> {
+        self.bytes = 0;
+        std::mem::take(&mut self.shard)
     }
 
     /// The last shard, which no other tensor has filled.

@@ -16,6 +16,7 @@ pub mod artifact;
 pub mod assemble;
 pub mod base;
 pub mod card;
+pub mod contents;
 pub mod convert;
 pub mod decompose;
 pub mod error;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -11,9 +12,11 @@ use sha2::{Digest, Sha256};
 use crate::adapter::Mixture;
 use crate::artifact::Artifact;
 use crate::base::{copy_side_files, side_sums};
+use crate::contents::{Contents, Section};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{BASE_CONFIG, BASE_INDEX, untie};
+
 use crate::outlet::{Away, Finished, Outlet};
 use crate::split::RoundingLoss;
 use crate::sum::{hex, sha256_hex};
@@ -140,13 +143,13 @@ pub fn run_to(
         Claim::Fresh => {}
     }
     let passes_through = outlet.is_some_and(|outlet| !outlet.keeps());
-    let bytes = headers.iter().map(|(_, header)| header.file_bytes());
-    let needed = if passes_through {
-        bytes.max().unwrap_or(0)
-    } else {
-        total
+    let room = match outlet {
+        Some(outlet) if passes_through => workspace.room(outlet.room(), 0)?,
+        _ => {
+            check_free_space(out, total.saturating_sub(bytes_in(out)))?;
+            u64::MAX
+        }
     };
-    check_free_space(out, needed.saturating_sub(bytes_in(out)))?;
     // read before hours of work, not after
     let config: Map<String, Value> = json::read(&artifact.dir.join(BASE_CONFIG))?;
     let config = Value::Object(config);
@@ -162,16 +165,32 @@ pub fn run_to(
     let (mut tally, mut away) = (Tally::default(), Away::default());
     for ((file, header), (_, base_header)) in headers.iter().zip(&base_headers) {
         let path = out.join(file);
-        let (sum, base_sum) = merge.write(&path, header, base_header, &mut tally)?;
+        let fits = header.file_bytes() <= room;
+        let writer = match fits {
+            true => ShardWriter::create(&path, header.clone())?,
+            false => {
+                observer.note(format!(
+                    "{file} is larger than the {room} bytes of disk there are: made once for its sum, and again on its way"
+                ));
+                ShardWriter::nowhere(&path, header.clone())?
+            }
+        };
+        let (sum, base_sum) = merge.write(writer, header, base_header, &mut tally)?;
         if let Some(outlet) = outlet {
             let finished = Finished {
-                path,
+                name: file.clone(),
                 bytes: header.file_bytes(),
                 sha256: sum.clone(),
             };
-            outlet.take(&finished)?;
+            if fits {
+                outlet.take(&finished, &Section::whole(&path)?)?;
+            } else {
+                outlet.take(&finished, &Remade::new(&merge, header))?;
+            }
             if passes_through {
-                std::fs::remove_file(&finished.path).context("remove", &finished.path)?;
+                if fits {
+                    std::fs::remove_file(&path).context("remove", &path)?;
+                }
                 away.add(file, finished.bytes, &sum);
             }
         }
@@ -286,12 +305,11 @@ impl Merge<'_> {
     /// head stands behind them.
     fn write(
         &self,
-        path: &Path,
+        mut writer: ShardWriter,
         header: &Header,
         base_header: &Header,
         tally: &mut Tally,
     ) -> Result<(String, String)> {
-        let mut writer = ShardWriter::create(path, header.clone())?;
         // hashed a second time only where the file is not the base's from end to end
         let base_tensors = base_header.entries.len();
         let longer = header.entries.len() > base_tensors;
@@ -343,6 +361,42 @@ impl Merge<'_> {
         let (merged, loss) = factors.merge(&matrix, whole.as_deref(), &change, &rounder);
         merged.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
         Ok((merged, loss))
+    }
+}
+
+/// A merged file that is made as it is read, tensor by tensor: no disk has to hold it.
+struct Remade<'a> {
+    merge: &'a Merge<'a>,
+    header: &'a Header,
+    /// The tensor that was read last, by its number.
+    made: Mutex<Option<(usize, Vec<u8>)>>,
+}
+
+impl<'a> Remade<'a> {
+    fn new(merge: &'a Merge, header: &'a Header) -> Self {
+        Self {
+            merge,
+            header,
+            made: Mutex::default(),
+        }
+    }
+}
+
+impl Contents for Remade<'_> {
+    fn read_at(&self, position: u64, buffer: &mut [u8]) -> Result<usize> {
+        let entries = &self.header.entries;
+        let begun = entries.partition_point(|entry| entry.offset <= position);
+        let Some(number) = begun.checked_sub(1) else {
+            return self.header.prefix.read_at(position, buffer);
+        };
+        let entry = &entries[number];
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = match made.take() {
+            Some((there, bytes)) if there == number => bytes,
+            _ => self.merge.tensor(entry)?.0.bytes,
+        };
+        let (_, bytes) = made.insert((number, bytes));
+        bytes.read_at(position - entry.offset, buffer)
     }
 }
 

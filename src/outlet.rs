@@ -1,10 +1,11 @@
 //! Where finished weight files go while the rest of a model is still being made, so that no disk has to hold all of it.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::contents::Contents;
 use crate::error::Result;
 use crate::json;
 use crate::weights::shard::write_atomically;
@@ -13,7 +14,7 @@ use crate::workspace::{STATE_DIR, Workspace};
 /// A file whose bytes are final. Its name may not be yet.
 #[derive(Debug, Clone)]
 pub struct Finished {
-    pub path: PathBuf,
+    pub name: String,
     pub bytes: u64,
     pub sha256: String,
 }
@@ -21,13 +22,16 @@ pub struct Finished {
 /// What takes finished files.
 pub trait Outlet: Sync {
     /// Takes a file; whoever made it may remove it then. One that is there already costs nothing.
-    fn take(&self, file: &Finished) -> Result<()>;
+    fn take(&self, file: &Finished, contents: &dyn Contents) -> Result<()>;
 
     /// Whether a file that was taken is still there.
     fn holds(&self, file: &Finished) -> Result<bool>;
 
     /// Whether files stay here all the same.
     fn keeps(&self) -> bool;
+
+    /// Bytes that what is on its way may take here. Less than the least that the work needs is a refusal.
+    fn room(&self) -> Option<u64>;
 
     /// Where that is: another place makes another job.
     fn place(&self) -> String;

@@ -37,6 +37,8 @@ pub struct PartFile {
     pub path: PathBuf,
     /// The header names the sha256 of every tensor: this sum stands for the whole file.
     pub header_sha256: String,
+    /// What the disk is thought to hold of it: all of it at first.
+    pub bytes: u64,
 }
 
 /// The path of a module's part. Hashed, because a module's name is what a stranger's checkpoint says it is.
@@ -116,6 +118,7 @@ impl Part {
         )?;
         let path = path_of(folder, module);
         let header_sha256 = sha256_hex(&header.prefix);
+        let bytes = header.file_bytes();
         let mut writer = ShardWriter::create_unsummed(&path, header)?;
         for (name, view) in tensors {
             writer.begin(name);
@@ -125,6 +128,7 @@ impl Part {
         part.file = Some(PartFile {
             path,
             header_sha256,
+            bytes,
         });
         Ok(part)
     }
@@ -189,6 +193,7 @@ impl Part {
         part.file = Some(PartFile {
             path,
             header_sha256: sha256_hex(&header.prefix),
+            bytes: header.file_bytes(),
         });
         Ok(part)
     }

@@ -101,7 +101,7 @@ impl PlanOptions {
             memory: self
                 .memory
                 .map_or(u64::MAX, |memory| memory.saturating_sub(PROCESS_BYTES)),
-            waiting: usize::MAX,
+            disk: u64::MAX,
         }
     }
 }
@@ -283,7 +283,7 @@ impl PlannedTensor {
     }
 
     /// The most bytes that the tensor takes in the artifact.
-    fn artifact_bytes_max(&self, storing: Storing) -> u64 {
+    pub fn artifact_bytes_max(&self, storing: Storing) -> u64 {
         self.artifact_bytes(storing, self.q.unwrap_or(self.q_max))
     }
 
@@ -597,20 +597,26 @@ impl Plan {
         self.disk_bytes + self.disk_bytes / 50 + self.disk_bytes.min(twice)
     }
 
-    /// The most that is there at any time where shards do not stay: the matrices of one shard, that shard, those that lie
-    /// across its two ends, and of the next ones what may be finished before it is gone.
-    pub fn disk_bytes_passing(&self, shard_bytes_max: u64, limits: Limits) -> u64 {
+    /// The disk that decomposing needs where shards do not stay: a shard, and the largest matrix beside it, which lies across
+    /// its end or is the next that is waited for.
+    pub fn disk_bytes_passing(&self, shard_bytes_max: u64) -> u64 {
         let bytes = |t: &PlannedTensor| t.artifact_bytes_max(self.storing);
-        let largest = self.tensors.iter().map(bytes).max().unwrap_or(0);
-        let shard = shard_bytes_max.max(largest);
-        // those that wait are taken over before a shard is written, and as many wait again until it is gone
-        let ahead = (limits.waiting.saturating_mul(2)).saturating_add(limits.threads);
-        let mut matrices: Vec<u64> = self.decomposed().map(bytes).collect();
-        matrices.sort_unstable_by(|a, b| b.cmp(a));
-        let beside = matrices.iter().take(ahead.saturating_add(2));
-        let beside = beside.fold(0u64, |sum, &bytes| sum.saturating_add(bytes));
-        let passing = shard.saturating_mul(2).saturating_add(beside);
+        let largest = self.decomposed().map(bytes).max().unwrap_or(0);
+        let shard = shard_bytes_max.max(self.carried_bytes_max());
+        let passing = shard.saturating_add(largest);
         passing.min(self.disk_bytes_peak(shard_bytes_max))
+    }
+
+    /// Of that, what copied tensors of a shard may take.
+    pub fn disk_bytes_carried(&self, shard_bytes_max: u64) -> u64 {
+        let most = shard_bytes_max.max(self.carried_bytes_max());
+        self.disk_bytes_copied().min(most)
+    }
+
+    fn carried_bytes_max(&self) -> u64 {
+        let copied = self.tensors.iter().filter(|t| !t.is_decomposed());
+        let bytes = copied.map(|t| t.artifact_bytes_max(self.storing));
+        bytes.max().unwrap_or(0)
     }
 
     /// The most disk that some finished matrices take.
@@ -912,23 +918,20 @@ mod tests {
     }
 
     #[test]
-    fn eight_billion_weights_pass_through_a_small_disk() {
+    fn models_of_any_size_pass_through_a_disk_of_14_gb() {
         let llama = |hidden: u64, inner: u64, layers: u64, heads: u64| {
             let config = json!({"model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
                 "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": 128_256,
                 "tie_word_embeddings": false});
             plan(config, Rank::Fraction(0.1))
         };
-        let limits = Limits {
-            waiting: 4,
-            ..Limits::threads(4)
-        };
-        let gigabytes =
-            |plan: Plan| plan.disk_bytes_passing(PASSING_SHARD_BYTES, limits) / 1_000_000_000;
-        // the head, whose M′ takes 2.1 GB and u and v 0.2, thrice; and 13 matrices of 0.265
-        assert_eq!(gigabytes(llama(4096, 14_336, 32, 32)), 10);
-        // with one of 4.6 GB, and matrices of 1.05
-        assert_eq!(gigabytes(llama(8192, 28_672, 80, 64)), 27);
+        let gigabytes = |plan: Plan| plan.disk_bytes_passing(PASSING_SHARD_BYTES) / 1_000_000_000;
+        // a shard, and the head, whose M′ takes 2.1 GB, and u and v 0.2
+        assert_eq!(gigabytes(llama(4096, 14_336, 32, 32)), 4);
+        // the embedding of 2.1 GB, and a head of 4.6
+        assert_eq!(gigabytes(llama(8192, 28_672, 80, 64)), 6);
+        // of 405 billion weights, 4.2 and 9.3
+        assert_eq!(gigabytes(llama(16_384, 53_248, 126, 128)), 13);
     }
 
     #[test]

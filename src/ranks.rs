@@ -14,7 +14,7 @@ use crate::linalg;
 use crate::plan::{Plan, PlannedTensor};
 use crate::sum::sha256_hex;
 use crate::weights::{Checkpoint, Elements, Header, ShardWriter};
-use crate::workers;
+use crate::workers::{self, Cost};
 
 /// The plan with the ranks that a budget gives; any other plan as it is.
 ///
@@ -85,7 +85,10 @@ fn spectra(
     let total: u64 = plan.decomposed().map(flops).sum();
     let left: u64 = missing.iter().map(|tensor| flops(tensor)).sum();
     observer.resume(Stage::Spectra, total - left, total, Unit::Flops);
-    let bytes = |tensor: &&PlannedTensor| tensor.worker_bytes(plan.storing);
+    let cost = |tensor: &&PlannedTensor| Cost {
+        memory: tensor.worker_bytes(plan.storing),
+        disk: 0,
+    };
     let work = |tensor: &&PlannedTensor| {
         let stored = checkpoint.read_finite(&tensor.stored_as())?;
         let sides = (tensor.shape[0], tensor.shape[1]);
@@ -97,8 +100,8 @@ fn spectra(
         Ok((tensor.module().to_string(), sigma))
     };
     // what decomposes a matrix has room enough for its spectrum
-    let computed = workers::run(&missing, plan.limits, bytes, work, |results| {
-        Ok(results.iter().collect::<Vec<_>>())
+    let computed = workers::run(&missing, plan.limits, cost, work, |results| {
+        Ok(std::iter::from_fn(|| results.recv()).collect::<Vec<_>>())
     })?;
     spectra.extend(computed);
     observer.finish(Stage::Spectra);

@@ -1,6 +1,6 @@
 //! Threads for work that BLAS does not parallelise, and the memory they may take together.
 
-use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Condvar, Mutex, MutexGuard};
 
 use crate::error::{Error, Result};
@@ -11,8 +11,17 @@ pub struct Limits {
     pub threads: usize,
     /// Bytes of all running items together. An item that needs more runs alone.
     pub memory: u64,
-    /// Finished results that may wait to be consumed; a worker with one more waits with it.
-    pub waiting: usize,
+    /// Bytes of disk that may be taken. An item for which the consumer waits is let in all the same when nothing runs.
+    pub disk: u64,
+}
+
+/// What an item takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Cost {
+    /// While it runs.
+    pub memory: u64,
+    /// From its beginning until the consumer says that it does not any more.
+    pub disk: u64,
 }
 
 impl Limits {
@@ -21,7 +30,7 @@ impl Limits {
         Self {
             threads,
             memory: u64::MAX,
-            waiting: usize::MAX,
+            disk: u64::MAX,
         }
     }
 
@@ -41,42 +50,45 @@ pub fn for_each<T: Sync>(
     threads: usize,
     work: impl Fn(&T) -> Result<()> + Sync,
 ) -> Result<()> {
-    let drain = |results: &Receiver<()>| {
-        results.iter().for_each(drop);
+    let drain = |results: &Arrivals<()>| {
+        while results.recv().is_some() {}
         Ok(())
     };
-    run(items, Limits::threads(threads), |_| 0, work, drain)
+    let nothing = |_: &T| Cost::default();
+    run(items, Limits::threads(threads), nothing, work, drain)
 }
 
 /// Runs `work` on every item within the limits, and `consume` beside it on the results as they come.
 ///
-/// Items start in the order given, each as soon as its `cost` in bytes fits beside what is running. The first error, of
-/// `work` or of `consume`, stops the rest; after an error of `work` the results end early.
+/// Items start in the order given, each as soon as its cost fits beside what is there. The first error, of `work` or of
+/// `consume`, stops the rest; after an error of `work` the results end early.
 pub fn run<T: Sync, R: Send, C>(
     items: &[T],
     limits: Limits,
-    cost: impl Fn(&T) -> u64 + Sync,
+    cost: impl Fn(&T) -> Cost + Sync,
     work: impl Fn(&T) -> Result<R> + Sync,
-    consume: impl FnOnce(&Receiver<R>) -> Result<C>,
+    consume: impl FnOnce(&Arrivals<R>) -> Result<C>,
 ) -> Result<C> {
-    let queue = Queue {
-        items,
-        cost,
+    let room = Room {
         memory: limits.memory,
+        disk: limits.disk,
         state: Mutex::default(),
         changed: Condvar::new(),
     };
     let first_error: Mutex<Option<Error>> = Mutex::new(None);
     let fail = |error: Error| {
-        queue.stop();
+        room.stop();
         lock(&first_error).get_or_insert(error);
     };
-    let (sender, receiver) = mpsc::sync_channel(limits.waiting.min(items.len()));
-    let worker = |sender: SyncSender<R>| {
-        while let Some(admitted) = queue.admit() {
+    let (sender, results) = mpsc::channel();
+    let worker = |sender: Sender<R>| {
+        while let Some(admitted) = room.admit(items, &cost) {
             match work(admitted.item) {
                 // a consumer that has gone away has failed, and that error is kept
-                Ok(result) => drop(sender.send(result)),
+                Ok(result) => {
+                    room.change(|state| state.unseen += 1);
+                    drop(sender.send(result));
+                }
                 Err(error) => fail(error),
             }
         }
@@ -87,10 +99,11 @@ pub fn run<T: Sync, R: Send, C>(
             scope.spawn(|| worker(sender));
         }
         drop(sender);
-        let consumed = consume(&receiver).map_err(fail).ok();
-        // nobody waits for a consumer that is gone
-        drop(receiver);
-        consumed
+        let arrivals = Arrivals {
+            results,
+            room: &room,
+        };
+        consume(&arrivals).map_err(fail).ok()
     });
     match lock(&first_error).take() {
         Some(error) => Err(error),
@@ -98,11 +111,41 @@ pub fn run<T: Sync, R: Send, C>(
     }
 }
 
-/// Items waiting for a worker and for memory.
-struct Queue<'a, T, C> {
-    items: &'a [T],
-    cost: C,
+/// Results as they come.
+pub struct Arrivals<'a, R> {
+    results: Receiver<R>,
+    room: &'a Room,
+}
+
+impl<R> Arrivals<'_, R> {
+    /// The next result; `None` after the last, or after an error.
+    pub fn recv(&self) -> Option<R> {
+        self.room.change(|state| state.consumer_waits = true);
+        let result = self.results.recv().ok();
+        self.room.change(|state| {
+            state.consumer_waits = false;
+            state.unseen = state.unseen.saturating_sub(1);
+        });
+        result
+    }
+
+    /// Corrects what is taken of the disk: by what an item takes less, or takes no more.
+    pub fn release_disk(&self, bytes: u64) {
+        self.room
+            .change(|state| state.disk = state.disk.saturating_sub(bytes));
+    }
+
+    /// Notes what is taken of the disk from before.
+    pub fn take_disk(&self, bytes: u64) {
+        self.room
+            .change(|state| state.disk = state.disk.saturating_add(bytes));
+    }
+}
+
+/// What there is for the items, and what of it is taken.
+struct Room {
     memory: u64,
+    disk: u64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -111,29 +154,41 @@ struct Queue<'a, T, C> {
 struct State {
     next: usize,
     running: usize,
-    taken: u64,
+    memory: u64,
+    disk: u64,
+    /// The consumer has nothing to do, unless a result is on its way to it.
+    consumer_waits: bool,
+    unseen: usize,
     stopped: bool,
 }
 
-impl<T, C: Fn(&T) -> u64> Queue<'_, T, C> {
+impl Room {
     /// Waits until the next item fits. `None` when there is no more to do.
-    fn admit(&self) -> Option<Admitted<'_, T, C>> {
+    fn admit<'r, T>(
+        &'r self,
+        items: &'r [T],
+        cost: &dyn Fn(&T) -> Cost,
+    ) -> Option<Admitted<'r, T>> {
         let mut state = lock(&self.state);
         loop {
-            let item = self.items.get(state.next).filter(|_| !state.stopped)?;
-            let cost = (self.cost)(item);
-            let fits = state
-                .taken
-                .checked_add(cost)
-                .is_some_and(|t| t <= self.memory);
-            if fits || state.running == 0 {
+            let item = items.get(state.next).filter(|_| !state.stopped)?;
+            let cost = cost(item);
+            let fits = |taken: u64, more: u64, all: u64| {
+                taken.checked_add(more).is_some_and(|sum| sum <= all)
+            };
+            let alone = state.running == 0;
+            let memory = alone || fits(state.memory, cost.memory, self.memory);
+            let disk = fits(state.disk, cost.disk, self.disk)
+                || (alone && state.consumer_waits && state.unseen == 0);
+            if memory && disk {
                 state.next += 1;
                 state.running += 1;
-                state.taken += cost;
+                state.memory += cost.memory;
+                state.disk = state.disk.saturating_add(cost.disk);
                 return Some(Admitted {
-                    queue: self,
+                    room: self,
                     item,
-                    cost,
+                    memory: cost.memory,
                 });
             }
             state = self
@@ -143,28 +198,32 @@ impl<T, C: Fn(&T) -> u64> Queue<'_, T, C> {
         }
     }
 
-    fn stop(&self) {
-        lock(&self.state).stopped = true;
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut lock(&self.state));
         self.changed.notify_all();
+    }
+
+    fn stop(&self) {
+        self.change(|state| state.stopped = true);
     }
 }
 
-/// An item at work: what it takes is given back when this is dropped.
-struct Admitted<'q, T, C: Fn(&T) -> u64> {
-    queue: &'q Queue<'q, T, C>,
-    item: &'q T,
-    cost: u64,
+/// An item at work: the memory it takes is given back when this is dropped.
+struct Admitted<'r, T> {
+    room: &'r Room,
+    item: &'r T,
+    memory: u64,
 }
 
-impl<T, C: Fn(&T) -> u64> Drop for Admitted<'_, T, C> {
+impl<T> Drop for Admitted<'_, T> {
     fn drop(&mut self) {
-        let mut state = lock(&self.queue.state);
-        state.running -= 1;
-        state.taken -= self.cost;
         // a panic stops the rest as an error does; the scope then passes it on
-        state.stopped |= std::thread::panicking();
-        drop(state);
-        self.queue.changed.notify_all();
+        let panics = std::thread::panicking();
+        self.room.change(|state| {
+            state.running -= 1;
+            state.memory -= self.memory;
+            state.stopped |= panics;
+        });
     }
 }
 
@@ -224,7 +283,7 @@ mod tests {
         let results = run(
             &costs,
             limits,
-            |&cost| cost,
+            |&memory| Cost { memory, disk: 0 },
             |&cost| {
                 let mut running = lock(&taken);
                 running.push(cost);
@@ -242,7 +301,7 @@ mod tests {
                 running.swap_remove(at.expect("it was pushed above"));
                 Ok(cost)
             },
-            |results| Ok(results.iter().collect::<Vec<u64>>()),
+            |results| Ok(std::iter::from_fn(|| results.recv()).collect::<Vec<u64>>()),
         );
         let mut results = results.expect("works");
         results.sort_unstable();
@@ -250,6 +309,50 @@ mod tests {
         sorted.sort_unstable();
         assert_eq!(results, sorted);
         assert!(*lock(&seen) > 1, "small items run side by side");
+    }
+
+    #[test]
+    fn the_disk_holds_what_nobody_has_fetched_and_one_more_where_somebody_waits() {
+        let costs = [3, 3, 9, 3, 3, 1, 12, 1];
+        let limits = Limits {
+            disk: 10,
+            ..Limits::threads(3)
+        };
+        // what is on the disk: the results that the consumer has not released, and those at work
+        let (there, most) = (Mutex::new(0), Mutex::new(0));
+        let consumed = run(
+            &costs,
+            limits,
+            |&disk| Cost { memory: 0, disk },
+            |&cost| {
+                let mut there = lock(&there);
+                *there += cost;
+                let mut most = lock(&most);
+                *most = (*most).max(*there);
+                drop((there, most));
+                std::thread::sleep(Duration::from_millis(2));
+                Ok(cost)
+            },
+            |results| {
+                let mut fetched = Vec::new();
+                while let Some(cost) = results.recv() {
+                    std::thread::sleep(Duration::from_millis(10));
+                    fetched.push(cost);
+                    // two at a time, as a shard holds several
+                    if fetched.len() % 2 == 0 {
+                        let gone = fetched[fetched.len() - 2..].iter().sum();
+                        *lock(&there) -= gone;
+                        results.release_disk(gone);
+                    }
+                }
+                Ok(fetched)
+            },
+        );
+        let mut consumed = consumed.expect("works");
+        consumed.sort_unstable();
+        assert_eq!(consumed, [1, 1, 3, 3, 3, 3, 9, 12]);
+        let most = *lock(&most);
+        assert!(most <= 3 + 12, "{most}: one fetched, and the largest");
     }
 
     #[test]
@@ -280,10 +383,9 @@ mod tests {
             &items,
             Limits {
                 memory: 1,
-                waiting: 1,
                 ..Limits::threads(2)
             },
-            |_| 1,
+            |_| Cost { memory: 1, disk: 0 },
             |item| work(&(item + 10)),
             |_| Err(broken()),
         );

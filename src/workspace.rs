@@ -16,6 +16,9 @@ pub const STATE_DIR: &str = ".svdhub";
 /// With this file a directory is one machine's share of a decomposition, for `assemble`.
 pub const PART_FILE: &str = "part.json";
 
+/// What may wait on the disk, where nothing is to stay there and more is free.
+const PASSING_BYTES: u64 = 10_000_000_000;
+
 /// What the directory was found to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Claim {
@@ -117,6 +120,31 @@ impl Workspace {
         self.dir.join(STATE_DIR).join(name)
     }
 
+    /// What work that passes through may take of the disk in all: what is allowed, else what is usual, as far as it is free.
+    ///
+    /// # Errors
+    /// Less than is needed.
+    pub fn room(&self, allowed: Option<u64>, needed: u64) -> Result<u64> {
+        let there = bytes_in(&self.dir);
+        let free = free_bytes(&self.dir).map_or(u64::MAX, |free| free.saturating_add(there));
+        let room = allowed.unwrap_or(needed.max(PASSING_BYTES)).min(free);
+        if room < needed {
+            return Err(match allowed {
+                Some(allowed) if allowed <= free => Error::RoomTooSmall {
+                    path: self.dir.clone(),
+                    needed,
+                    allowed,
+                },
+                _ => Error::DiskTooSmall {
+                    path: self.dir.clone(),
+                    needed,
+                    free,
+                },
+            });
+        }
+        Ok(room)
+    }
+
     /// Notes that the job is complete. What helped to resume it is removed after this, not before.
     pub fn finish(&mut self) -> Result<()> {
         self.job.finished = true;
@@ -195,31 +223,52 @@ pub fn bytes_in(dir: &Path) -> u64 {
 
 /// Refuses a disk that cannot hold `needed` more bytes.
 pub fn check_free_space(dir: &Path, needed: u64) -> Result<()> {
+    match free_bytes(dir) {
+        Some(free) if free < needed => Err(Error::DiskTooSmall {
+            path: dir.into(),
+            needed,
+            free,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// What is free on the disk of a directory that may not be there yet, if that can be told.
+pub fn free_bytes(dir: &Path) -> Option<u64> {
     use std::ffi::CString;
     use std::os::unix::ffi::OsStrExt;
     let existing = dir
         .ancestors()
         .find(|path| path.exists())
         .unwrap_or(Path::new("."));
-    let Ok(path) = CString::new(existing.as_os_str().as_bytes()) else {
-        return Ok(());
-    };
+    let path = CString::new(existing.as_os_str().as_bytes()).ok()?;
     // SAFETY: statvfs fills the zeroed struct for a NUL-terminated path.
-    let free = unsafe {
+    unsafe {
         let mut stat: libc::statvfs = std::mem::zeroed();
-        if libc::statvfs(path.as_ptr(), &mut stat) != 0 {
-            return Ok(());
-        }
-        stat.f_bavail as u64 * stat.f_frsize as u64
-    };
-    if free < needed {
-        return Err(Error::DiskTooSmall {
-            path: dir.into(),
-            needed,
-            free,
-        });
+        let told = libc::statvfs(path.as_ptr(), &mut stat) == 0;
+        told.then(|| stat.f_bavail as u64 * stat.f_frsize as u64)
     }
-    Ok(())
+}
+
+/// Gives the disk back what a stretch of a file takes, where the file system can: it reads as zeros then. Says whether.
+pub fn forget_stretch(path: &Path, start: u64, bytes: u64) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::fd::AsRawFd;
+        let stretch = (i64::try_from(start), i64::try_from(bytes));
+        let (Ok(file), (Ok(start), Ok(bytes))) = (File::options().write(true).open(path), stretch)
+        else {
+            return false;
+        };
+        let how = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: a system call on a descriptor that stays open during it.
+        unsafe { libc::fallocate(file.as_raw_fd(), how, start, bytes) == 0 }
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (path, start, bytes);
+        false
+    }
 }
 
 #[cfg(test)]

@@ -9,6 +9,9 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::DiskFull { .. } | Error::DiskTooSmall { .. } => {
             "free some space, or choose another disk with --out; the same command then goes on where it stopped"
         }
+        Error::RoomTooSmall { .. } => {
+            "allow more with --disk, or make less of each file with a smaller --shard-size; the largest matrix has to fit"
+        }
         Error::OutputOccupied { found, .. } if found.contains("unfinished training") => {
             "add --resume to go on, or choose another --out"
         }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use svdhub::hub::{Hub, HubOutlet, PushOptions, Pushed};
 use svdhub::{Result, publish};
 
+use super::decompose::size;
 use super::session::Session;
 
 /// Where weights come from, and where they go.
@@ -22,6 +23,9 @@ pub struct Passing {
     /// Keep what was sent on this disk too; otherwise each file is removed once the Hub has it
     #[arg(long, requires = "push", help_heading = "Hub")]
     keep: bool,
+    /// Take at most this much of the disk on the way (14GB) [default: 10GB, as far as it is free and enough]
+    #[arg(long, value_name = "SIZE", value_parser = size, requires = "push", conflicts_with = "keep", help_heading = "Hub")]
+    disk: Option<u64>,
     /// Create the repository private
     #[arg(long, requires = "push", help_heading = "Hub")]
     private: bool,
@@ -59,7 +63,8 @@ impl Passing {
             return Ok(None);
         };
         publish::refuse_no_repo(repo)?;
-        let outlet = hub.outlet(repo, &self.options(), self.keep, session.observer())?;
+        let observer = session.observer();
+        let outlet = hub.outlet(repo, &self.options(), self.keep, self.disk, observer)?;
         Ok(Some(outlet))
     }
 

@@ -1,18 +1,18 @@
 //! Large files to the Hub: each streamed from the disk, in one piece or in the parts that the Hub asks for.
 
 use std::collections::BTreeSet;
-use std::fs::File;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use reqwest::Method;
 use reqwest::blocking::RequestBuilder;
 use serde_json::{Value, json};
 
 use super::client::Asked;
-use super::sender::Section;
+use super::sender::Sent;
 use super::upload::{LocalFile, Push};
-use crate::error::{Error, IoContext, Result};
+use crate::contents::Section;
+use crate::error::{Error, Result};
 use crate::event::{Stage, Unit};
 use crate::workers;
 
@@ -175,15 +175,21 @@ impl Push<'_> {
     fn send_contents(&self, file: &LocalFile, upload: &Value) -> Result<()> {
         let href = upload["href"].as_str().unwrap_or_default();
         let header = &upload["header"];
-        let opened = File::open(&file.path).context("open", &file.path)?;
-        let opened = Arc::new(opened);
-        let section = |position, left| Section {
-            file: opened.clone(),
-            position,
-            left,
+        let lies_here: Section;
+        let contents = match self.contents {
+            Some(contents) => contents,
+            None => {
+                lies_here = Section::of(&file.path, 0, file.size);
+                &lies_here
+            }
+        };
+        let sent = |range| Sent {
+            contents,
+            range,
+            unread: Mutex::default(),
         };
         let Some(chunk) = chunk_size(header) else {
-            self.put(href, &|| section(0, file.size), header)?;
+            self.put(href, sent(0..file.size), header)?;
             return Ok(());
         };
         let what = self.asked("complete an upload", href.into());
@@ -199,8 +205,8 @@ impl Push<'_> {
         let mut parts = Vec::new();
         for (index, (number, address)) in addresses.into_iter().enumerate() {
             let start = index as u64 * chunk;
-            let length = chunk.min(file.size - start);
-            let etag = self.put(address, &|| section(start, length), &Value::Null)?;
+            let end = file.size.min(start + chunk);
+            let etag = self.put(address, sent(start..end), &Value::Null)?;
             parts.push(json!({"partNumber": number, "etag": etag}));
         }
         let body = json!({"oid": file.sha256, "parts": parts});
@@ -213,16 +219,20 @@ impl Push<'_> {
         Ok(())
     }
 
-    /// Sends a section, and says the tag of what arrived.
-    fn put(&self, href: &str, section: &dyn Fn() -> Section, header: &Value) -> Result<String> {
+    /// Sends part of a file, and says the tag of what arrived.
+    fn put(&self, href: &str, sent: Sent, header: &Value) -> Result<String> {
         let what = self.asked("upload a large file", href.into());
         let sender = self.hub.sender(PARALLEL_UPLOADS)?;
+        let patience = self.hub.upload_patience(sent.range.end - sent.range.start);
         let response = self.hub.send_by(&what, &|url| {
             let request = with_headers(self.hub.request(Method::PUT, url), header).build()?;
-            let section = section();
-            let patience = self.hub.upload_patience(section.left);
-            sender.send(&request, section, patience)
-        })?;
+            sender.send(&request, &sent, patience)
+        });
+        let unread = sent.unread.into_inner();
+        if let Some(error) = unread.unwrap_or_else(PoisonError::into_inner) {
+            return Err(error);
+        }
+        let response = response?;
         let etag = response.headers().get("etag").and_then(|e| e.to_str().ok());
         Ok(etag.unwrap_or_default().to_string())
     }

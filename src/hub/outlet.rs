@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use super::client::Hub;
 use super::lfs::Told;
 use super::upload::{LocalFile, Push, PushOptions, Stamp};
+use crate::contents::Contents;
 use crate::error::{Error, Result};
 use crate::event::{Observer, Silent};
 use crate::outlet::{Away, Finished, Outlet};
@@ -17,11 +18,13 @@ pub struct HubOutlet<'a> {
     branch: String,
     options: PushOptions,
     keeps: bool,
+    room: Option<u64>,
     observer: &'a dyn Observer,
 }
 
 impl Hub {
-    /// An outlet to a repository, which is made if it is not there. With `keeps`, files stay on this machine too.
+    /// An outlet to a repository, which is made if it is not there. With `keeps`, files stay on this machine too; without,
+    /// what is on its way takes at most `room` bytes of it.
     ///
     /// # Errors
     /// Now, rather than after hours of work: a token that may not write there, no network.
@@ -30,6 +33,7 @@ impl Hub {
         repo: &str,
         options: &PushOptions,
         keeps: bool,
+        room: Option<u64>,
         observer: &'a dyn Observer,
     ) -> Result<HubOutlet<'a>> {
         if self.options.offline {
@@ -43,13 +47,14 @@ impl Hub {
             branch,
             options: options.clone(),
             keeps,
+            room,
             observer,
         })
     }
 }
 
 impl HubOutlet<'_> {
-    fn push(&self) -> Push<'_> {
+    fn push<'p>(&'p self, contents: Option<&'p dyn Contents>) -> Push<'p> {
         Push {
             hub: self.hub,
             repo: &self.repo,
@@ -57,17 +62,14 @@ impl HubOutlet<'_> {
             options: &self.options,
             // what is shown is the work, not each file's way
             observer: &Silent,
+            contents,
         }
     }
 }
 
 impl Outlet for HubOutlet<'_> {
-    fn take(&self, file: &Finished) -> Result<()> {
-        let file = LocalFile {
-            stamp: Stamp::of(&file.path)?,
-            ..local(file)
-        };
-        let sent = self.push().send_large(&[file])?;
+    fn take(&self, file: &Finished, contents: &dyn Contents) -> Result<()> {
+        let sent = self.push(Some(contents)).send_large(&[local(file)])?;
         if sent > 0 {
             self.observer.note(format!(
                 "{} MB of finished weights are at {}",
@@ -79,11 +81,15 @@ impl Outlet for HubOutlet<'_> {
     }
 
     fn holds(&self, file: &Finished) -> Result<bool> {
-        self.push().has(&local(file))
+        self.push(None).has(&local(file))
     }
 
     fn keeps(&self) -> bool {
         self.keeps
+    }
+
+    fn room(&self) -> Option<u64> {
+        self.room
     }
 
     fn place(&self) -> String {
@@ -93,10 +99,9 @@ impl Outlet for HubOutlet<'_> {
 }
 
 fn local(file: &Finished) -> LocalFile {
-    let name = file.path.file_name().unwrap_or_default();
     LocalFile {
-        name: name.to_string_lossy().into_owned(),
-        path: file.path.clone(),
+        name: file.name.clone(),
+        path: PathBuf::from(&file.name),
         size: file.bytes,
         sha256: file.sha256.clone(),
         blob_id: None,
@@ -109,9 +114,9 @@ fn local(file: &Finished) -> LocalFile {
 impl Push<'_> {
     /// Whether the Hub has the contents of a large file.
     fn has(&self, file: &LocalFile) -> Result<bool> {
-        match self.objects(&[file], false) {
+        match self.objects(&[file], self.hub.options.xet.is_some()) {
             Ok(Told::Lfs(told)) => Ok(told[0]["actions"].is_null()),
-            // a Hub that takes large files by Xet alone does not say: its commit will
+            // of what is in its store of chunks, a Hub does not say before the commit that names it
             Ok(Told::Xet(_))
             | Err(Error::HubStatus {
                 status: 404 | 405 | 501,
@@ -130,7 +135,7 @@ impl Push<'_> {
         let mut files = Vec::new();
         for (name, file) in away.filter(|(name, _)| !dir.join(name).exists()) {
             let finished = Finished {
-                path: PathBuf::from(&name),
+                name: name.clone(),
                 bytes: file.bytes,
                 sha256: file.sha256,
             };

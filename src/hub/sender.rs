@@ -1,49 +1,58 @@
 //! Large bodies in large pieces: reqwest's blocking client hands a body over 8 KiB at a time, each with two changes of
 //! thread, and an upload then takes half as long again (0.13, loopback, 2026-11).
 
-use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::ops::Range;
+use std::pin::pin;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use futures_util::stream;
+use futures_util::{future, stream};
 use reqwest::blocking::{Request, Response};
 use reqwest::header::CONTENT_LENGTH;
 use reqwest::redirect::Policy;
 use reqwest::{Body, Client, ResponseBuilderExt};
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::{mpsc, oneshot};
 
 use super::client::USER_AGENT;
+use crate::contents::Contents;
+use crate::error::Error;
 
-/// Part of a file, read where it lies as often as it is sent.
-pub(super) struct Section {
-    pub file: Arc<File>,
-    pub position: u64,
-    pub left: u64,
+/// Part of what is sent, read as often as it is sent.
+pub(super) struct Sent<'a> {
+    pub contents: &'a dyn Contents,
+    pub range: Range<u64>,
+    /// Why it could not be read, if so: no Hub is to blame.
+    pub unread: Mutex<Option<Error>>,
 }
 
-const PIECE_BYTES: usize = 256 << 10;
+const PIECE_BYTES: u64 = 256 << 10;
+/// Read before they are asked for.
+const PIECES_AHEAD: usize = 2;
 
-impl Read for Section {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let most = usize::try_from(self.left).unwrap_or(usize::MAX);
-        let most = most.min(buffer.len());
-        let n = self.file.read_at(&mut buffer[..most], self.position)?;
-        self.position += n as u64;
-        self.left -= n as u64;
-        Ok(n)
-    }
-}
-
-impl Section {
-    fn pieces(self) -> Body {
-        Body::wrap_stream(stream::try_unfold(self, |mut section| async move {
-            let mut piece = vec![0; PIECE_BYTES];
-            let n = section.read(&mut piece)?;
+impl Sent<'_> {
+    /// Reads all pieces, as long as somebody takes them.
+    fn read(&self, mut give: impl FnMut(std::io::Result<Vec<u8>>) -> bool) {
+        let mut at = self.range.start;
+        while at < self.range.end {
+            let mut piece = vec![0; PIECE_BYTES.min(self.range.end - at) as usize];
+            let n = match self.contents.read_at(at, &mut piece) {
+                Ok(n) if n > 0 => n,
+                result => {
+                    if let Err(error) = result {
+                        let unread = self.unread.lock();
+                        *unread.unwrap_or_else(PoisonError::into_inner) = Some(error);
+                    }
+                    give(Err(std::io::ErrorKind::UnexpectedEof.into()));
+                    return;
+                }
+            };
             piece.truncate(n);
-            Ok::<_, std::io::Error>((n > 0).then_some((piece, section)))
-        }))
+            at += n as u64;
+            if !give(Ok(piece)) {
+                return;
+            }
+        }
     }
 }
 
@@ -74,31 +83,50 @@ impl Sender {
         Ok(Self { runtime, client })
     }
 
-    /// Sends a request with a section as its body, in its time for the whole, and reads the answer.
+    /// Sends a request with `sent` as its body, in its time for the whole, and reads the answer.
     pub fn send(
         &self,
         request: &Request,
-        body: Section,
+        sent: &Sent,
         timeout: Duration,
     ) -> Result<Response, reqwest::Error> {
+        let (pieces, taken) = mpsc::channel(PIECES_AHEAD);
+        let body = stream::unfold(taken, |mut taken| async {
+            taken.recv().await.map(|piece| (piece, taken))
+        });
         let sending = self
             .client
             .request(request.method().clone(), request.url().clone())
             .headers(request.headers().clone())
-            .header(CONTENT_LENGTH, body.left)
+            .header(CONTENT_LENGTH, sent.range.end - sent.range.start)
             .timeout(timeout)
-            .body(body.pieces());
-        self.runtime.block_on(async {
-            let answer = sending.send().await?;
-            let mut response = http::Response::builder()
-                .status(answer.status())
-                .url(answer.url().clone());
-            if let Some(headers) = response.headers_mut() {
-                *headers = answer.headers().clone();
-            }
-            let bytes = answer.bytes().await?;
-            let response = response.body(bytes).expect("its parts were an answer");
-            Ok(Response::from(response))
+            .body(Body::wrap_stream(body));
+        let (answered, mut is_answered) = oneshot::channel::<()>();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                sent.read(|piece| {
+                    // a connection may keep a body that nobody reads any more
+                    let giving = pin!(pieces.send(piece));
+                    let given = self
+                        .runtime
+                        .block_on(future::select(giving, &mut is_answered));
+                    matches!(given, future::Either::Left((Ok(()), _)))
+                });
+            });
+            let answer = self.runtime.block_on(async {
+                let answer = sending.send().await?;
+                let mut response = http::Response::builder()
+                    .status(answer.status())
+                    .url(answer.url().clone());
+                if let Some(headers) = response.headers_mut() {
+                    *headers = answer.headers().clone();
+                }
+                let bytes = answer.bytes().await?;
+                let response = response.body(bytes).expect("its parts were an answer");
+                Ok(Response::from(response))
+            });
+            drop(answered);
+            answer
         })
     }
 }
@@ -108,16 +136,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_section_is_that_part_of_the_file_and_no_more() {
-        let mut file = tempfile::tempfile().expect("a file");
-        std::io::Write::write_all(&mut file, b"0123456789").expect("writes");
-        let mut text = String::new();
-        let mut section = Section {
-            file: Arc::new(file),
-            position: 3,
-            left: 4,
+    fn what_is_sent_is_that_part_of_the_contents_and_no_more() {
+        let contents: Vec<u8> = (0..1_000_000u32).map(|i| (i % 251) as u8).collect();
+        let read = |range: Range<u64>| {
+            let sent = Sent {
+                contents: &contents,
+                range,
+                unread: Mutex::default(),
+            };
+            let (mut bytes, mut cut) = (Vec::new(), false);
+            sent.read(|piece| {
+                match piece {
+                    Ok(piece) => bytes.extend(piece),
+                    Err(_) => cut = true,
+                }
+                true
+            });
+            (bytes, cut)
         };
-        section.read_to_string(&mut text).expect("reads");
-        assert_eq!(text, "3456");
+        assert_eq!(read(3..700_000), (contents[3..700_000].to_vec(), false));
+        assert_eq!(
+            read(999_999..1_000_005),
+            (contents[999_999..].to_vec(), true)
+        );
     }
 }

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::client::{Asked, Hub, TRIES, segment};
 use super::download::digests;
+use crate::contents::Contents;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::sum::sha256_file;
@@ -103,6 +104,8 @@ pub(super) struct Push<'a> {
     pub revision: String,
     pub options: &'a PushOptions,
     pub observer: &'a dyn Observer,
+    /// Of the one file that is sent, where it does not lie on the disk.
+    pub contents: Option<&'a dyn Contents>,
 }
 
 /// A commit that is on the Hub.
@@ -204,6 +207,7 @@ impl Hub {
             revision: branch.clone(),
             options,
             observer,
+            contents: None,
         };
         let mut head = self.commit_of(repo, &branch)?;
         push.preupload(&mut files)?;

@@ -21,8 +21,10 @@ use xet::xet_session::{
 use super::client::{Asked, CONNECT_TIMEOUT, FIRST_PAUSE, Hub, RemoteFile, TRIES, segment};
 use super::download::open_partial;
 use super::upload::{LocalFile, Push};
+use crate::contents::Contents;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage};
+use crate::sum::Sum;
 
 /// Of all downloads together, the decoded bytes that wait to be written: hf-xet's `download_buffer_size` and `_limit`, 128 MB.
 ///
@@ -39,6 +41,8 @@ const PARALLEL_SENDS: usize = 2;
 const PARALLEL_FILES: usize = 1;
 /// Of a smaller file whose listing names no chunks, the question would cost about as much as the file.
 const ASK_BYTES: u64 = 32 << 20;
+/// Handed over at once of what does not lie on the disk.
+const FED_BYTES: usize = 1 << 20;
 const PROGRESS_PAUSE: Duration = Duration::from_millis(100);
 
 /// hf-xet, started when the first file needs it.
@@ -278,20 +282,64 @@ impl Push<'_> {
                 .with_token_info(pass.access.access_token, pass.access.exp)
                 .with_token_refresh_url(pass.issuer, pass.headers)
                 .build_blocking()?;
-            for file in files {
-                let sum = Sha256Policy::from_hex(&file.sha256);
-                commit.upload_from_path_blocking(file.path.clone(), sum)?;
+            if self.contents.is_none() {
+                for file in files {
+                    let sum = Sha256Policy::from_hex(&file.sha256);
+                    commit.upload_from_path_blocking(file.path.clone(), sum)?;
+                }
             }
             Ok(commit)
         };
         let commit = begin().map_err(failed)?;
+        if let Some(contents) = self.contents {
+            for file in files {
+                self.feed(&commit, file, contents, &failed)?;
+            }
+        }
         let report = self.watched(&commit, files, || commit.commit_blocking());
         let report = report.map_err(failed)?;
         // the store was told the sha256 that the file had before, and believes it
-        for file in files {
-            file.check_unchanged()?;
+        if self.contents.is_none() {
+            for file in files {
+                file.check_unchanged()?;
+            }
         }
         Ok(report.dedup_metrics.xorb_bytes_uploaded)
+    }
+
+    /// Hands over contents that do not lie on the disk as a file, and refuses others than were announced.
+    fn feed(
+        &self,
+        commit: &XetUploadCommit,
+        file: &LocalFile,
+        contents: &dyn Contents,
+        failed: &dyn Fn(XetError) -> Error,
+    ) -> Result<()> {
+        let announced = Sha256Policy::from_hex(&file.sha256);
+        let stream = commit.upload_stream_blocking(Some(file.name.clone()), announced);
+        let stream = stream.map_err(failed)?;
+        let (mut at, mut sum) = (0, Sum::default());
+        loop {
+            let mut piece = vec![0; FED_BYTES];
+            let n = contents.read_at(at, &mut piece)?;
+            if n == 0 {
+                break;
+            }
+            piece.truncate(n);
+            sum.update(&piece);
+            at += n as u64;
+            stream.write_blocking(piece).map_err(failed)?;
+        }
+        let found = sum.finish();
+        if found != file.sha256 {
+            return Err(Error::Checksum {
+                what: format!("`{}` changed while it was sent", file.name),
+                path: file.path.clone(),
+                expected: file.sha256.clone(),
+                found,
+            });
+        }
+        stream.finish_blocking().map(drop).map_err(failed)
     }
 
     /// Does some work while a commit's progress is told.

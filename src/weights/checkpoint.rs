@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use super::element::Elements;
 use super::header::{Entry, Header};
+use crate::contents::Section;
 use crate::error::{Error, IoContext, Result};
 use crate::json;
 use crate::sum::{Sum, sha256_hex};
@@ -345,6 +346,12 @@ impl Checkpoint {
         let elements = self.read(tensor)?;
         elements.refuse_not_finite(tensor, &self.path_of(tensor))?;
         Ok(elements)
+    }
+
+    /// The bytes of one tensor where they lie on the disk.
+    pub fn section(&self, tensor: &str) -> Result<Section> {
+        let (file, entry) = self.locate(tensor)?;
+        Ok(Section::of(&self.dir.join(file), entry.offset, entry.bytes))
     }
 
     /// Reads one tensor piece by piece, so that its size does not matter; `visit` sees the pieces in order.

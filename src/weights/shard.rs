@@ -14,7 +14,8 @@ use crate::sum::hex;
 ///
 /// Dropped unfinished, the temporary file is removed.
 pub struct FileSink {
-    file: File,
+    /// `None` where only the sum is wanted.
+    file: Option<File>,
     temporary: PathBuf,
     path: PathBuf,
     /// `None` where nobody asks for the sum.
@@ -31,7 +32,7 @@ impl FileSink {
         let temporary = path.with_file_name(format!(".{name}.partial"));
         let file = File::create(&temporary).context("create", &temporary)?;
         Ok(Self {
-            file,
+            file: Some(file),
             temporary,
             path: path.into(),
             hash: Some(Sha256::new()),
@@ -39,13 +40,27 @@ impl FileSink {
         })
     }
 
+    /// Sums what would be in a file, and writes none.
+    pub fn nowhere(path: &Path) -> Self {
+        Self {
+            file: None,
+            temporary: PathBuf::new(),
+            path: path.into(),
+            hash: Some(Sha256::new()),
+            finished: false,
+        }
+    }
+
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         if let Some(hash) = &mut self.hash {
             hash.update(bytes);
         }
-        self.file
-            .write_all(bytes)
-            .map_err(|source| Error::io("write", &self.path, source))
+        match &mut self.file {
+            Some(file) => file
+                .write_all(bytes)
+                .map_err(|source| Error::io("write", &self.path, source)),
+            None => Ok(()),
+        }
     }
 
     /// Flushes to disk, gives the file its name, and returns the sha256 of its contents in hex.
@@ -56,7 +71,10 @@ impl FileSink {
     }
 
     fn close(&mut self) -> Result<()> {
-        self.file.sync_all().context("flush", &self.path)?;
+        let Some(file) = &self.file else {
+            return Ok(());
+        };
+        file.sync_all().context("flush", &self.path)?;
         std::fs::rename(&self.temporary, &self.path).context("rename", &self.path)?;
         self.finished = true;
         sync_directory(&self.path)
@@ -65,7 +83,7 @@ impl FileSink {
 
 impl Drop for FileSink {
     fn drop(&mut self) {
-        if !self.finished {
+        if self.file.is_some() && !self.finished {
             let _ = std::fs::remove_file(&self.temporary);
         }
     }
@@ -105,7 +123,15 @@ pub struct ShardWriter {
 
 impl ShardWriter {
     pub fn create(path: &Path, header: Header) -> Result<Self> {
-        let mut sink = FileSink::create(path)?;
+        Self::into(FileSink::create(path)?, header)
+    }
+
+    /// Sums what would be in the file, and writes none.
+    pub fn nowhere(path: &Path, header: Header) -> Result<Self> {
+        Self::into(FileSink::nowhere(path), header)
+    }
+
+    fn into(mut sink: FileSink, header: Header) -> Result<Self> {
         sink.write(&header.prefix)?;
         Ok(Self {
             sink,

@@ -1,10 +1,11 @@
 //! From the Hub to the Hub: neither a model nor what is made of it ever lies on this disk as a whole.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use svdhub::hub::server::Effect;
+use svdhub::hub::server::{Effect, ServerOptions};
 use svdhub::weights::Dtype;
 
 use crate::world::{Run, World, arg, files, tensors, wait_until};
@@ -39,7 +40,9 @@ fn comparable(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     files
 }
 
+/// What the disk holds of weights: of their files, without what was given back of them.
 fn weight_bytes_below(dir: &Path) -> u64 {
+    const BLOCK: u64 = 512;
     let mut bytes = 0;
     let mut folders = vec![dir.to_path_buf()];
     while let Some(folder) = folders.pop() {
@@ -48,7 +51,7 @@ fn weight_bytes_below(dir: &Path) -> u64 {
             match path.metadata() {
                 Ok(data) if data.is_dir() && !path.is_symlink() => folders.push(path),
                 Ok(data) if data.len() > 100_000 && !path.ends_with("tokenizer.json") => {
-                    bytes += data.len();
+                    bytes += data.blocks() * BLOCK;
                 }
                 _ => {}
             }
@@ -70,14 +73,7 @@ fn made_here(world: &World, model: &str) -> PathBuf {
 fn what_passes_through_is_what_is_made_here_and_leaves_no_weights_behind() {
     let (world, model) = published(Dtype::BF16);
     let out = world.path("out");
-    let mut child = world.command(&passing(model, &out, "you/svd")).spawn();
-    let child = child.as_mut().expect("starts");
-    let mut most = 0;
-    while child.try_wait().expect("asks").is_none() {
-        most = most.max(weight_bytes_below(&out));
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    assert!(child.wait().expect("ends").success());
+    let most = most_while(world.command(&passing(model, &out, "you/svd")), &out);
     assert_eq!(weight_bytes_below(&world.path("hf")), 0, "in the cache");
     assert_eq!(weight_bytes_below(&out), 0, "in the directory");
     let split = pulled(&world, "you/svd");
@@ -106,6 +102,72 @@ fn what_passes_through_is_what_is_made_here_and_leaves_no_weights_behind() {
     // a second time there is nothing to do, and nothing to send
     let again = world.json(&[&merge[..], &["--push", "you/model"]].concat());
     assert_eq!(again["pushed"]["bytes_sent"], 0);
+}
+
+/// The most weight bytes that lie below a directory while a command runs.
+fn most_while(mut command: std::process::Command, dir: &Path) -> u64 {
+    let mut child = command.spawn().expect("starts");
+    let mut most = 0;
+    while child.try_wait().expect("asks").is_none() {
+        most = most.max(weight_bytes_below(dir));
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(child.wait().expect("ends").success());
+    most
+}
+
+#[test]
+fn what_is_on_its_way_takes_no_more_of_the_disk_than_is_allowed() {
+    let (world, model) = published(Dtype::F32);
+    let out = world.path("out");
+    let allowing = |disk: &str| {
+        let fixed = passing(model, &out, "you/svd").into_iter();
+        let args: Vec<String> = fixed.chain(["--disk", disk]).map(String::from).collect();
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        world.command(&args)
+    };
+    let run = Run::of(allowing("1kB").output().expect("runs"));
+    let run = run.refuses(&["bytes of the disk, 1000 are allowed", "--disk"]);
+    let told = run.stderr.split(" needs ").nth(1).expect("what it needs");
+    let needed = told.split(' ').next().expect("a number");
+    let most = most_while(allowing(needed), &out);
+    let needed: u64 = needed.parse().expect("a number");
+    // files end within a block of 4 kB
+    assert!(
+        most < needed + 100_000,
+        "{most} bytes where {needed} were allowed"
+    );
+    assert!(
+        most > needed / 4,
+        "{most} of {needed} bytes: were they looked for?"
+    );
+    assert!(pulled(&world, "you/svd") == comparable(&made_here(&world, model)));
+}
+
+#[test]
+fn a_file_larger_than_the_disk_is_made_on_its_way() {
+    for xet in [false, true] {
+        let world = World::with_hub_of(ServerOptions {
+            xet,
+            ..ServerOptions::default()
+        });
+        let base = world.model("base", Dtype::BF16, 100_000_000);
+        world.run(&["publish", arg(&base), "base/model"]).succeeds();
+        let out = world.path("out");
+        world
+            .run(&passing("base/model", &out, "you/svd"))
+            .succeeds();
+        let merged = world.path("merged");
+        let merge = ["merge", "you/svd", "--stream", "--out", arg(&merged)];
+        let small = ["--push", "you/model", "--disk", "300kB"];
+        let command = world.command(&[&merge[..], &small].concat());
+        assert_eq!(most_while(command, &merged), 0);
+        let sent = world.asked(0, "GET /api/models/you/model/xet-write-token");
+        assert_eq!(!sent.is_empty(), xet);
+        let there = pulled(&world, "you/model");
+        assert!(there["model.safetensors"].len() > 1_000_000);
+        assert!(there == pulled(&world, "base/model"));
+    }
 }
 
 #[test]
