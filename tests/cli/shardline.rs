@@ -1,6 +1,6 @@
 //! Our client, judged by a Hub we did not write: shardline, which takes and gives large files by Xet and by LFS.
 //!
-//! `tests/clients/install DIR shardline` builds it; `SVDHUB_CLIENTS=DIR` names where it is.
+//! `tests/clients/install DIR` builds it; `SVDHUB_CLIENTS=DIR` names where it is.
 
 use std::io::Write;
 use std::net::TcpListener;
@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
+use svdhub::weights::Dtype;
 
 use crate::clients::clients;
 use crate::world::{Run, World, arg, files, wait_until};
@@ -110,7 +111,7 @@ fn shardline(world: &World, test: &str) -> Option<Shardline> {
         return Some(Shardline::start(program, world.path("shardline")));
     }
     // not eprintln: of a test that passes, that is not shown
-    let how = "tests/clients/install DIR shardline, then name DIR in SVDHUB_CLIENTS";
+    let how = "tests/clients/install DIR, then name DIR in SVDHUB_CLIENTS";
     writeln!(std::io::stderr(), "SKIPPED: {test} needs shardline ({how})")
         .expect("standard error is open");
     None
@@ -159,6 +160,41 @@ fn what_we_push_to_shardline_we_pull_from_it() {
             assert_eq!(in_chunks, back && xet, "{}", run.stderr);
             same(&out, &dir, name);
         }
+    }
+}
+
+#[test]
+fn what_passes_through_to_shardline_is_what_is_made_here() {
+    let world = World::new();
+    let test = "what_passes_through_to_shardline_is_what_is_made_here";
+    let Some(hub) = shardline(&world, test) else {
+        return;
+    };
+    let base = world.model("base", Dtype::BF16, 700_000);
+    let decompose = |out: &Path| {
+        let fixed = ["decompose", arg(&base), "--shard-size", "300kB"];
+        let out = ["--out", arg(out)];
+        fixed.iter().chain(&out).map(ToString::to_string).collect()
+    };
+    let here = world.path("here");
+    let made: Vec<String> = decompose(&here);
+    let made: Vec<&str> = made.iter().map(String::as_str).collect();
+    world.run(&made).succeeds();
+    for (name, xet) in [("passed-by-xet", true), ("passed-by-lfs", false)] {
+        let (out, back) = (world.path(name), world.path(&format!("{name}-back")));
+        let repo = format!("alice/{name}");
+        let passing: Vec<String> = decompose(&out);
+        let mut passing: Vec<&str> = passing.iter().map(String::as_str).collect();
+        passing.extend(["--push", &repo]);
+        hub.run(&world, name, xet, &passing);
+        let download = ["hub", "download", &repo, "--out", arg(&back)];
+        hub.run(&world, name, xet, &download);
+        let (mut there, mut made) = (files(&back), files(&here));
+        for told_otherwise in ["README.md", ".gitattributes", "report.json"] {
+            there.remove(told_otherwise);
+            made.remove(told_otherwise);
+        }
+        assert!(there == made, "{name}: other files than those made here");
     }
 }
 
