@@ -248,6 +248,8 @@ pub enum Error {
     Candle(#[from] candle_core::Error),
     #[error("the device {device} cannot be used: {reason}")]
     Device { device: String, reason: String },
+    #[error("the processes cannot work together: {reason}")]
+    Parallel { reason: String },
 
     // -- data -------------------------------------------------------------------------------
     #[error("{} line {line} is not JSON", path.display())]

@@ -38,6 +38,7 @@ pub mod linalg;
 pub mod merge;
 pub mod model;
 pub mod outlet;
+pub mod parallel;
 pub mod part;
 pub mod peft;
 pub mod plan;

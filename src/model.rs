@@ -6,6 +6,7 @@ pub mod config;
 pub mod decoder;
 pub mod family;
 mod fused;
+pub mod gpu;
 pub mod layers;
 pub mod memory;
 pub mod method;

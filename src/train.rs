@@ -5,6 +5,7 @@ pub mod optimizer;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -19,6 +20,7 @@ use crate::format::{Origin, Pin};
 use crate::json::Tool;
 use crate::model::method::{LORA_A, LORA_B, RHO};
 use crate::model::{Decoder, Gradients, Lora, Method, Parametrisation, Tensors, Trained, stacked};
+use crate::parallel::{Alone, Group, refuse_uneven, share};
 use crate::peft::{self, LORA_WEIGHTS};
 use crate::report;
 use crate::source::{Source, load};
@@ -63,6 +65,8 @@ pub struct Options {
     /// Steps between two saved states.
     pub save_every: usize,
     pub device: Device,
+    /// The processes that share each step; they take the same options.
+    pub group: Arc<dyn Group>,
 }
 
 impl Default for Options {
@@ -83,6 +87,7 @@ impl Default for Options {
             resume: false,
             save_every: 50,
             device: Device::Cpu,
+            group: Arc::new(Alone),
         }
     }
 }
@@ -118,6 +123,9 @@ pub struct Facts {
     #[serde(default)]
     pub recompute: bool,
     pub device: String,
+    /// Processes that shared the steps.
+    #[serde(default = "one")]
+    pub processes: usize,
     /// Mean loss of each step's tokens before its update, in nats.
     pub losses: Vec<f32>,
     pub tokens_per_s: f64,
@@ -127,6 +135,10 @@ pub struct Facts {
     /// Of a LoRA, whose own files hold no sums: the file of weights, its tensors, and the files beside it.
     #[serde(flatten)]
     pub sums: Sums,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// The sha256 of what was written, each by its name.
@@ -155,17 +167,13 @@ pub fn run(
     options: &Options,
     observer: &dyn Observer,
 ) -> Result<Facts> {
+    refuse_uneven(options.batch, &*options.group)?;
     let kept = Kept::of(source, pin, options, observer)?;
     let config = source.config()?;
     let corpus = Corpus::read(data, source.dir(), &config, options.length)?;
     corpus.warn_of_length(&config, observer);
     let windows = corpus.full_windows();
-    let steps = match options.duration {
-        Duration::Steps(steps) => steps,
-        Duration::Epochs(epochs) => {
-            ((epochs * windows.len() as f64 / options.batch as f64).ceil() as usize).max(1)
-        }
-    };
+    let steps = steps(&windows, options);
     let (mut workspace, claim) =
         Workspace::claim(out, "train", settings(&kept, &corpus, steps, options))?;
     match claim {
@@ -182,33 +190,18 @@ pub fn run(
         Claim::Interrupted | Claim::Fresh => {}
     }
 
-    let trained = Trained {
-        linear: Some(options.method),
-        norms: options.norms,
-        embeddings: options.embeddings,
-    };
-    let decoder = load(source, trained, &options.device, observer)?;
-    let mut run = Run {
-        decoder: &decoder,
-        method: options.method,
-        recompute: options.recompute,
-        optimizer: AdamW {
-            weight_decay: options.weight_decay,
-            ..AdamW::default()
-        },
-        losses: Vec::new(),
-    };
+    let decoder = load(source, trained(options), &options.device, observer)?;
+    let mut run = Run::new(&decoder, options);
     run.resume(&workspace, observer)?;
+    run.agree()?;
     let started = Instant::now();
     let mut tokens = 0;
     let first = run.losses.len();
     observer.resume(Stage::Train, first as u64, steps as u64, Unit::Steps);
     for step in first..steps {
         let batch = batch(&windows, step, options);
-        let learning_rate =
-            options.learning_rate * options.schedule.factor(step, steps, options.warmup);
-        // twice: what begins still moves from the second step on
-        let loss = run.step(&batch, learning_rate, step < first + 2)?;
+        let learning_rate = learning_rate(step, steps, options);
+        let loss = run.step(&batch, learning_rate, is_checked(step, first))?;
         tokens += batch.iter().map(|window| window.len()).sum::<usize>();
         observer.event(&Event::Stepped {
             step: step + 1,
@@ -263,6 +256,7 @@ pub fn run(
         seed: options.seed,
         recompute: options.recompute,
         device: device_name(&options.device),
+        processes: options.group.size(),
         losses: run.losses.clone(),
         tokens_per_s: tokens as f64 / seconds.max(1e-9),
         seconds,
@@ -274,6 +268,58 @@ pub fn run(
     workspace.finish()?;
     let _ = std::fs::remove_file(workspace.state(STATE_FILE));
     Ok(facts)
+}
+
+/// Takes part in a run that process 0 of the group makes with [`run`]: its share of each step, and nothing else.
+///
+/// # Errors
+/// As [`run`].
+pub fn assist(
+    source: &Source,
+    data: &Path,
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<()> {
+    let config = source.config()?;
+    let corpus = Corpus::read(data, source.dir(), &config, options.length)?;
+    let windows = corpus.full_windows();
+    let steps = steps(&windows, options);
+    let decoder = load(source, trained(options), &options.device, observer)?;
+    let mut run = Run::new(&decoder, options);
+    run.agree()?;
+    let first = run.losses.len();
+    for step in first..steps {
+        let batch = batch(&windows, step, options);
+        let learning_rate = learning_rate(step, steps, options);
+        run.step(&batch, learning_rate, is_checked(step, first))?;
+    }
+    Ok(())
+}
+
+fn steps(windows: &[&[u32]], options: &Options) -> usize {
+    match options.duration {
+        Duration::Steps(steps) => steps,
+        Duration::Epochs(epochs) => {
+            ((epochs * windows.len() as f64 / options.batch as f64).ceil() as usize).max(1)
+        }
+    }
+}
+
+fn trained(options: &Options) -> Trained {
+    Trained {
+        linear: Some(options.method),
+        norms: options.norms,
+        embeddings: options.embeddings,
+    }
+}
+
+fn learning_rate(step: usize, steps: usize, options: &Options) -> f64 {
+    options.learning_rate * options.schedule.factor(step, steps, options.warmup)
+}
+
+/// Whether a gradient is demanded for everything: twice, because what begins still moves from the second step on.
+fn is_checked(step: usize, first: usize) -> bool {
+    step < first + 2
 }
 
 /// What a device is called on the command line.
@@ -353,50 +399,134 @@ pub struct Run<'a> {
     pub optimizer: AdamW,
     /// One for each step done.
     pub losses: Vec<f32>,
+    /// Those that share each step.
+    pub group: Arc<dyn Group>,
 }
 
-impl Run<'_> {
-    /// One step on windows of equal length. Returns the mean loss before the update.
+/// Numbers whose gradients are fetched, added up between processes and applied together: Σ of a whole model is one bundle,
+/// and of what is larger little more than one tensor is alive.
+const BUNDLE: usize = 4 << 20;
+
+impl<'a> Run<'a> {
+    /// A run that has not begun.
+    pub fn new(decoder: &'a Decoder, options: &Options) -> Self {
+        Self {
+            decoder,
+            method: options.method,
+            recompute: options.recompute,
+            optimizer: AdamW {
+                weight_decay: options.weight_decay,
+                ..AdamW::default()
+            },
+            losses: Vec::new(),
+            group: options.group.clone(),
+        }
+    }
+
+    /// What moves, in bundles.
+    fn bundles(&self) -> Vec<Vec<(&'a str, &'a Var)>> {
+        let mut bundles: Vec<Vec<(&str, &Var)>> = Vec::new();
+        let mut numbers = 0;
+        for (name, variable) in &self.decoder.variables {
+            let count = variable.elem_count();
+            match bundles.last_mut().filter(|_| numbers + count <= BUNDLE) {
+                Some(bundle) => bundle.push((name, variable)),
+                None => {
+                    numbers = 0;
+                    bundles.push(vec![(name, variable)]);
+                }
+            }
+            numbers += count;
+        }
+        bundles
+    }
+
+    /// Gives all processes the state of process 0, which may have resumed an earlier run.
+    fn agree(&mut self) -> Result<()> {
+        let group = self.group.clone();
+        if group.size() == 1 {
+            return Ok(());
+        }
+        // whole numbers up to 2²⁴ are exact
+        let mut done = [self.losses.len() as f32];
+        group.spread(&mut done)?;
+        self.losses.resize(done[0] as usize, 0.0);
+        group.spread(&mut self.losses)?;
+        self.optimizer.steps = self.losses.len() as u32;
+        for (name, variable) in &self.decoder.variables {
+            let mut values = numbers(variable)?;
+            group.spread(&mut values)?;
+            let nothing = || vec![0.0; values.len()];
+            let state = &mut self.optimizer.state;
+            let moments = state.entry(name.clone()).or_insert_with(|| Moments {
+                first: nothing(),
+                second: nothing(),
+            });
+            group.spread(&mut moments.first)?;
+            group.spread(&mut moments.second)?;
+            set(variable, values)?;
+        }
+        Ok(())
+    }
+
+    /// One step on windows of equal length, of which this process takes its share. Returns the mean loss of all before the
+    /// update.
     ///
     /// `check` refuses tensors that no gradient reaches.
     pub fn step(&mut self, batch: &[&[u32]], learning_rate: f64, check: bool) -> Result<f32> {
-        let ids = stacked(batch, &self.decoder.device)?;
+        let group = self.group.clone();
+        let mine = share(batch, &*group)?;
+        let ids = stacked(mine, &self.decoder.device)?;
         let Gradients { loss, mut tensors } = self.decoder.gradients(&ids, self.recompute)?;
+        let all = group.size() as f32;
+        let mut losses = [loss];
+        group.sum(&mut losses)?;
+        let loss = losses[0] / all;
         let step = self.losses.len() + 1;
         if !loss.is_finite() {
             return Err(Error::Diverged { step, loss });
         }
         let mut dead = Vec::new();
-        for name in self.decoder.variables.keys() {
-            let gradient = match tensors.get(name) {
-                Some(gradient) => numbers(gradient)?,
-                None => Vec::new(),
-            };
-            if let Some(&value) = gradient.iter().find(|g| !g.is_finite()) {
-                return Err(Error::BrokenGradient {
-                    tensor: name.clone(),
-                    step,
-                    value,
+        self.optimizer.begin_step();
+        for bundle in self.bundles() {
+            // freed one by one: where whole weights move, all of them are a second model
+            let gradients = bundle
+                .iter()
+                .map(|(name, variable)| match tensors.remove(*name) {
+                    Some(gradient) => gradient.to_dtype(DType::F32)?.flatten_all(),
+                    None => Tensor::zeros(variable.elem_count(), DType::F32, variable.device()),
                 });
+            let gradients = gradients.collect::<candle_core::Result<Vec<_>>>()?;
+            let mut gradient = Tensor::cat(&gradients, 0)?.to_vec1::<f32>()?;
+            drop(gradients);
+            group.sum(&mut gradient)?;
+            if group.size() > 1 {
+                gradient.iter_mut().for_each(|g| *g /= all);
             }
-            let still = step == 1 && self.method.begins_still(name);
-            if check && !still && gradient.iter().all(|&g| g == 0.0) {
-                dead.push(name.clone());
+            let mut left = &gradient[..];
+            for (name, variable) in bundle {
+                let (gradient, rest) = left.split_at(variable.elem_count());
+                left = rest;
+                if let Some(&value) = gradient.iter().find(|g| !g.is_finite()) {
+                    return Err(Error::BrokenGradient {
+                        tensor: name.into(),
+                        step,
+                        value,
+                    });
+                }
+                let still = step == 1 && self.method.begins_still(name);
+                if check && !still && gradient.iter().all(|&g| g == 0.0) {
+                    dead.push(name.into());
+                }
+                let mut values = numbers(variable)?;
+                self.optimizer
+                    .update(name, &mut values, gradient, learning_rate);
+                set(variable, values)?;
             }
         }
+        // the run ends with this: nothing of the step is kept
         if !dead.is_empty() {
             return Err(Error::DeadGradient { dead });
-        }
-        self.optimizer.begin_step();
-        for (name, variable) in &self.decoder.variables {
-            // freed one by one: where whole weights move, all of them are a second model
-            let Some(gradient) = tensors.remove(name) else {
-                continue;
-            };
-            let mut values = numbers(variable)?;
-            self.optimizer
-                .update(name, &mut values, &numbers(&gradient)?, learning_rate);
-            set(variable, values)?;
         }
         self.losses.push(loss);
         Ok(loss)

@@ -11,8 +11,7 @@ use svdhub::base::Base;
 use svdhub::event::Silent;
 use svdhub::model::{Method, Trained, stacked};
 use svdhub::source::{Source, load};
-use svdhub::train::Run;
-use svdhub::train::optimizer::AdamW;
+use svdhub::train::{Options, Run};
 use svdhub::{decompose, evaluate};
 
 fn fixture(name: &str) -> PathBuf {
@@ -134,13 +133,7 @@ fn first_ten_steps_match_pytorch() {
         embeddings: false,
     };
     let decoder = load(&source, trained, &Device::Cpu, &Silent).expect("loads");
-    let mut run = Run {
-        decoder: &decoder,
-        method: Method::default(),
-        recompute: false,
-        optimizer: AdamW::default(),
-        losses: Vec::new(),
-    };
+    let mut run = Run::new(&decoder, &Options::default());
     let learning_rate = golden["lr"].as_f64().expect("lr");
     for (step, batch) in golden["batches"]
         .as_array()

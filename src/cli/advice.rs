@@ -157,6 +157,12 @@ pub fn advice(error: &Error) -> Option<String> {
         }
         Error::RemoteDiffers { .. } => "run the same command again: it sends what differs",
         Error::Device { .. } => "use --device cpu",
+        Error::Parallel { reason } if reason.contains("windows") => {
+            "choose a --batch that is a multiple of the number of processes"
+        }
+        Error::Parallel { .. } => {
+            "start it as `mpirun -n N svdhub train … --parallel`, or with srun and its option --mpi, where that MPI is installed"
+        }
         Error::NotAModel { missing, .. } if missing.contains("tokenizer") => {
             "text needs a fast tokenizer: put the model's tokenizer.json there"
         }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use svdhub::hub::{HubOptions, Identity, Login, Token};
+use svdhub::parallel::Flavour;
 use svdhub::{Error, Result};
 
 const PUBLIC_HUB: &str = "https://huggingface.co";
@@ -16,6 +17,19 @@ pub fn let_waiting_threads_sleep() {
         // SAFETY: this is the only thread.
         unsafe { std::env::set_var(SPINS, "100") };
     }
+}
+
+/// How many processes mpirun or srun started with this one, and by which MPI, if it was they who did.
+pub fn processes_started() -> Option<(usize, Flavour)> {
+    let told = |name| std::env::var(name).ok()?.parse().ok();
+    // mpirun of Open MPI; mpirun of MPICH and Intel MPI, and srun --mpi=pmi2; srun --mpi=pmix beside its own count
+    let open_mpi = told("OMPI_COMM_WORLD_SIZE").map(|size| (size, Flavour::OpenMpi));
+    let mpich = || Some((told("PMI_SIZE")?, Flavour::Mpich));
+    let pmix = || {
+        std::env::var_os("PMIX_RANK")?;
+        Some((told("SLURM_STEP_NUM_TASKS")?, Flavour::OpenMpi))
+    };
+    open_mpi.or_else(mpich).or_else(pmix)
 }
 
 /// The variables that are set to something.

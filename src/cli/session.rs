@@ -14,6 +14,8 @@ use svdhub::event::Observer;
 use svdhub::format::{ArtifactLayout, Origin, Pin};
 use svdhub::hub::{Hub, ModelRef, Snapshot};
 use svdhub::kind::Kind;
+use svdhub::model::gpu;
+use svdhub::parallel::{Alone, Group, Mpi};
 use svdhub::source::Source;
 use svdhub::weights::Layout;
 use svdhub::workspace::refuse_unfinished;
@@ -336,28 +338,37 @@ impl std::str::FromStr for DeviceChoice {
 impl Session {
     /// The device to compute on; `auto` takes a GPU where there is one and says so where there is none.
     pub fn device(&self, choice: DeviceChoice) -> Result<Device> {
-        let cuda = |n: usize| {
-            if !candle_core::utils::cuda_is_available() {
-                return Err(Error::Device {
-                    device: format!("cuda:{n}"),
-                    reason: "this build has no CUDA support (cargo feature `cuda`)".into(),
-                });
-            }
-            Device::new_cuda(n).map_err(|e| Error::Device {
-                device: format!("cuda:{n}"),
-                reason: e.to_string(),
-            })
-        };
         match choice {
             DeviceChoice::Cpu => Ok(Device::Cpu),
-            DeviceChoice::Cuda(n) => cuda(n),
+            DeviceChoice::Cuda(n) => gpu::open(n),
             DeviceChoice::Auto if !candle_core::utils::cuda_is_available() => Ok(Device::Cpu),
-            DeviceChoice::Auto => cuda(0).or_else(|error| {
+            DeviceChoice::Auto => gpu::open(0).or_else(|error| {
                 self.observer()
                     .warn(format!("{error}; computing on the CPU"));
                 Ok(Device::Cpu)
             }),
         }
+    }
+}
+
+impl Session {
+    /// The processes that work on this together: those that were started with this one, or it alone.
+    pub fn group(&self, parallel: bool) -> Result<Arc<dyn Group>> {
+        if !parallel {
+            return Ok(Arc::new(Alone));
+        }
+        let refuse = |reason: String| Err(Error::Parallel { reason });
+        let Some((started, flavour)) = env::processes_started() else {
+            return refuse("neither mpirun nor srun has started this one".into());
+        };
+        let group = Mpi::join(flavour)?;
+        if group.size() != started {
+            return refuse(format!(
+                "{started} were started, and MPI joins {} of them",
+                group.size()
+            ));
+        }
+        Ok(Arc::new(group))
     }
 }
 

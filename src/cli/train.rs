@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 use svdhub::card::{bytes, thousands};
+use svdhub::event::Silent;
 use svdhub::hub::ModelRef;
 use svdhub::model::{Lora, Method, Parametrisation};
 use svdhub::train::optimizer::Schedule;
@@ -72,6 +73,9 @@ pub struct Command {
     /// auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
+    /// Share each step's windows among the processes that mpirun or srun started; all gradients are added up
+    #[arg(long)]
+    parallel: bool,
     /// The base model of a sidecar, if it is not where the sidecar says
     #[arg(long, value_name = "MODEL")]
     base: Option<ModelRef>,
@@ -171,6 +175,7 @@ pub fn length(text: &str) -> Result<usize> {
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
         keep_freed_memory();
+        let group = session.group(self.parallel)?;
         let (source, pin) = session.source_and_origin(&self.model, &[], self.base.as_ref())?;
         let method = self.method.method(self.seed);
         let duration = match (self.steps, self.epochs) {
@@ -192,8 +197,14 @@ impl Command {
             recompute: self.recompute,
             resume: self.resume,
             device: session.device(self.device)?,
+            group: group.clone(),
             ..Options::default()
         };
+        if group.rank() > 0 {
+            train::assist(&source, &self.data, &options, &Silent)?;
+            group.finish()?;
+            return Ok(ExitCode::SUCCESS);
+        }
         let facts = train::run(
             &source,
             pin,
@@ -202,6 +213,7 @@ impl Command {
             &options,
             session.observer(),
         )?;
+        group.finish()?;
         session.print(&facts, || show(&facts, &shown(&self.out)))
     }
 }

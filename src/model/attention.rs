@@ -11,6 +11,7 @@ use rayon::prelude::*;
 
 use super::fused::{applies, softmax, through_softmax, with_slices};
 use super::ops::Scores;
+use super::segments::Sight;
 use crate::linalg::multiply;
 
 /// Queries whose scores are alive at once: with some hundred keys, what a core's cache holds.
@@ -60,7 +61,7 @@ impl Sides {
         ArrayView2::from_shape(shape, &row[head * self.d..]).expect("a head lies in its row")
     }
 
-    /// The run of keys that each query of a head sees; a mask that all rows of the batch share has t rows.
+    /// The run of keys that each query of a head sees; what all rows of the batch share has t rows.
     fn seen<'a>(&self, seen: &'a [Range<usize>], head: usize) -> &'a [Range<usize>] {
         let at = head / self.h * self.t % seen.len();
         &seen[at..at + self.t]
@@ -91,17 +92,6 @@ impl Sides {
 fn matrix_mut(values: &mut [f32], columns: usize) -> ArrayViewMut2<'_, f32> {
     ArrayViewMut2::from_shape((values.len() / columns, columns), values)
         .expect("rows of so many columns")
-}
-
-/// What each row of a mask of 0 and −∞ sees: one run of positions.
-pub fn seen(mask: &[f32], keys: usize) -> Vec<Range<usize>> {
-    mask.chunks_exact(keys)
-        .map(|row| {
-            let first = row.iter().position(|m| m.is_finite()).unwrap_or(0);
-            let last = row.iter().rposition(|m| m.is_finite()).unwrap_or(0);
-            first..last + 1
-        })
-        .collect()
 }
 
 /// Some queries of one head, the run of keys that they see between them, and room for their scores.
@@ -175,15 +165,15 @@ pub fn forward(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    mask: &Tensor,
+    sight: &Sight,
     scores: Scores,
 ) -> Result<Option<Tensor>> {
-    if !applies(&[q, k, v, mask]) {
+    if !applies(&[q, k, v]) {
         return Ok(None);
     }
     let sides = Sides::of(q, k)?;
-    let y = with_slices([q, k, v, mask], |[q, k, v, mask]| {
-        let seen = seen(mask, sides.s);
+    let seen = sight.runs();
+    let y = with_slices([q, k, v], |[q, k, v]| {
         let mut y = vec![0f32; q.len()];
         y.par_chunks_mut(sides.t * sides.d)
             .enumerate()
@@ -191,7 +181,7 @@ pub fn forward(
                 let q = sides.queries(q, head);
                 let (k, v) = (sides.shared(k, head), sides.shared(v, head));
                 let mut y = matrix_mut(y, sides.d);
-                for block in Block::all(sides.seen(&seen, head)) {
+                for block in Block::all(sides.seen(seen, head)) {
                     let mut p = block.room(room);
                     block.probabilities(q, k, scores, &mut p, None);
                     let mut y = y.slice_mut(s![block.queries.clone(), ..]);
@@ -209,17 +199,17 @@ pub fn gradients(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    mask: &Tensor,
+    sight: &Sight,
     scores: Scores,
     g: &Tensor,
 ) -> Result<Option<[Tensor; 3]>> {
-    if !applies(&[q, k, v, mask, g]) {
+    if !applies(&[q, k, v, g]) {
         return Ok(None);
     }
     let sides = Sides::of(q, k)?;
     let (t, s, d) = (sides.t, sides.s, sides.d);
-    let (dq, dk, dv) = with_slices([q, k, v, mask, g], |[q, k, v, mask, g]| {
-        let seen = seen(mask, s);
+    let seen = sight.runs();
+    let (dq, dk, dv) = with_slices([q, k, v, g], |[q, k, v, g]| {
         let heads = sides.b * sides.h;
         let mut dq = vec![0f32; heads * t * d];
         let (mut dk, mut dv) = (vec![0f32; heads * s * d], vec![0f32; heads * s * d]);
@@ -231,7 +221,7 @@ pub fn gradients(
                 let (k, v) = (sides.shared(k, head), sides.shared(v, head));
                 let mut dq = matrix_mut(dq, d);
                 let (mut dk, mut dv) = (matrix_mut(dk, d), matrix_mut(dv, d));
-                for block in Block::all(sides.seen(&seen, head)) {
+                for block in Block::all(sides.seen(seen, head)) {
                     let rows = s![block.queries.clone(), ..];
                     let columns = s![block.keys.clone(), ..];
                     let mut p = block.room(&mut rooms.p);

@@ -11,7 +11,7 @@ use super::layers::{Head, Linear, Norm};
 use super::method::{self, LowRank, Method, Place, Updates};
 use super::ops::{self, Scores};
 use super::rope::Angles;
-use super::segments::{Segments, mask, reach};
+use super::segments::{Segments, Sight, reach};
 use crate::error::{Error, Result};
 use crate::split::{Change, Factors};
 use crate::weights::element::is_float;
@@ -195,12 +195,12 @@ impl Decoder {
         let angles = (self.config.ropes.iter())
             .map(|rope| rope.angles(&positions, &shape, &self.device))
             .collect::<candle_core::Result<Vec<_>>>()?;
-        let mut masks = Masks::default();
+        let mut sights = Sights::default();
         for block in &self.blocks {
             let window = block.window(t);
-            masks.of(window, || segments.mask(window, self.dtype, &self.device))?;
+            sights.of(window, || segments.sight(window, &self.device))?;
         }
-        Ok(Pass { t, angles, masks })
+        Ok(Pass { t, angles, sights })
     }
 
     pub(super) fn blocks(&self) -> usize {
@@ -210,9 +210,9 @@ impl Decoder {
     /// One block: `x (b, t, hidden) → (b, t, hidden)`.
     pub(super) fn block(&self, at: usize, x: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
         let block = &self.blocks[at];
-        let mask = &pass.masks.0[&block.window(pass.t)];
+        let sight = &pass.sights.0[&block.window(pass.t)];
         let angles = block.sees.rope.map(|rope| &pass.angles[rope]);
-        block.forward(&self.config, x, angles, mask, None)
+        block.forward(&self.config, x, angles, sight, None)
     }
 
     /// The logits of every position: `ids (b, t) → (b, t, vocabulary)`, without gradients.
@@ -251,17 +251,17 @@ impl Decoder {
             .map(|rope| rope.angles(&positions, &[t], &self.device))
             .collect::<candle_core::Result<Vec<_>>>()?;
         cache.layers.resize_with(self.blocks.len(), || None);
-        let mut masks = Masks::default();
+        let mut sights = Sights::default();
         let mut x = self.embed(ids)?.detach();
         for (block, past) in self.blocks.iter().zip(&mut cache.layers) {
             let window = block.sees.window.filter(|&window| window < after);
             let first = reach(before, window);
             let seen = (before..after).map(|at| reach(at, window) - first..at + 1 - first);
-            let shape = [t, after - first];
-            let mask = masks.of(window, || mask(seen, &shape, self.dtype, &self.device))?;
+            let keys = after - first;
+            let sight = sights.of(window, || Sight::new(seen.collect(), t, keys, &self.device))?;
             let angles = block.sees.rope.map(|rope| &angles[rope]);
             // without its graph: nothing of a step but keys and values is needed in the next
-            x = (block.forward(&self.config, &x, angles, &mask, Some(past))?).detach();
+            x = (block.forward(&self.config, &x, angles, &sight, Some(past))?).detach();
         }
         cache.ids = Some(match cache.ids.take() {
             Some(read) => Tensor::cat(&[&read, ids], 1)?,
@@ -322,22 +322,22 @@ impl Decoder {
     }
 }
 
-/// The masks of one pass, by window: layers share them.
+/// What the layers of one pass see, by window.
 #[derive(Default)]
-struct Masks(BTreeMap<Option<usize>, Tensor>);
+struct Sights(BTreeMap<Option<usize>, Sight>);
 
-impl Masks {
+impl Sights {
     fn of(
         &mut self,
         window: Option<usize>,
-        make: impl FnOnce() -> candle_core::Result<Tensor>,
-    ) -> candle_core::Result<Tensor> {
-        if let Some(mask) = self.0.get(&window) {
-            return Ok(mask.clone());
+        make: impl FnOnce() -> candle_core::Result<Sight>,
+    ) -> candle_core::Result<Sight> {
+        if let Some(sight) = self.0.get(&window) {
+            return Ok(sight.clone());
         }
-        let mask = make()?;
-        self.0.insert(window, mask.clone());
-        Ok(mask)
+        let sight = make()?;
+        self.0.insert(window, sight.clone());
+        Ok(sight)
     }
 }
 
@@ -357,11 +357,11 @@ impl Cache {
     }
 }
 
-/// What the blocks of one pass over (b, t) tokens share: angles by rope, masks by window.
+/// What the blocks of one pass over (b, t) tokens share: angles by rope, what is seen by window.
 pub(super) struct Pass {
     t: usize,
     angles: Vec<Angles>,
-    masks: Masks,
+    sights: Sights,
 }
 
 impl Block {
@@ -376,11 +376,12 @@ impl Block {
         config: &ModelConfig,
         x: &Tensor,
         angles: Option<&Angles>,
-        mask: &Tensor,
+        sight: &Sight,
         past: Option<&mut Option<(Tensor, Tensor)>>,
     ) -> candle_core::Result<Tensor> {
         let [before_attention, after_attention, before_mlp, after_mlp] = &self.norms;
-        let attended = self.attention(config, &normed(before_attention, x)?, angles, mask, past)?;
+        let attended =
+            self.attention(config, &normed(before_attention, x)?, angles, sight, past)?;
         let attended = normed(after_attention, &attended)?;
         let y = (x + scaled(attended, config.residual_scale)?)?;
         let read = if config.parallel { x } else { &y };
@@ -394,7 +395,7 @@ impl Block {
         config: &ModelConfig,
         x: &Tensor,
         angles: Option<&Angles>,
-        mask: &Tensor,
+        sight: &Sight,
         past: Option<&mut Option<(Tensor, Tensor)>>,
     ) -> candle_core::Result<Tensor> {
         let (b, t, _) = x.dims3()?;
@@ -430,7 +431,7 @@ impl Block {
             scale: config.attention_scale,
             cap: config.attention_cap,
         };
-        let attended = ops::attention(&q, &k, &v, mask, scores)?.reshape((b, t, heads * d))?;
+        let attended = ops::attention(&q, &k, &v, sight, scores)?.reshape((b, t, heads * d))?;
         self.output.forward(&attended)
     }
 

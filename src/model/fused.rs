@@ -284,16 +284,17 @@ pub fn through_softmax(p: &[f32], dp: &mut [f32]) {
 }
 
 /// Σ −log softmax(row)[target], leaving softmax − onehot, its gradient, in place of the logits.
-pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Option<f64>> {
+pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Option<f64>> {
     if !applies(&[logits]) {
         return Ok(None);
     }
     let n = logits.dim(1)?;
+    let targets = targets.flatten_all()?.to_vec1::<u32>()?;
     let losses = std::sync::Mutex::new(Vec::new());
     in_place(logits, |logits| {
         let each: Vec<f64> = logits
             .par_chunks_mut(n)
-            .zip(targets)
+            .zip(&targets)
             .map(|(row, &target)| {
                 let wanted = row[target as usize];
                 let (largest, sum) = softmax(row);
@@ -314,7 +315,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Option<f64>> {
 #[cfg(test)]
 mod tests {
     use super::super::ops;
-    use super::super::segments::{Segment, Segments, mask};
+    use super::super::segments::{Segment, Segments, Sight};
     use super::*;
     use candle_core::Var;
 
@@ -413,8 +414,8 @@ mod tests {
                 Segments::new(vec![halves.clone(), padded]),
             ] {
                 let f = |x: &[Tensor]| {
-                    let mask = segments.mask(window, x[0].dtype(), &Device::Cpu)?;
-                    ops::attention(&x[0], &x[1], &x[2], &mask, scores)
+                    let sight = segments.sight(window, &Device::Cpu)?;
+                    ops::attention(&x[0], &x[1], &x[2], &sight, scores)
                 };
                 assert_twins(&inputs, f, "attention");
             }
@@ -433,9 +434,8 @@ mod tests {
             random(&[2, 11, 3, 8]),
         ];
         let f = |x: &[Tensor]| {
-            let seen = [2..9, 3..10, 4..11];
-            let mask = mask(seen.into_iter(), &[3, 11], x[0].dtype(), &Device::Cpu)?;
-            ops::attention(&x[0], &x[1], &x[2], &mask, scores)
+            let sight = Sight::new(vec![2..9, 3..10, 4..11], 3, 11, &Device::Cpu)?;
+            ops::attention(&x[0], &x[1], &x[2], &sight, scores)
         };
         assert_twins(&inputs, f, "attention");
     }
@@ -469,7 +469,7 @@ mod tests {
         let (rows, n) = (37, 301);
         let logits = (random(&[rows, n]) * 4.0).expect("scaled");
         let targets: Vec<u32> = (0..rows as u32).map(|i| i * 37 % n as u32).collect();
-        let wanted = Tensor::from_vec(targets.clone(), (rows, 1), &Device::Cpu).expect("targets");
+        let wanted = Tensor::from_vec(targets, (rows, 1), &Device::Cpu).expect("targets");
         let p = candle_nn::ops::softmax(&wide(&logits), 1).expect("softmax");
         let loss: f64 = p
             .gather(&wanted, 1)
@@ -479,7 +479,7 @@ mod tests {
         let gradient = p
             .scatter_add(&wanted, &onehot.neg().expect("minus"), 1)
             .expect("gradient");
-        let fused = cross_entropy(&logits, &targets)
+        let fused = cross_entropy(&logits, &wanted)
             .expect("fused")
             .expect("applies");
         assert!(

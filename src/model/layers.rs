@@ -2,10 +2,10 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::fused;
 use super::ops::{capped, layer_norm, rms_norm, rows};
 use super::product::{self, Thin, like, outer, times};
 use super::vjp::attach;
+use super::{fused, gpu};
 
 /// A linear layer: `y = x·Wᵀ + b` with `W = M + Σ ΔW`, where each [`Update`] gives one ΔW.
 ///
@@ -150,9 +150,11 @@ impl Update {
         let through = |t: &Tensor, factor: &Tensor| product::forward(t, factor, &[], None);
         match self {
             Self::Diagonal { u, v, delta, scale } => {
-                let gu = through(g, u)?;
-                let products = rows(&(through(x, v)? * &gu)?)?;
-                let sum = products.to_dtype(delta.dtype())?.sum(0)?;
+                let (xv, gu) = (through(x, v)?, through(g, u)?);
+                let sum = match gpu::sum_of_products(&rows(&xv)?, &rows(&gu)?)? {
+                    Some(sum) => sum,
+                    None => rows(&(&xv * &gu)?)?.to_dtype(delta.dtype())?.sum(0)?,
+                };
                 let gradient = match scale {
                     Some(scale) => (sum * scale)?,
                     None => sum,
@@ -220,15 +222,22 @@ impl Head {
         let mut dx = Vec::new();
         // of what is trained in the layer: sums over the chunks
         let mut sums: Vec<Option<Tensor>> = vec![None; inputs.len()];
-        for start in (0..total).step_by(CHUNK_ROWS) {
-            let n = CHUNK_ROWS.min(total - start);
+        // a GPU is idle between chunks, while each is asked for its loss
+        let most = match x.device().is_cuda() {
+            true => 16 * CHUNK_ROWS,
+            false => CHUNK_ROWS,
+        };
+        for start in (0..total).step_by(most) {
+            let n = most.min(total - start);
             let chunk = x.detach().narrow(0, start, n)?.contiguous()?;
             let target = targets.narrow(0, start, n)?.unsqueeze(1)?.contiguous()?;
             let (logits, slope) = self.apply(&chunk)?;
-            let ids = target.flatten_all()?.to_vec1::<u32>()?;
-            let (sum, d_logits) = match fused::cross_entropy(&logits, &ids)? {
-                Some(sum) => (sum, logits),
-                None => composed_cross_entropy(&logits, &target)?,
+            let (sum, d_logits) = if let Some(sum) = fused::cross_entropy(&logits, &target)? {
+                (sum, logits)
+            } else if let Some(sum) = gpu::cross_entropy(&logits, &target)? {
+                (sum, logits)
+            } else {
+                composed_cross_entropy(&logits, &target)?
             };
             loss += sum;
             if !wanted.contains(&true) {

@@ -6,8 +6,10 @@ use candle_nn::ops::softmax_last_dim;
 use super::attention;
 use super::family::Activation;
 use super::fused;
+use super::gpu;
 use super::rope::Angles;
-use super::vjp::attach;
+use super::segments::Sight;
+use super::vjp::{attach, attach_reading};
 
 /// Rows in front of the last side: (…, n) → (rows, n).
 pub fn rows(x: &Tensor) -> Result<Tensor> {
@@ -43,8 +45,12 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let y = candle_nn::ops::rms_norm(&xd, &wd, eps as f32)?;
     let wants_weight = w.track_op();
     attach(&[x, w], y, move |g| {
-        if let Some((dx, dw)) = fused::rms_norm_gradient(&xd, &wd, &g.contiguous()?, eps)? {
+        let g = &g.contiguous()?;
+        if let Some((dx, dw)) = fused::rms_norm_gradient(&xd, &wd, g, eps)? {
             return Ok(vec![Some(dx), wants_weight.then_some(dw)]);
+        }
+        if let Some((dx, dw)) = gpu::rms_norm_gradient(&xd, &wd, g, eps, wants_weight)? {
+            return Ok(vec![Some(dx), dw]);
         }
         let n = xd.dim(D::Minus1)? as f64;
         let mean_square = (xd.sqr()?.sum_keepdim(D::Minus1)? / n)?;
@@ -99,12 +105,19 @@ pub fn rotate(x: &Tensor, angles: &Angles) -> Result<Tensor> {
 /// activation(gate) ∘ up (Shazeer 2020).
 pub fn gated(gate: &Tensor, up: &Tensor, activation: &Activation) -> Result<Tensor> {
     let (a, b, activation) = (gate.detach(), up.detach(), activation.clone());
-    let y = match fused::gated(&a, &b, &activation)? {
-        Some(y) => y,
-        None => (value_and_slope(&a, &activation)?.0 * &b)?,
+    let y = if let Some(y) = fused::gated(&a, &b, &activation)? {
+        y
+    } else if let Some(y) = gpu::gated(&a, &b, &activation)? {
+        y
+    } else {
+        (value_and_slope(&a, &activation)?.0 * &b)?
     };
     attach(&[gate, up], y, move |g| {
-        if let Some((da, db)) = fused::gated_gradient(&a, &b, &g.contiguous()?, &activation)? {
+        let g = &g.contiguous()?;
+        if let Some((da, db)) = fused::gated_gradient(&a, &b, g, &activation)? {
+            return Ok(vec![Some(da), Some(db)]);
+        }
+        if let Some((da, db)) = gpu::gated_gradient(&a, &b, g, &activation)? {
             return Ok(vec![Some(da), Some(db)]);
         }
         let (value, slope) = value_and_slope(&a, &activation)?;
@@ -173,14 +186,13 @@ pub fn capped(x: &Tensor, cap: f64) -> Result<(Tensor, Tensor)> {
 
 /// Scaled dot-product attention with shared key–value heads.
 ///
-/// `q (b, t, h, d), k and v (b, s, kv, d) → (b, t, h, d)`; the mask of 0 and −∞ is (t, s), or (b, 1, t, s) where rows
-/// differ. h is a multiple of kv, and no key or value is repeated. The probabilities are computed again in the pullback,
-/// not kept.
+/// `q (b, t, h, d), k and v (b, s, kv, d) → (b, t, h, d)`. h is a multiple of kv, and no key or value is repeated. The
+/// probabilities are computed again in the pullback, not kept.
 pub fn attention(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    mask: &Tensor,
+    sight: &Sight,
     scores: Scores,
 ) -> Result<Tensor> {
     let (qd, kd, vd) = (
@@ -188,16 +200,28 @@ pub fn attention(
         k.detach().contiguous()?,
         v.detach().contiguous()?,
     );
-    let mask = mask.clone();
-    let y = match attention::forward(&qd, &kd, &vd, &mask, scores)? {
-        Some(y) => y,
-        None => Composed::of(&qd, &kd, &mask, scores)?.times(&vd)?,
+    let sight = sight.clone();
+    // of a GPU, what the gradients go on from
+    let mut kept = None;
+    let y = if let Some(y) = attention::forward(&qd, &kd, &vd, &sight, scores)? {
+        y
+    } else if let Some(kernels) = gpu::Attention::of(&qd, &kd, &vd, &sight, scores)? {
+        let (y, lse) = kernels.forward()?;
+        kept = Some(lse);
+        y
+    } else {
+        Composed::of(&qd, &kd, &sight, scores)?.times(&vd)?
     };
-    attach(&[q, k, v], y, move |g| {
+    attach_reading(&[q, k, v], y, move |y, g| {
         let g = g.contiguous()?;
-        let gradients = match attention::gradients(&qd, &kd, &vd, &mask, scores, &g)? {
-            Some(gradients) => gradients,
-            None => Composed::of(&qd, &kd, &mask, scores)?.gradients(&qd, &kd, &vd, &g)?,
+        let gradients = if let Some(lse) = &kept {
+            let kernels = gpu::Attention::of(&qd, &kd, &vd, &sight, scores)?;
+            let kernels = kernels.expect("invariant: kernels gave y");
+            kernels.gradients(y, lse, &g)?
+        } else if let Some(found) = attention::gradients(&qd, &kd, &vd, &sight, scores, &g)? {
+            found
+        } else {
+            Composed::of(&qd, &kd, &sight, scores)?.gradients(&qd, &kd, &vd, &g)?
         };
         Ok(gradients.map(Some).into())
     })
@@ -214,7 +238,7 @@ struct Composed {
 }
 
 impl Composed {
-    fn of(q: &Tensor, k: &Tensor, mask: &Tensor, Scores { scale, cap }: Scores) -> Result<Self> {
+    fn of(q: &Tensor, k: &Tensor, sight: &Sight, Scores { scale, cap }: Scores) -> Result<Self> {
         let (b, t, heads, _) = q.dims4()?;
         let (_, s, kv, _) = k.dims4()?;
         let scores = (grouped(q, kv)? * scale)?.matmul(&by_head(k)?.t()?)?;
@@ -226,7 +250,7 @@ impl Composed {
             None => (scores, None),
         };
         let scores = scores.reshape((b, heads, t, s))?;
-        let p = softmax_last_dim(&scores.broadcast_add(mask)?)?;
+        let p = softmax_last_dim(&scores.broadcast_add(&sight.mask(q)?)?)?;
         let p = p.reshape((b, kv, heads / kv * t, s))?;
         Ok(Self {
             heads,
@@ -450,16 +474,16 @@ pub(super) mod tests {
             random(&[2, 5, 2, 4], DType::F64),
             random(&[2, 5, 2, 4], DType::F64),
         ];
-        let whole = Segments::whole(2, 5).mask(Some(3), DType::F64, &Device::Cpu);
+        let whole = Segments::whole(2, 5).sight(Some(3), &Device::Cpu);
         let packed = Segments::new(vec![
             vec![Segment::Sequence(2), Segment::Sequence(3)],
             vec![Segment::Padding(1), Segment::Sequence(4)],
         ])
-        .mask(Some(3), DType::F64, &Device::Cpu);
-        for mask in [whole.expect("mask"), packed.expect("mask")] {
+        .sight(Some(3), &Device::Cpu);
+        for sight in [whole.expect("sight"), packed.expect("sight")] {
             for cap in [None, Some(0.7)] {
                 let scores = Scores { scale: 0.5, cap };
-                let f = |t: &[Tensor]| attention(&t[0], &t[1], &t[2], &mask, scores);
+                let f = |t: &[Tensor]| attention(&t[0], &t[1], &t[2], &sight, scores);
                 assert_gradient(&inputs, f, 1e-5, 1e-6);
             }
         }

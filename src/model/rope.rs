@@ -3,6 +3,7 @@
 use candle_core::{D, Device, Result, Tensor};
 
 use super::config::{Rope, Scaling};
+use super::gpu;
 
 /// cos and sin of each token's position: (t, dim/2) where all rows of a batch share them, else (b, t, dim/2). f32
 #[derive(Debug, Clone)]
@@ -141,6 +142,9 @@ impl Rope {
 impl Angles {
     /// Rotates the leading `dim` elements of each head of `x (b, t, h, d)`; `back` rotates the other way.
     pub fn apply(&self, x: &Tensor, back: bool) -> Result<Tensor> {
+        if let Some(y) = gpu::rotate(&x.contiguous()?, &self.cos, &self.sin, back)? {
+            return Ok(y);
+        }
         let d = x.dim(D::Minus1)?;
         let dtype = x.dtype();
         let sin = if back {

@@ -1,8 +1,9 @@
 //! How the rows of a batch divide into sequences: packed one after the other, and padded to one length.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 /// One run of tokens in a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,22 +81,16 @@ impl Segments {
         (positions, vec![rows, self.length])
     }
 
-    /// The mask of attention that reaches `window` positions back: (t, t) where all rows share it, else (b, 1, t, t).
-    pub(super) fn mask(
-        &self,
-        window: Option<usize>,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Tensor> {
+    /// What attention sees that reaches `window` positions back.
+    pub(super) fn sight(&self, window: Option<usize>, device: &Device) -> Result<Sight> {
         let t = self.length;
         let seen = self
             .places()
             .map(|(at, start)| start.max(reach(at, window))..at + 1);
         if self.is_whole() {
-            mask(seen.take(t), &[t, t], dtype, device)
+            Sight::new(seen.take(t).collect(), t, t, device)
         } else {
-            let rows = self.starts.len() / t;
-            mask(seen, &[rows, 1, t, t], dtype, device)
+            Sight::new(seen.collect(), t, t, device)
         }
     }
 
@@ -117,20 +112,61 @@ pub(super) fn reach(at: usize, window: Option<usize>) -> usize {
     window.map_or(0, |window| (at + 1).saturating_sub(window))
 }
 
-/// 0 where a query sees a key, −∞ elsewhere: `seen` is the run of keys of each query, and keys are the last side of
-/// `shape`.
-pub(super) fn mask(
-    seen: impl Iterator<Item = Range<usize>>,
-    shape: &[usize],
-    dtype: DType,
-    device: &Device,
-) -> Result<Tensor> {
-    let keys = shape[shape.len() - 1];
-    let mut values = vec![f32::NEG_INFINITY; shape.iter().product()];
-    for (row, seen) in values.chunks_mut(keys.max(1)).zip(seen) {
-        row[seen].fill(0.0);
+/// The run of keys that each query sees: no t × s of a mask is held.
+#[derive(Debug, Clone)]
+pub struct Sight {
+    /// Of t queries where all rows share them, else of b·t. None is empty.
+    runs: Arc<[Range<usize>]>,
+    queries: usize,
+    keys: usize,
+    /// Where the runs begin and end, u32, on a GPU.
+    bounds: Option<[Tensor; 2]>,
+}
+
+impl Sight {
+    pub(super) fn new(
+        runs: Vec<Range<usize>>,
+        queries: usize,
+        keys: usize,
+        device: &Device,
+    ) -> Result<Self> {
+        let bound = |of: fn(&Range<usize>) -> usize| {
+            let bounds: Vec<u32> = runs.iter().map(|run| of(run) as u32).collect();
+            Tensor::new(bounds, device)
+        };
+        let bounds = match device.is_cuda() {
+            true => Some([bound(|run| run.start)?, bound(|run| run.end)?]),
+            false => None,
+        };
+        Ok(Self {
+            runs: runs.into(),
+            queries,
+            keys,
+            bounds,
+        })
     }
-    Tensor::from_vec(values, shape, device)?.to_dtype(dtype)
+
+    pub fn runs(&self) -> &[Range<usize>] {
+        &self.runs
+    }
+
+    pub(super) fn bounds(&self) -> Option<&[Tensor; 2]> {
+        self.bounds.as_ref()
+    }
+
+    /// 0 where a query sees a key, −∞ elsewhere, as `like` is: (t, s) where all rows share it, else (b, 1, t, s).
+    pub(super) fn mask(&self, like: &Tensor) -> Result<Tensor> {
+        let mut values = vec![f32::NEG_INFINITY; self.runs.len() * self.keys];
+        for (row, seen) in values.chunks_mut(self.keys.max(1)).zip(self.runs.iter()) {
+            row[seen.clone()].fill(0.0);
+        }
+        let rows = self.runs.len() / self.queries.max(1);
+        let shape = match rows {
+            1 => vec![self.queries, self.keys],
+            rows => vec![rows, 1, self.queries, self.keys],
+        };
+        Tensor::from_vec(values, shape, like.device())?.to_dtype(like.dtype())
+    }
 }
 
 #[cfg(test)]
@@ -140,9 +176,9 @@ mod tests {
 
     /// Rows of `x` where a query sees a key.
     fn drawn(segments: &Segments, window: Option<usize>) -> Vec<String> {
-        let mask = segments
-            .mask(window, DType::F32, &Device::Cpu)
-            .expect("a mask");
+        let sight = segments.sight(window, &Device::Cpu).expect("a sight");
+        let like = Tensor::new(&[0f32], &Device::Cpu).expect("a number");
+        let mask = sight.mask(&like).expect("a mask");
         let keys = mask.dims()[mask.rank() - 1];
         let values: Vec<f32> = mask
             .flatten_all()

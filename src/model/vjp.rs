@@ -5,14 +5,15 @@
 
 use std::sync::Mutex;
 
-use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, Layout, Result, Shape,
-    Storage, Tensor, bail,
+    Tensor, bail,
 };
 
-/// dL/dy → dL/dx for each input, `None` where it is not wanted. Captures what it needs, detached.
-type Pullback = Box<dyn Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync>;
+use super::gpu;
+
+/// y and dL/dy → dL/dx for each input, `None` where it is not wanted. Captures what it needs, detached.
+type Pullback = Box<dyn Fn(&Tensor, &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync>;
 
 /// Gives `output`, a freshly computed tensor, the gradient that `pullback` describes with respect to `inputs`.
 ///
@@ -21,6 +22,15 @@ pub fn attach(
     inputs: &[&Tensor],
     output: Tensor,
     pullback: impl Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    attach_reading(inputs, output, move |_, g| pullback(g))
+}
+
+/// The same for a pullback that reads the output too: `output` is handed over, so that nobody else may hold it.
+pub fn attach_reading(
+    inputs: &[&Tensor],
+    output: Tensor,
+    pullback: impl Fn(&Tensor, &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
 ) -> Result<Tensor> {
     if !inputs.iter().any(|x| x.track_op()) {
         return Ok(output.detach());
@@ -90,17 +100,12 @@ impl Attached {
     }
 
     fn cuda(&self) -> Result<(CudaStorage, Shape)> {
-        let output = self.take()?;
-        let (storage, layout) = output.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(values) => Ok((values.try_clone(layout)?, self.shape.clone())),
-            _ => bail!("an attached output lies on the GPU"),
-        }
+        Ok((gpu::steal(&self.take()?)?, self.shape.clone()))
     }
 
-    fn pull(&self, gradient: &Tensor) -> Result<Vec<Option<Tensor>>> {
+    fn pull(&self, output: &Tensor, gradient: &Tensor) -> Result<Vec<Option<Tensor>>> {
         // candle's gradients may carry graphs of their own, which would keep every activation alive
-        (self.pullback)(&gradient.detach())
+        (self.pullback)(&output.detach(), &gradient.detach())
     }
 }
 
@@ -114,8 +119,8 @@ impl CustomOp1 for Attached {
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
         self.cuda()
     }
-    fn bwd(&self, _: &Tensor, _: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {
-        let mut gradients = self.pull(g)?;
+    fn bwd(&self, _: &Tensor, y: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {
+        let mut gradients = self.pull(y, g)?;
         Ok(gradients[0].take())
     }
 }
@@ -146,10 +151,10 @@ impl CustomOp2 for Attached {
         &self,
         _: &Tensor,
         _: &Tensor,
-        _: &Tensor,
+        y: &Tensor,
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let mut gradients = self.pull(g)?;
+        let mut gradients = self.pull(y, g)?;
         Ok((gradients[0].take(), gradients[1].take()))
     }
 }
@@ -185,10 +190,10 @@ impl CustomOp3 for Attached {
         _: &Tensor,
         _: &Tensor,
         _: &Tensor,
-        _: &Tensor,
+        y: &Tensor,
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let mut gradients = self.pull(g)?;
+        let mut gradients = self.pull(y, g)?;
         Ok((
             gradients[0].take(),
             gradients[1].take(),

@@ -11,6 +11,7 @@ mod hub;
 mod inspect;
 mod memory;
 mod methods;
+mod parallel;
 mod parts;
 mod publishing;
 mod python;

@@ -8,8 +8,7 @@ use serde_json::{Value, json};
 
 use svdhub::model::{Decoder, Method, ModelConfig, Segment, Segments, Trained};
 use svdhub::split::Factors;
-use svdhub::train::Run;
-use svdhub::train::optimizer::AdamW;
+use svdhub::train::{Options, Run};
 use svdhub::weights::Elements;
 
 use crate::memory::Memory;
@@ -201,16 +200,11 @@ fn assert_steps(name: &str) {
     let decoder =
         Decoder::load(&config, &memory, trained, &Device::Cpu, DType::F32).expect("loads");
     let number = |key: &str| golden["steps"][key].as_f64().expect("a number");
-    let mut run = Run {
-        decoder: &decoder,
-        method: Method::default(),
-        recompute: false,
-        optimizer: AdamW {
-            weight_decay: number("weight_decay"),
-            ..AdamW::default()
-        },
-        losses: Vec::new(),
+    let options = Options {
+        weight_decay: number("weight_decay"),
+        ..Options::default()
     };
+    let mut run = Run::new(&decoder, &options);
     let rows: Vec<Vec<u32>> = ids(&golden).to_vec2().expect("rows");
     let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
     let wanted = list(&golden["steps"]["losses"]);

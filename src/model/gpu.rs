@@ -1,0 +1,544 @@
+//! Our kernels on an NVIDIA GPU: what [`super::fused`] and [`super::attention`] are on the CPU, their twins.
+//!
+//! As there, `None` is the answer where a kernel does not apply. Sources are in `kernels/`, where each says its equation; they
+//! are compiled to PTX when the feature `cuda` is built, for compute capability 8.0 and newer. Only [`launch`] knows CUDA.
+
+use candle_core::{D, DType, Result, Tensor, bail};
+
+use super::family::Activation;
+use super::ops::Scores;
+use super::segments::Sight;
+
+#[cfg_attr(not(feature = "cuda"), path = "gpu/none.rs")]
+#[cfg_attr(feature = "cuda", path = "gpu/launch.rs")]
+mod launch;
+
+use launch::launch;
+pub use launch::open;
+pub(super) use launch::steal;
+
+/// What a kernel is given.
+#[derive(Clone, Copy)]
+enum Arg<'a> {
+    Tensor(&'a Tensor),
+    /// A pointer to nothing: what would be written there is not wanted.
+    Null,
+    /// Of 32 bits.
+    Count(usize),
+    /// Of 64 bits.
+    Size(usize),
+    F32(f32),
+}
+
+/// How many threads run, and what memory each block shares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Geometry {
+    grid: [usize; 3],
+    block: usize,
+    shared_bytes: usize,
+}
+
+impl Geometry {
+    /// So many blocks of the usual size.
+    fn blocks(x: usize, y: usize) -> Self {
+        Self {
+            grid: [x, y, 1],
+            block: BLOCK,
+            shared_bytes: 0,
+        }
+    }
+
+    /// Whether every GPU of compute capability 8.0 and newer takes it (CUDA programming guide, technical specifications).
+    fn fits(&self) -> bool {
+        let [x, y, z] = self.grid;
+        let grid =
+            (1..1 << 31).contains(&x) && [y, z].iter().all(|side| (1..1 << 16).contains(side));
+        grid && (1..=1024).contains(&self.block) && self.shared_bytes <= SHARED_BYTES_MAX
+    }
+}
+
+/// What a block of an H100 may share, 227 KiB; an A100's has 163, smaller cards 99.
+const SHARED_BYTES_MAX: usize = 227 << 10;
+
+/// Runs a kernel whose arguments are what its signature says.
+fn run(module: &str, name: &str, geometry: Geometry, args: &[Arg]) -> Result<()> {
+    let fits = |arg: &Arg| match arg {
+        Arg::Tensor(tensor) => tensor.is_contiguous(),
+        Arg::Null => true,
+        Arg::Count(count) => u32::try_from(*count).is_ok(),
+        Arg::Size(size) => *size > 0,
+        Arg::F32(number) => number.is_finite(),
+    };
+    if !geometry.fits() || !args.iter().all(fits) {
+        bail!("{name} cannot run on tensors of this size ({geometry:?})");
+    }
+    launch(module, name, geometry, args)
+}
+
+/// Threads of a block, unless a kernel says otherwise.
+const BLOCK: usize = 256;
+/// Blocks that share the rows of a sum between them: enough for the largest cards.
+const BLOCKS: usize = 256;
+
+/// The end of the names of the kernels for these tensors, if there are any.
+fn kind(tensors: &[&Tensor]) -> Option<&'static str> {
+    let dtype = tensors[0].dtype();
+    let applies = |t: &&Tensor| {
+        let fits = t.elem_count() > 0 && t.is_contiguous();
+        t.device().is_cuda() && t.dtype() == dtype && fits
+    };
+    if !tensors.iter().all(applies) {
+        return None;
+    }
+    match dtype {
+        DType::F32 => Some("f32"),
+        DType::F16 => Some("f16"),
+        DType::BF16 => Some("bf16"),
+        _ => None,
+    }
+}
+
+/// Room for a result; a kernel fills all of it.
+fn room(shape: impl Into<candle_core::Shape>, dtype: DType, like: &Tensor) -> Result<Tensor> {
+    // SAFETY: every kernel here writes each element of its outputs before anybody reads them.
+    unsafe { Tensor::empty(shape, dtype, like.device()) }
+}
+
+/// Σ over the rows of partial sums (rows, n), in their order: the same bits each time.
+fn sum_rows(partial: &Tensor) -> Result<Tensor> {
+    let (rows, n) = partial.dims2()?;
+    let sum = room(n, DType::F32, partial)?;
+    run(
+        "norm",
+        "sum_rows",
+        Geometry::blocks(n.div_ceil(BLOCK), 1),
+        &[
+            Arg::Tensor(partial),
+            Arg::Tensor(&sum),
+            Arg::Count(rows),
+            Arg::Count(n),
+        ],
+    )?;
+    Ok(sum)
+}
+
+/// Blocks of kernels that go through their rows in strides.
+const MOST_BLOCKS: usize = 1 << 16;
+
+/// dx and, if wanted, dw of the root mean square norm over the last side, from the gradient of its output.
+pub fn rms_norm_gradient(
+    x: &Tensor,
+    w: &Tensor,
+    g: &Tensor,
+    eps: f64,
+    wants_weight: bool,
+) -> Result<Option<(Tensor, Option<Tensor>)>> {
+    let Some(kind) = kind(&[x, w, g]) else {
+        return Ok(None);
+    };
+    let n = x.dim(D::Minus1)?;
+    let rows = x.elem_count() / n;
+    let blocks = rows.min(BLOCKS);
+    let dx = room(x.shape(), x.dtype(), x)?;
+    let partial = match wants_weight {
+        true => Some(room((blocks, n), DType::F32, x)?),
+        false => None,
+    };
+    run(
+        "norm",
+        &format!("rms_norm_back_{kind}"),
+        Geometry::blocks(blocks, 1),
+        &[
+            Arg::Tensor(x),
+            Arg::Tensor(w),
+            Arg::Tensor(g),
+            Arg::Tensor(&dx),
+            partial.as_ref().map_or(Arg::Null, Arg::Tensor),
+            Arg::Count(rows),
+            Arg::Count(n),
+            Arg::F32(eps as f32),
+        ],
+    )?;
+    let dw = match partial {
+        Some(partial) => Some(sum_rows(&partial)?.to_dtype(w.dtype())?),
+        None => None,
+    };
+    Ok(Some((dx, dw)))
+}
+
+/// Rotates the leading 2·half elements of each head of `x (b, t, h, d)` by angles (rows, half), back where `back` says so.
+pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, back: bool) -> Result<Option<Tensor>> {
+    let (Some(kind), Some("f32")) = (kind(&[x]), kind(&[cos, sin])) else {
+        return Ok(None);
+    };
+    let (b, t, h, d) = x.dims4()?;
+    let half = cos.dim(D::Minus1)?;
+    let rows = cos.elem_count() / half;
+    let y = room(x.shape(), x.dtype(), x)?;
+    let count = x.elem_count().div_ceil(BLOCK);
+    run(
+        "rope",
+        &format!("rotate_{kind}"),
+        Geometry::blocks(count.min(MOST_BLOCKS), 1),
+        &[
+            Arg::Tensor(x),
+            Arg::Tensor(cos),
+            Arg::Tensor(sin),
+            Arg::Tensor(&y),
+            Arg::Count(b),
+            Arg::Count(t),
+            Arg::Count(h),
+            Arg::Count(d),
+            Arg::Count(half),
+            Arg::Count(rows),
+            Arg::F32(if back { -1.0 } else { 1.0 }),
+        ],
+    )?;
+    Ok(Some(y))
+}
+
+fn gate(activation: &Activation) -> Option<&'static str> {
+    match activation {
+        Activation::Silu => Some("silu"),
+        Activation::GeluTanh => Some("gelu_tanh"),
+        Activation::Gelu | Activation::Unsupported(_) => None,
+    }
+}
+
+/// activation(a) ∘ b
+pub fn gated(a: &Tensor, b: &Tensor, activation: &Activation) -> Result<Option<Tensor>> {
+    let (Some(kind), Some(gate)) = (kind(&[a, b]), gate(activation)) else {
+        return Ok(None);
+    };
+    let y = room(a.shape(), a.dtype(), a)?;
+    let count = a.elem_count();
+    run(
+        "gated",
+        &format!("gated_{gate}_{kind}"),
+        by_elements(count),
+        &[
+            Arg::Tensor(a),
+            Arg::Tensor(b),
+            Arg::Tensor(&y),
+            Arg::Size(count),
+        ],
+    )?;
+    Ok(Some(y))
+}
+
+/// (da, db) of [`gated`] from the gradient of its output.
+pub fn gated_gradient(
+    a: &Tensor,
+    b: &Tensor,
+    g: &Tensor,
+    activation: &Activation,
+) -> Result<Option<(Tensor, Tensor)>> {
+    let (Some(kind), Some(gate)) = (kind(&[a, b, g]), gate(activation)) else {
+        return Ok(None);
+    };
+    let (da, db) = (
+        room(a.shape(), a.dtype(), a)?,
+        room(a.shape(), a.dtype(), a)?,
+    );
+    let count = a.elem_count();
+    run(
+        "gated",
+        &format!("gated_back_{gate}_{kind}"),
+        by_elements(count),
+        &[
+            Arg::Tensor(a),
+            Arg::Tensor(b),
+            Arg::Tensor(g),
+            Arg::Tensor(&da),
+            Arg::Tensor(&db),
+            Arg::Size(count),
+        ],
+    )?;
+    Ok(Some((da, db)))
+}
+
+/// Of kernels whose threads take eight numbers at a time, in strides.
+fn by_elements(count: usize) -> Geometry {
+    Geometry::blocks(count.div_ceil(8 * BLOCK).min(MOST_BLOCKS), 1)
+}
+
+/// Σ −log softmax(row)[target] over rows of f32 logits, which become softmax − onehot, its gradient.
+pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Option<f64>> {
+    let Some("f32") = kind(&[logits]) else {
+        return Ok(None);
+    };
+    let (rows, n) = logits.dims2()?;
+    let losses = room(rows, DType::F32, logits)?;
+    run(
+        "loss",
+        "cross_entropy",
+        Geometry::blocks(rows, 1),
+        &[
+            Arg::Tensor(logits),
+            Arg::Tensor(targets),
+            Arg::Tensor(&losses),
+            Arg::Count(rows),
+            Arg::Count(n),
+        ],
+    )?;
+    let losses = losses.to_vec1::<f32>()?;
+    Ok(Some(losses.into_iter().map(f64::from).sum()))
+}
+
+/// Σ over the rows of a ∘ b, both (rows, q), in f32 whatever their dtype: ∂L/∂σ of a layer.
+pub fn sum_of_products(a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
+    let Some(kind) = kind(&[a, b]) else {
+        return Ok(None);
+    };
+    let (rows, q) = a.dims2()?;
+    let blocks = rows.min(BLOCKS);
+    let partial = room((blocks, q), DType::F32, a)?;
+    run(
+        "sigma",
+        &format!("sigma_products_{kind}"),
+        Geometry::blocks(q.div_ceil(BLOCK), blocks),
+        &[
+            Arg::Tensor(a),
+            Arg::Tensor(b),
+            Arg::Tensor(&partial),
+            Arg::Count(rows),
+            Arg::Count(q),
+        ],
+    )?;
+    Ok(Some(sum_rows(&partial)?))
+}
+
+/// Sides of q (b, t, h, d), and of k and v (b, s, kv, d).
+#[derive(Debug, Clone, Copy)]
+struct Sides {
+    b: usize,
+    t: usize,
+    s: usize,
+    h: usize,
+    kv: usize,
+    d: usize,
+}
+
+/// How attention is launched, as `attention.cu` says: a block writes `rows` of its tensor, and holds `step` rows of the
+/// other side at once.
+#[derive(Debug, Clone, Copy)]
+struct Tiles {
+    /// The width that a kernel is compiled for: the next above d.
+    width: usize,
+    /// Bytes of a number.
+    size: usize,
+    rows: usize,
+    step: usize,
+}
+
+const WARP: usize = 32;
+
+impl Tiles {
+    fn of(d: usize, size: usize) -> Option<Self> {
+        let width = [32, 64, 96, 128, 256]
+            .into_iter()
+            .find(|&width| d <= width)?;
+        Some(Self {
+            width,
+            size,
+            rows: if size == 2 { 64 } else { 32 },
+            step: if size == 2 && width <= 128 { 64 } else { 32 },
+        })
+    }
+
+    fn warps(&self) -> usize {
+        self.rows / 16
+    }
+
+    /// Bytes of a row in shared memory.
+    fn pitch(&self) -> usize {
+        self.size * self.width + 16
+    }
+
+    fn forward(&self, sides: &Sides) -> Geometry {
+        Geometry {
+            grid: [sides.t.div_ceil(self.rows), sides.h, sides.b],
+            block: WARP * self.warps(),
+            shared_bytes: self.pitch() * (self.rows + 2 * self.step)
+                + 4 * self.rows * (self.step + 8),
+        }
+    }
+
+    fn back_q(&self, sides: &Sides) -> Geometry {
+        Geometry {
+            grid: [sides.t.div_ceil(self.rows), sides.h, sides.b],
+            block: WARP * self.warps(),
+            shared_bytes: self.pitch() * 2 * (self.rows + self.step) + 2560 * self.warps(),
+        }
+    }
+
+    fn back_kv(&self, sides: &Sides) -> Geometry {
+        let warps = self.warps() * if self.width == 256 { 2 } else { 1 };
+        Geometry {
+            grid: [sides.s.div_ceil(self.rows), sides.kv, sides.b],
+            block: WARP * warps,
+            shared_bytes: self.pitch() * 2 * (self.rows + self.step)
+                + 2560 * warps
+                + 16 * self.step,
+        }
+    }
+}
+
+/// Attention between given tensors.
+pub struct Attention<'a> {
+    kind: &'static str,
+    q: &'a Tensor,
+    k: &'a Tensor,
+    v: &'a Tensor,
+    sight: &'a Sight,
+    scores: Scores,
+    sides: Sides,
+    tiles: Tiles,
+}
+
+impl<'a> Attention<'a> {
+    /// `q (b, t, h, d), k and v (b, s, kv, d)`
+    pub fn of(
+        q: &'a Tensor,
+        k: &'a Tensor,
+        v: &'a Tensor,
+        sight: &'a Sight,
+        scores: Scores,
+    ) -> Result<Option<Self>> {
+        let Some(kind) = kind(&[q, k, v]) else {
+            return Ok(None);
+        };
+        let (b, t, h, d) = q.dims4()?;
+        let (_, s, kv, _) = k.dims4()?;
+        let tiles = Tiles::of(d, q.dtype().size_in_bytes());
+        Ok(tiles.map(|tiles| Self {
+            kind,
+            q,
+            k,
+            v,
+            sight,
+            scores,
+            sides: Sides { b, t, s, h, kv, d },
+            tiles,
+        }))
+    }
+
+    fn run(
+        &self,
+        verb: &str,
+        geometry: Geometry,
+        given: &[&Tensor],
+        made: &[&Tensor],
+    ) -> Result<()> {
+        let Some([first, end]) = self.sight.bounds() else {
+            bail!("what attention sees lies on its GPU");
+        };
+        let Sides { b, t, s, h, kv, d } = self.sides;
+        let name = format!("attention{verb}_{}_d{}", self.kind, self.tiles.width);
+        let tensors = [self.q, self.k, self.v]
+            .into_iter()
+            .chain(given.iter().copied());
+        let mut args: Vec<Arg> = tensors.map(Arg::Tensor).collect();
+        args.extend([Arg::Tensor(first), Arg::Tensor(end)]);
+        args.push(Arg::Count(self.sight.runs().len()));
+        args.extend(made.iter().map(|tensor| Arg::Tensor(tensor)));
+        args.extend([b, t, s, h, kv, d].map(Arg::Count));
+        args.push(Arg::F32(self.scores.scale as f32));
+        args.push(Arg::F32(self.scores.cap.unwrap_or(0.0) as f32));
+        run("attention", &name, geometry, &args)
+    }
+
+    /// y (b, t, h, d), and the logarithm of each query's sum, (b, h, t) in f32, for the gradients.
+    pub fn forward(&self) -> Result<(Tensor, Tensor)> {
+        let Sides { b, t, h, .. } = self.sides;
+        let y = room(self.q.shape(), self.q.dtype(), self.q)?;
+        let lse = room((b, h, t), DType::F32, self.q)?;
+        self.run("", self.tiles.forward(&self.sides), &[], &[&y, &lse])?;
+        Ok((y, lse))
+    }
+
+    /// (dq, dk, dv) from what [`Self::forward`] gave and the gradient of y.
+    pub fn gradients(&self, y: &Tensor, lse: &Tensor, g: &Tensor) -> Result<[Tensor; 3]> {
+        let Sides { b, t, h, d, .. } = self.sides;
+        let dots = room((b, h, t), DType::F32, self.q)?;
+        let sides = [b, t, h, d].map(Arg::Count);
+        let args = [[y, g, &dots].map(Arg::Tensor).as_slice(), &sides].concat();
+        let blocks = (b * t * h * WARP).div_ceil(BLOCK).min(MOST_BLOCKS);
+        let dots_name = format!("attention_dots_{}", self.kind);
+        run("attention", &dots_name, Geometry::blocks(blocks, 1), &args)?;
+        let like = |x: &Tensor| room(x.shape(), x.dtype(), x);
+        let [dq, dk, dv] = [like(self.q)?, like(self.k)?, like(self.v)?];
+        let given = [g, lse, &dots];
+        self.run("_back_q", self.tiles.back_q(&self.sides), &given, &[&dq])?;
+        self.run(
+            "_back_kv",
+            self.tiles.back_kv(&self.sides),
+            &given,
+            &[&dk, &dv],
+        )?;
+        Ok([dq, dk, dv])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn launches_of_common_models_are_within_what_a_gpu_takes() {
+        // heads, key-value heads and their width: Phi-3-mini, Llama 3.2 1B, SmolLM2-135M, Llama 3.1 405B, Gemma 2, tiny
+        for (h, kv, d) in [
+            (32, 32, 96),
+            (32, 8, 64),
+            (9, 3, 64),
+            (128, 8, 128),
+            (8, 4, 256),
+            (1, 1, 8),
+        ] {
+            for (b, t, s) in [
+                (1, 1, 1),
+                (8, 2048, 2048),
+                (1, 131_072, 131_072),
+                (64, 1, 37),
+            ] {
+                let sides = Sides { b, t, s, h, kv, d };
+                for size in [2, 4] {
+                    let tiles = Tiles::of(d, size).expect("a width");
+                    let most = if tiles.width == 256 {
+                        144 << 10
+                    } else {
+                        99 << 10
+                    };
+                    for geometry in [
+                        tiles.forward(&sides),
+                        tiles.back_q(&sides),
+                        tiles.back_kv(&sides),
+                    ] {
+                        assert!(geometry.fits(), "{geometry:?} of {sides:?}");
+                        assert!(geometry.shared_bytes <= most, "{geometry:?} of {sides:?}");
+                    }
+                }
+            }
+        }
+        assert!(Tiles::of(257, 2).is_none());
+        let rows = 1 << 24;
+        assert!(by_elements(rows * 8192).fits() && Geometry::blocks(rows, 1).fits());
+        assert!(!Geometry::blocks(0, 1).fits() && !Geometry::blocks(1, 1 << 16).fits());
+    }
+
+    #[test]
+    fn tensors_that_lie_elsewhere_are_left_to_others() {
+        let x = Tensor::zeros((2, 8), DType::F32, &candle_core::Device::Cpu).expect("zeros");
+        let nothing = gated(&x, &x, &Activation::Silu).expect("asks");
+        assert!(nothing.is_none());
+        assert!(
+            run(
+                "gated",
+                "gated_silu_f32",
+                by_elements(16),
+                &[Arg::Tensor(&x)]
+            )
+            .is_err()
+        );
+    }
+}

@@ -1,0 +1,173 @@
+//! CUDA: opening a device, loading kernels, and running them on its stream.
+
+use std::ffi::CString;
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+};
+use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+use candle_core::{CpuStorage, CudaStorage, Device, InplaceOp1, Layout, Storage, Tensor, bail};
+
+use super::{Arg, Geometry};
+use crate::error::{Error, Result};
+
+/// What a computation on a GPU opens, and where each comes from.
+const LIBRARIES: [(&str, &str); 4] = [
+    ("libcuda.so.1", "the NVIDIA driver, 580 or newer"),
+    ("libcublas.so.13", "the libraries of CUDA 13"),
+    ("libcublasLt.so.13", "the libraries of CUDA 13"),
+    ("libcurand.so.10", "the libraries of CUDA 13"),
+];
+
+/// Opens a GPU.
+///
+/// # Errors
+/// A library that is not there, by name; no such GPU.
+pub fn open(number: usize) -> Result<Device> {
+    let refuse = |reason: String| Error::Device {
+        device: format!("cuda:{number}"),
+        reason,
+    };
+    for (library, origin) in LIBRARIES {
+        let name = CString::new(library).expect("a name without a NUL");
+        // SAFETY: a library that stays open, as those of CUDA do anyway.
+        if unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) }.is_null() {
+            return Err(refuse(format!(
+                "{library} is missing: it comes with {origin}"
+            )));
+        }
+    }
+    Device::new_cuda(number).map_err(|error| refuse(error.to_string()))
+}
+
+/// The PTX of a source in `kernels/`.
+fn ptx(module: &str) -> &'static str {
+    macro_rules! modules {
+        ($($name:literal),*) => {
+            match module {
+                $($name => include_str!(concat!(env!("OUT_DIR"), "/", $name, ".ptx")),)*
+                _ => unreachable!("there are kernels of {module}"),
+            }
+        };
+    }
+    modules!("attention", "gated", "loss", "norm", "rope", "sigma")
+}
+
+/// Runs a kernel on the stream of its tensors, after what was put there before.
+pub fn launch(
+    module: &str,
+    name: &str,
+    geometry: Geometry,
+    args: &[Arg],
+) -> candle_core::Result<()> {
+    let device = args.iter().find_map(|arg| match arg {
+        Arg::Tensor(tensor) => Some(tensor.device()),
+        _ => None,
+    });
+    let Some(Device::Cuda(device)) = device else {
+        bail!("{name} runs on tensors of a GPU");
+    };
+    let stream = device.cuda_stream();
+    let function = device.get_or_load_custom_func(name, module, ptx(module))?;
+    if geometry.shared_bytes > DEFAULT_SHARED_BYTES {
+        let most = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function
+            .set_attribute(most, geometry.shared_bytes as i32)
+            .w()?;
+    }
+    let mut words = Vec::with_capacity(args.len());
+    for arg in args {
+        words.push(match arg {
+            Arg::Tensor(tensor) => Word::Long(address(tensor, &stream)?),
+            Arg::Null => Word::Long(0),
+            Arg::Size(size) => Word::Long(*size as u64),
+            Arg::Count(count) => Word::U32(*count as u32),
+            Arg::F32(number) => Word::F32(*number),
+        });
+    }
+    let mut builder = function.builder();
+    for word in &words {
+        match word {
+            Word::Long(word) => builder.arg(word),
+            Word::U32(word) => builder.arg(word),
+            Word::F32(word) => builder.arg(word),
+        };
+    }
+    let config = LaunchConfig {
+        grid_dim: geometry.grid.map(|side| side as u32).into(),
+        block_dim: (geometry.block as u32, 1, 1),
+        shared_mem_bytes: geometry.shared_bytes as u32,
+    };
+    // SAFETY: the arguments are those of the kernel's signature, each output as large as its shape says, and all of them
+    // are used on one stream in order: a tensor that is dropped is freed behind the kernel.
+    unsafe { builder.launch(config) }.w()?;
+    Ok(())
+}
+
+/// More than this, and a kernel has to ask for it.
+const DEFAULT_SHARED_BYTES: usize = 48 << 10;
+
+/// An argument as the kernel takes it.
+enum Word {
+    Long(u64),
+    U32(u32),
+    F32(f32),
+}
+
+/// Where the first number of a tensor lies.
+fn address(tensor: &Tensor, stream: &CudaStream) -> candle_core::Result<u64> {
+    fn at<T: DeviceRepr>(slice: &CudaSlice<T>, offset: usize, stream: &CudaStream) -> u64 {
+        let (start, _used) = slice.device_ptr(stream);
+        start + (offset * size_of::<T>()) as u64
+    }
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        bail!("a kernel takes tensors of its own GPU");
+    };
+    let offset = layout.start_offset();
+    Ok(match &storage.slice {
+        CudaStorageSlice::U32(slice) => at(slice, offset, stream),
+        CudaStorageSlice::F16(slice) => at(slice, offset, stream),
+        CudaStorageSlice::BF16(slice) => at(slice, offset, stream),
+        CudaStorageSlice::F32(slice) => at(slice, offset, stream),
+        _ => bail!(
+            "kernels take u32, f16, bf16 and f32, not {:?}",
+            tensor.dtype()
+        ),
+    })
+}
+
+/// Moves the numbers out of a tensor that nobody else holds, instead of copying them.
+pub fn steal(tensor: &Tensor) -> candle_core::Result<CudaStorage> {
+    struct Steal(Mutex<Option<CudaStorage>>);
+    impl InplaceOp1 for Steal {
+        fn name(&self) -> &'static str {
+            "steal"
+        }
+        fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
+            bail!("an attached output lies on the GPU")
+        }
+        fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> candle_core::Result<()> {
+            let device = storage.device.clone();
+            let husk = CudaStorage {
+                slice: CudaStorageSlice::U8(device.alloc_zeros::<u8>(1)?),
+                device,
+            };
+            let stolen = std::mem::replace(storage, husk);
+            *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(stolen);
+            Ok(())
+        }
+    }
+    if tensor.layout().start_offset() != 0 {
+        bail!("an attached output owns its storage");
+    }
+    let stolen = Steal(Mutex::default());
+    tensor.inplace_op1(&stolen)?;
+    let stolen = stolen.0.into_inner();
+    match stolen.unwrap_or_else(PoisonError::into_inner) {
+        Some(storage) => Ok(storage),
+        None => bail!("an attached output lies on the GPU"),
+    }
+}

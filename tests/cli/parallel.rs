@@ -1,0 +1,186 @@
+//! Several processes that train together, as mpirun starts them.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+use svdhub::adapter::Adapter;
+use svdhub::weights::Dtype;
+
+use crate::world::{Run, World, arg, files, fixture, json_file, wait_until};
+
+/// Whether there is an MPI; says loudly where there is none.
+fn mpi(test: &str) -> bool {
+    let there = Command::new("mpirun").arg("--version").output().is_ok();
+    if !there {
+        // not eprintln: of a test that passes, that is not shown
+        writeln!(
+            std::io::stderr(),
+            "SKIPPED: {test} needs mpirun (Debian's openmpi-bin)"
+        )
+        .expect("standard error is open");
+    }
+    there
+}
+
+fn decomposed(world: &World) -> PathBuf {
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let split = world.path("svd");
+    let decompose = ["decompose", arg(&base), "--out", arg(&split)];
+    world.run(&decompose).succeeds();
+    split
+}
+
+/// The arguments of a run of 4 windows a step.
+fn train(split: &Path, out: &Path, steps: &str) -> Vec<String> {
+    let data = fixture("eighty-train.txt");
+    let fixed = ["train", arg(split), "--data", arg(&data), "--out", arg(out)];
+    let rest = [
+        "--steps", steps, "--batch", "4", "--length", "48", "--lr", "3e-2",
+    ];
+    fixed.iter().chain(&rest).map(ToString::to_string).collect()
+}
+
+/// The program, started `processes` times by mpirun.
+fn together(world: &World, processes: usize, arguments: &[String]) -> Command {
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let alone = world.command(&arguments);
+    let mut command = Command::new("mpirun");
+    command
+        .args(["--allow-run-as-root", "--oversubscribe", "-n"])
+        .arg(processes.to_string())
+        .arg(alone.get_program())
+        .args(alone.get_args())
+        .arg("--parallel");
+    for (name, value) in alone.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command
+}
+
+fn losses(out: &Path) -> Vec<f64> {
+    let report: Value = json_file(&out.join("report.json"));
+    let losses = report["train"]["losses"].as_array().expect("losses");
+    losses
+        .iter()
+        .map(|x| x.as_f64().expect("a number"))
+        .collect()
+}
+
+/// Δσ of an adapter.
+fn moved(out: &Path) -> Vec<f32> {
+    let adapter = Adapter::read(out).expect("an adapter");
+    adapter.delta.into_values().flatten().collect()
+}
+
+#[test]
+fn processes_together_train_like_one_alone() {
+    if !mpi("processes_together_train_like_one_alone") {
+        return;
+    }
+    let world = World::new();
+    let split = decomposed(&world);
+    let alone = world.path("alone");
+    let steps = "8";
+    let run = train(&split, &alone, steps);
+    let run: Vec<&str> = run.iter().map(String::as_str).collect();
+    world.run(&run).succeeds();
+    for processes in [2, 4] {
+        let out = world.path(&format!("of-{processes}"));
+        let run = together(&world, processes, &train(&split, &out, steps)).output();
+        let run = Run::of(run.expect("starts")).succeeds();
+        // one of them tells
+        assert_eq!(
+            run.stderr.matches("step     8 of 8").count(),
+            1,
+            "{}",
+            run.stderr
+        );
+        let report = json_file(&out.join("report.json"));
+        assert_eq!(report["train"]["processes"], processes);
+        // sums of f32 in another order; training carries the difference on, and lets it grow
+        for (together, alone) in losses(&out).iter().zip(losses(&alone)) {
+            assert!(
+                (together - alone).abs() < 1e-5 * alone,
+                "{together} for {alone}"
+            );
+        }
+        let (together, alone) = (moved(&out), moved(&alone));
+        assert_eq!(together.len(), alone.len());
+        let norm = |x: &[f32]| x.iter().map(|x| f64::from(x * x)).sum::<f64>().sqrt();
+        let apart: Vec<f32> = together.iter().zip(&alone).map(|(a, b)| a - b).collect();
+        assert!(
+            norm(&apart) < 1e-3 * norm(&alone),
+            "{} of {}",
+            norm(&apart),
+            norm(&alone)
+        );
+    }
+}
+
+#[test]
+fn a_share_of_the_windows_is_what_each_process_takes() {
+    if !mpi("a_share_of_the_windows_is_what_each_process_takes") {
+        return;
+    }
+    let world = World::new();
+    let split = decomposed(&world);
+    let out = world.path("out");
+    let run = together(&world, 3, &train(&split, &out, "2")).output();
+    let run = Run::of(run.expect("starts"));
+    assert!(!run.stderr.is_empty() && !out.join("report.json").exists());
+    assert!(run.stderr.contains("4 windows in a step"), "{}", run.stderr);
+    assert!(run.stderr.contains("--batch"), "{}", run.stderr);
+}
+
+#[test]
+fn killed_together_they_go_on_to_the_same_adapter() {
+    if !mpi("killed_together_they_go_on_to_the_same_adapter") {
+        return;
+    }
+    let world = World::new();
+    let split = decomposed(&world);
+    let (whole, cut) = (world.path("whole"), world.path("cut"));
+    let steps = "120";
+    let run = together(&world, 2, &train(&split, &whole, steps)).output();
+    Run::of(run.expect("starts")).succeeds();
+    let mut child = together(&world, 2, &train(&split, &cut, steps))
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("starts");
+    wait_until("a state is saved", || {
+        cut.join(".svdhub/training.safetensors").exists()
+    });
+    // mpirun takes its processes along
+    child.kill().expect("kills");
+    child.wait().expect("is gone");
+    wait_until("the others are gone", || {
+        let lock = std::fs::File::open(cut.join(".svdhub/lock")).expect("a lock");
+        lock.try_lock().is_ok()
+    });
+    assert!(!cut.join("report.json").exists(), "it was killed too late");
+    let again = [&train(&split, &cut, steps)[..], &["--resume".into()]].concat();
+    let run = together(&world, 2, &again).output();
+    let run = Run::of(run.expect("starts")).succeeds();
+    assert!(run.stderr.contains("going on after step"), "{}", run.stderr);
+    assert_eq!(losses(&cut), losses(&whole));
+    let weights = |dir: &Path| files(dir).remove("adapter.safetensors").expect("weights");
+    assert!(weights(&cut) == weights(&whole));
+}
+
+#[test]
+fn a_process_that_nobody_started_with_others_says_so() {
+    let world = World::new();
+    let split = decomposed(&world);
+    let out = world.path("out");
+    let arguments = [&train(&split, &out, "2")[..], &["--parallel".into()]].concat();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let run = world.command(&arguments).env("WORLD_SIZE", "2").output();
+    let words = ["neither mpirun nor srun has started", "mpirun -n N"];
+    Run::of(run.expect("runs")).refuses(&words);
+    assert!(!out.exists());
+}
