@@ -30,7 +30,7 @@
 #define __global__
 #define __device__
 #define __shared__ static thread_local
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define DYNAMIC_SHARED(name) unsigned char* const name = on_cpu::block().room.data()
 
 using std::max;
@@ -119,7 +119,7 @@ struct Room {
         return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(memory.get()) + 127) / 128 * 128);
     }
     void renew(size_t bytes) {
-        if (bytes > capacity) memory.reset(new unsigned char[(capacity = bytes) + GUARD + 128]);
+        if (!memory || bytes > capacity) memory.reset(new unsigned char[(capacity = bytes) + GUARD + 128]);
         std::memset(data(), POISON, (size = bytes) + GUARD);
     }
     bool intact() const {
