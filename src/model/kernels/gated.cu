@@ -1,0 +1,85 @@
+// Gated activations (Shazeer 2020), y = act(a)∘b, and their gradients.
+//
+// Both activations are a·σ(z): SiLU with z = a, GELU's approximation with z = √(8/π)·(a + 0.044715·a³) (Hendrycks &
+// Gimpel 2016). Blocks of 256 threads, any number of them; a thread takes 16 bytes of each tensor at a time.
+#include "common.cuh"
+
+constexpr unsigned THREADS = 256;
+
+/// z of an activation, and dz/da.
+struct Inner {
+    float z, slope;
+};
+
+struct Silu {
+    __device__ static Inner inner(float a) { return {a, 1}; }
+};
+
+struct GeluTanh {
+    __device__ static Inner inner(float a) {
+        constexpr double ROOT = 1.5957691216057308, CUBE = ROOT * 0.044715;
+        const float square = a * a;
+        return {a * (float(ROOT) + float(CUBE) * square), float(ROOT) + float(3 * CUBE) * square};
+    }
+};
+
+/// Calls `f` with packs of 16 bytes where all of a thread's tensors allow it, and with single numbers for the rest.
+template <typename T, typename F>
+__device__ void each(size_t count, bool packs, F f) {
+    const size_t thread = size_t(blockIdx.x) * THREADS + threadIdx.x, threads = size_t(gridDim.x) * THREADS;
+    const size_t whole = packs ? count / PACKED<T> : 0;
+    for (size_t i = thread; i < whole; i += threads) f(Pack<T>(), i * PACKED<T>);
+    for (size_t i = whole * PACKED<T> + thread; i < count; i += threads) f(Pack<T, 1>(), i);
+}
+
+/// gated_ACT_T(a, b, y, count): y = act(a)∘b.
+template <typename T, typename Activation>
+__device__ void gated(const T* a, const T* b, T* y, size_t count) {
+    each<T>(count, aligned(a) && aligned(b) && aligned(y), [&](auto ys, size_t at) {
+        using P = decltype(ys);
+        const P as = P::load(a + at), bs = P::load(b + at);
+        for (unsigned i = 0; i < sizeof(P) / sizeof(T); ++i) {
+            const float value = widened(as.x[i]);
+            ys.x[i] = rounded<T>(value / (1 + expf(-Activation::inner(value).z)) * widened(bs.x[i]));
+        }
+        ys.store(y + at);
+    });
+}
+
+/// gated_back_ACT_T(a, b, g, da, db, count): da = g∘b∘act′(a) and db = g∘act(a), where with s = σ(z)
+/// act′(a) = s + a·s·(1 − s)·dz/da.
+template <typename T, typename Activation>
+__device__ void gated_back(const T* a, const T* b, const T* g, T* da, T* db, size_t count) {
+    const bool packs = aligned(a) && aligned(b) && aligned(g) && aligned(da) && aligned(db);
+    each<T>(count, packs, [&](auto das, size_t at) {
+        using P = decltype(das);
+        const P as = P::load(a + at), bs = P::load(b + at), gs = P::load(g + at);
+        P dbs;
+        for (unsigned i = 0; i < sizeof(P) / sizeof(T); ++i) {
+            const float gradient = widened(gs.x[i]);
+            const Inner inner = Activation::inner(widened(as.x[i]));
+            const float s = 1 / (1 + expf(-inner.z));
+            const float value = widened(as.x[i]) * s;
+            dbs.x[i] = rounded<T>(gradient * value);
+            das.x[i] = rounded<T>(gradient * widened(bs.x[i]) * (s + (value - value * s) * inner.slope));
+        }
+        das.store(da + at);
+        dbs.store(db + at);
+    });
+}
+
+#define DEFINE_ONE(ACT, Activation, NAME, T)                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                          \
+        gated_##ACT##_##NAME(const T* a, const T* b, T* y, size_t count) {                         \
+        gated<T, Activation>(a, b, y, count);                                                      \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS) gated_back_##ACT##_##NAME(               \
+        const T* a, const T* b, const T* g, T* da, T* db, size_t count) {                          \
+        gated_back<T, Activation>(a, b, g, da, db, count);                                         \
+    }
+#define DEFINE(NAME, T)              \
+    DEFINE_ONE(silu, Silu, NAME, T)  \
+    DEFINE_ONE(gelu_tanh, GeluTanh, NAME, T)
+FOR_DTYPES(DEFINE)
+#undef DEFINE
+#undef DEFINE_ONE

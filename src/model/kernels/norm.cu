@@ -1,0 +1,130 @@
+// Root mean square norm (Zhang & Sennrich 2019), y = x / √(mean x² + ε) ∘ w, and its gradient; sums of rows.
+//
+// x, g, y, dx (rows, n), w (n). Blocks of 256 threads, any number of them.
+#include "common.cuh"
+
+constexpr unsigned THREADS = 256;
+
+/// Calls `f(at)` with WIDTH = 16 bytes or one number, so that the block covers a row of n.
+template <unsigned WIDTH, typename F>
+__device__ void along(unsigned n, F f) {
+    for (unsigned at = threadIdx.x * WIDTH; at < n; at += THREADS * WIDTH) f(at);
+}
+
+template <typename T, unsigned WIDTH>
+__device__ void norm(const T* x, const T* w, T* y, unsigned n, float eps) {
+    using P = Pack<T, WIDTH>;
+    float square = 0;
+    along<WIDTH>(n, [&](unsigned at) {
+        const P xs = P::load(x + at);
+        for (unsigned i = 0; i < WIDTH; ++i) square += widened(xs.x[i]) * widened(xs.x[i]);
+    });
+    const float inverse = 1 / sqrtf(block_sums(make_float2(square, 0)).x / n + eps);
+    along<WIDTH>(n, [&](unsigned at) {
+        const P xs = P::load(x + at), ws = P::load(w + at);
+        P ys;
+        for (unsigned i = 0; i < WIDTH; ++i) ys.x[i] = rounded<T>(widened(xs.x[i]) * inverse * widened(ws.x[i]));
+        ys.store(y + at);
+    });
+}
+
+/// rms_norm_T(x, w, y, rows, n, eps): a block takes a row, then the row gridDim.x further.
+template <typename T>
+__device__ void rms_norm(const T* x, const T* w, T* y, unsigned rows, unsigned n, float eps) {
+    const bool packs = n % PACKED<T> == 0 && aligned(x) && aligned(w) && aligned(y);
+    for (unsigned row = blockIdx.x; row < rows; row += gridDim.x) {
+        const size_t start = size_t(row) * n;
+        if (packs) {
+            norm<T, PACKED<T>>(x + start, w, y + start, n, eps);
+        } else {
+            norm<T, 1>(x + start, w, y + start, n, eps);
+        }
+    }
+}
+
+/// One row of the gradient; `dw`, unless null, is added to.
+template <typename T, unsigned WIDTH>
+__device__ void norm_back(const T* x, const T* w, const T* g, T* dx, float* dw, unsigned n, float eps) {
+    using P = Pack<T, WIDTH>;
+    float2 sums = make_float2(0, 0);
+    along<WIDTH>(n, [&](unsigned at) {
+        const P xs = P::load(x + at), ws = P::load(w + at), gs = P::load(g + at);
+        for (unsigned i = 0; i < WIDTH; ++i) {
+            sums.x += widened(xs.x[i]) * widened(xs.x[i]);
+            sums.y += widened(gs.x[i]) * widened(ws.x[i]) * widened(xs.x[i]);
+        }
+    });
+    sums = block_sums(sums);
+    const float inverse = 1 / sqrtf(sums.x / n + eps);
+    const float mean = sums.y * inverse / n;
+    along<WIDTH>(n, [&](unsigned at) {
+        const P xs = P::load(x + at), ws = P::load(w + at), gs = P::load(g + at);
+        P dxs;
+        for (unsigned i = 0; i < WIDTH; ++i) {
+            const float normed = widened(xs.x[i]) * inverse;
+            dxs.x[i] = rounded<T>((widened(gs.x[i]) * widened(ws.x[i]) - normed * mean) * inverse);
+            if (dw != nullptr) dw[at + i] += widened(gs.x[i]) * normed;
+        }
+        dxs.store(dx + at);
+    });
+}
+
+/// rms_norm_back_T(x, w, g, dx, partial, rows, n, eps), with x̂ = x / √(mean x² + ε):
+/// dx = (g∘w − x̂ · mean(g∘w∘x̂)) / √(mean x² + ε), and dw = Σ_rows g∘x̂, of which block k writes its own rows' share to
+/// partial (gridDim.x, n); sum_rows adds the shares up. A null `partial` asks for no dw.
+///
+/// Block k takes rows k·⌈rows/gridDim.x⌉ and following. Dynamic shared memory: 4·n bytes with a `partial`, else none.
+template <typename T>
+__device__ void rms_norm_back(
+    const T* x, const T* w, const T* g, T* dx, float* partial, unsigned rows, unsigned n, float eps) {
+    DYNAMIC_SHARED(room);
+    float* const dw = partial == nullptr ? nullptr : reinterpret_cast<float*>(room);
+    const bool packs = n % PACKED<T> == 0 && aligned(x) && aligned(w) && aligned(g) && aligned(dx);
+    const unsigned share = (rows + gridDim.x - 1) / gridDim.x;
+    const unsigned first = min(blockIdx.x * share, rows), end = min(first + share, rows);
+    // each number of dw belongs to one thread, whichever way the block covers a row
+    const auto each = [&](auto f) {
+        if (packs) {
+            along<PACKED<T>>(n, [&](unsigned at) {
+                for (unsigned i = 0; i < PACKED<T>; ++i) f(at + i);
+            });
+        } else {
+            along<1>(n, f);
+        }
+    };
+    if (dw != nullptr) each([&](unsigned at) { dw[at] = 0; });
+    for (unsigned row = first; row < end; ++row) {
+        const size_t start = size_t(row) * n;
+        if (packs) {
+            norm_back<T, PACKED<T>>(x + start, w, g + start, dx + start, dw, n, eps);
+        } else {
+            norm_back<T, 1>(x + start, w, g + start, dx + start, dw, n, eps);
+        }
+    }
+    if (dw != nullptr) each([&](unsigned at) { partial[size_t(blockIdx.x) * n + at] = dw[at]; });
+}
+
+#define DEFINE(NAME, T)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                        \
+        rms_norm_##NAME(const T* x, const T* w, T* y, unsigned rows, unsigned n, float eps) {                    \
+        rms_norm<T>(x, w, y, rows, n, eps);                                                                      \
+    }                                                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_back_##NAME(                                  \
+        const T* x, const T* w, const T* g, T* dx, float* partial, unsigned rows, unsigned n, float eps) {       \
+        rms_norm_back<T>(x, w, g, dx, partial, rows, n, eps);                                                    \
+    }
+FOR_DTYPES(DEFINE)
+#undef DEFINE
+
+/// sum_rows(partial, out, rows, n): out[j] = Σ_i partial[i][j], from the first row to the last.
+///
+/// A thread takes a column: ⌈n/256⌉ blocks of 256, or fewer.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    sum_rows(const float* partial, float* out, unsigned rows, unsigned n) {
+    for (unsigned column = blockIdx.x * THREADS + threadIdx.x; column < n; column += gridDim.x * THREADS) {
+        float sum = 0;
+#pragma unroll 8
+        for (unsigned row = 0; row < rows; ++row) sum += partial[size_t(row) * n + column];
+        out[column] = sum;
+    }
+}

@@ -1,0 +1,62 @@
+// Rotary position embedding (Su et al. 2021), half-split layout.
+#include "common.cuh"
+
+constexpr unsigned THREADS = 256;
+
+/// What one token's heads (h, d) become; a thread takes WIDTH neighbours of a first half with those of the second, or
+/// WIDTH that stay.
+template <typename T, unsigned WIDTH>
+__device__ void turn(
+    const T* x, const float* cos, const float* sin, T* y, unsigned h, unsigned d, unsigned half, float sign) {
+    using P = Pack<T, WIDTH>;
+    const unsigned per_head = (d - half) / WIDTH;
+    for (unsigned i = threadIdx.x; i < h * per_head; i += THREADS) {
+        const unsigned at = i % per_head * WIDTH;
+        const size_t start = size_t(i / per_head) * d;
+        const P right = P::load(x + start + half + at);
+        if (at >= half) {
+            right.store(y + start + half + at);
+            continue;
+        }
+        const P left = P::load(x + start + at);
+        P turned_left, turned_right;
+        for (unsigned j = 0; j < WIDTH; ++j) {
+            const float l = widened(left.x[j]), r = widened(right.x[j]);
+            const float c = cos[at + j], s = sign * sin[at + j];
+            turned_left.x[j] = rounded<T>(l * c - r * s);
+            turned_right.x[j] = rounded<T>(l * s + r * c);
+        }
+        turned_left.store(y + start + at);
+        turned_right.store(y + start + half + at);
+    }
+}
+
+/// rotate_T(x, cos, sin, y, b, t, h, d, half, rows, sign): for i < half
+/// yᵢ = xᵢ·cosᵢ − xᵢ₊ₕ·sinᵢ and yᵢ₊ₕ = xᵢ·sinᵢ + xᵢ₊ₕ·cosᵢ with h = half; elements from 2·half on are copied.
+///
+/// x, y (b, t, h, d); cos, sin (rows, half) with rows = t, shared by the batch, or b·t. sign −1 rotates back, which is
+/// the gradient. A block of 256 threads takes a token, then the token gridDim.x further.
+template <typename T>
+__device__ void rotate(
+    const T* x, const float* cos, const float* sin, T* y, unsigned b, unsigned t, unsigned h, unsigned d,
+    unsigned half, unsigned rows, float sign) {
+    const bool packs = d % PACKED<T> == 0 && half % PACKED<T> == 0 && aligned(x) && aligned(y);
+    const size_t heads = size_t(h) * d;
+    for (size_t token = blockIdx.x; token < size_t(b) * t; token += gridDim.x) {
+        const size_t angles = token % rows * half;
+        if (packs) {
+            turn<T, PACKED<T>>(x + token * heads, cos + angles, sin + angles, y + token * heads, h, d, half, sign);
+        } else {
+            turn<T, 1>(x + token * heads, cos + angles, sin + angles, y + token * heads, h, d, half, sign);
+        }
+    }
+}
+
+#define DEFINE(NAME, T)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS) rotate_##NAME(                                       \
+        const T* x, const float* cos, const float* sin, T* y, unsigned b, unsigned t, unsigned h, unsigned d,  \
+        unsigned half, unsigned rows, float sign) {                                                            \
+        rotate<T>(x, cos, sin, y, b, t, h, d, half, rows, sign);                                               \
+    }
+FOR_DTYPES(DEFINE)
+#undef DEFINE

@@ -1,0 +1,66 @@
+// The gradient of singular values, and the step that moves them.
+#include "common.cuh"
+
+constexpr unsigned THREADS = 128;
+
+/// sigma_products_T(xv, gu, partial, rows, q): with xv = x·vᵀ and gu = g·uᵀ, both (rows, q), ∂L/∂σᵢ = Σ_r xv[r][i]·gu[r][i].
+///
+/// Block (j, k) takes columns 128·j and following, one a thread, and rows k·⌈rows/gridDim.y⌉ and following; its sums are
+/// partial[k], of partial (gridDim.y, q), which sum_rows adds up. Grid: (⌈q/128⌉, as many as fill the device).
+template <typename T>
+__device__ void sigma_products(const T* xv, const T* gu, float* partial, unsigned rows, unsigned q) {
+    const unsigned column = blockIdx.x * THREADS + threadIdx.x;
+    if (column >= q) return;
+    const unsigned share = (rows + gridDim.y - 1) / gridDim.y;
+    const unsigned first = min(blockIdx.y * share, rows), end = min(first + share, rows);
+    float sum = 0;
+#pragma unroll 8
+    for (unsigned row = first; row < end; ++row) {
+        const size_t at = size_t(row) * q + column;
+        sum += widened(xv[at]) * widened(gu[at]);
+    }
+    partial[size_t(blockIdx.y) * q + column] = sum;
+}
+
+#define DEFINE(NAME, T)                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS) sigma_products_##NAME(                   \
+        const T* xv, const T* gu, float* partial, unsigned rows, unsigned q) {                     \
+        sigma_products<T>(xv, gu, partial, rows, q);                                               \
+    }
+FOR_DTYPES(DEFINE)
+#undef DEFINE
+
+/// xⁿ by squaring, in the order of compiler-rt's __powidf2, which Rust's `powi` calls.
+__device__ double power(double x, unsigned n) {
+    double result = 1;
+    for (;; x = __dmul_rn(x, x)) {
+        if (n % 2 == 1) result = __dmul_rn(result, x);
+        n /= 2;
+        if (n == 0) return result;
+    }
+}
+
+/// adamw(values, gradients, first, second, count, learning_rate, beta1, beta2, eps, decay, step): one step of AdamW
+/// (Loshchilov & Hutter 2019) on f32 numbers in place; `step` counts from 1.
+///
+/// The twin of train/optimizer.rs, to the bit: in f64, each operation rounded by itself, where a compiler would fuse
+/// products with sums. Any number of blocks of 128 threads.
+extern "C" __global__ void __launch_bounds__(THREADS) adamw(
+    float* values, const float* gradients, float* first, float* second, size_t count, double learning_rate,
+    double beta1, double beta2, double eps, double decay, unsigned step) {
+    const double correction1 = __dsub_rn(1, power(beta1, step)), correction2 = __dsub_rn(1, power(beta2, step));
+    const double length = __ddiv_rn(learning_rate, correction1), root2 = __dsqrt_rn(correction2);
+    const double kept = __dsub_rn(1, __dmul_rn(learning_rate, decay));
+    const double rest1 = __dsub_rn(1, beta1), rest2 = __dsub_rn(1, beta2);
+    const size_t threads = size_t(gridDim.x) * THREADS;
+    for (size_t i = size_t(blockIdx.x) * THREADS + threadIdx.x; i < count; i += threads) {
+        const double g = gradients[i];
+        const double decayed = __dmul_rn(values[i], kept);
+        const double m = __dadd_rn(first[i], __dmul_rn(__dsub_rn(g, first[i]), rest1));
+        const double v = __dadd_rn(__dmul_rn(second[i], beta2), __dmul_rn(__dmul_rn(g, g), rest2));
+        first[i] = float(m);
+        second[i] = float(v);
+        const double size = __dadd_rn(__ddiv_rn(__dsqrt_rn(v), root2), eps);
+        values[i] = float(__dsub_rn(decayed, __ddiv_rn(__dmul_rn(length, m), size)));
+    }
+}

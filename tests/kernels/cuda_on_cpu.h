@@ -1,0 +1,368 @@
+// CUDA as far as src/model/kernels speaks it, on a CPU: the same files compile with a C++ compiler and run.
+//
+// A block runs on one thread of the system; each of its CUDA threads is a fiber there, resumed in an order drawn anew
+// again and again, so that a missing barrier shows as a wrong number. Shared memory is `thread_local`, hence the block's
+// own. Blocks run side by side on as many threads as there are cores. A fragment of a matrix is spread over the lanes of
+// a warp as on an SM 8.0, so that nothing may be assumed about which lane holds what.
+//
+// Here, unlike on a GPU, these end the program: a barrier that not every thread reaches, an address or a pitch that the
+// matrix unit does not take, dynamic shared memory that is written behind its end.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static thread_local
+#define __launch_bounds__(...)
+#define DYNAMIC_SHARED(name) unsigned char* const name = on_cpu::block().room.data()
+
+using std::max;
+using std::min;
+
+struct float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+};
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+// Each operation rounded by itself: the compiler is told not to fuse (-ffp-contract=off).
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dsub_rn(double a, double b) { return a - b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __ddiv_rn(double a, double b) { return a / b; }
+inline double __dsqrt_rn(double a) { return std::sqrt(a); }
+
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+struct __half {
+    uint16_t bits;
+};
+
+inline float __bfloat162float(__nv_bfloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
+
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    if (x != x) return {0x7fff};
+    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+inline float __half2float(__half x) {
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+    if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000 | fraction << 13);
+    if (exponent == 0) return std::copysign(float(fraction) * 0x1p-24f, std::bit_cast<float>(sign));
+    return std::bit_cast<float>(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+inline __half __float2half_rn(float x) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return {0x7fff};
+    // below 2⁻¹⁴ the unit is 2⁻²⁴: added to ½, a number of this size is rounded to it
+    if (size < 0x38800000) {
+        const float shifted = std::bit_cast<float>(size) + 0.5f;
+        return {uint16_t(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000))};
+    }
+    const uint32_t rebased = size - (112u << 23);
+    const uint32_t rounded = (rebased + 0xfff + (rebased >> 13 & 1)) >> 13;
+    return {uint16_t(sign | std::min(rounded, 0x7c00u))};
+}
+
+namespace on_cpu {
+
+constexpr unsigned WARP = 32;
+constexpr size_t STACK = 128 << 10;
+constexpr size_t GUARD = 4096;
+constexpr unsigned char POISON = 0xff;  // NaN in every dtype
+
+[[noreturn]] inline void die(const char* why) {
+    std::fprintf(stderr, "block (%u, %u, %u), thread %u: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, why);
+    std::_Exit(1);
+}
+
+/// Memory of a block whose rows may be read 32 bytes at a time.
+struct Room {
+    std::unique_ptr<unsigned char[]> memory;
+    size_t size = 0, capacity = 0;
+
+    unsigned char* data() const {
+        return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(memory.get()) + 127) / 128 * 128);
+    }
+    void renew(size_t bytes) {
+        if (!memory || bytes > capacity) memory.reset(new unsigned char[(capacity = bytes) + GUARD + 128]);
+        std::memset(data(), POISON, (size = bytes) + GUARD);
+    }
+    bool intact() const {
+        return std::all_of(data() + size, data() + size + GUARD, [](unsigned char x) { return x == POISON; });
+    }
+};
+
+struct Fiber {
+    jmp_buf context;
+    ucontext_t start;
+    std::unique_ptr<unsigned char[]> stack;
+    bool started = false;
+};
+
+/// Threads that wait for each other.
+struct Meeting {
+    unsigned members = 0;
+    std::vector<unsigned> waiting;
+};
+
+/// What the lanes of a warp show each other. Two of each: one is written while slow lanes read the other.
+struct Warp {
+    Meeting meeting;
+    uint32_t words[2][WARP];
+    float a[2][256], b[2][256];
+};
+
+/// One block at a time, all its threads as fibers.
+struct Block {
+    Room room;
+    std::vector<std::unique_ptr<Fiber>> fibers;
+    std::vector<Warp> warps;
+    std::vector<unsigned> turns;  // of each thread: how often its warp has met
+    std::vector<unsigned> ready;
+    Meeting meeting;
+    unsigned current = 0, done = 0;
+    jmp_buf home;
+    std::function<void()> body;
+    std::minstd_rand order;
+
+    void run(unsigned threads) {
+        while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
+        warps.resize((threads + WARP - 1) / WARP);
+        for (unsigned i = 0; i < warps.size(); ++i) warps[i].meeting.members = std::min(WARP, threads - i * WARP);
+        turns.assign(threads, 0);
+        meeting.members = threads;
+        done = 0;
+        for (unsigned i = 0; i < threads; ++i) ready.push_back(i);
+        while (!ready.empty()) {
+            std::swap(ready[order() % ready.size()], ready.back());
+            current = ready.back();
+            ready.pop_back();
+            threadIdx.x = current;
+            resume(*fibers[current]);
+        }
+        if (done != threads) die("threads wait at a barrier that others never reach");
+        if (!room.intact()) die("dynamic shared memory is written behind its end");
+    }
+
+    void meet(Meeting& meeting) {
+        meeting.waiting.push_back(current);
+        if (meeting.waiting.size() == meeting.members) {
+            ready.insert(ready.end(), meeting.waiting.begin(), meeting.waiting.end());
+            meeting.waiting.clear();
+        }
+        suspend(*fibers[current]);
+    }
+
+    /// Waits for the warp; returns which of two buffers to use before the next meeting.
+    Warp& warp() { return warps[current / WARP]; }
+    unsigned turn() { return turns[current]++ % 2; }
+
+private:
+    void resume(Fiber& fiber) {
+        if (_setjmp(home) != 0) return;
+        if (fiber.started) _longjmp(fiber.context, 1);
+        fiber.started = true;
+        fiber.stack.reset(new unsigned char[STACK]);
+        getcontext(&fiber.start);
+        fiber.start.uc_stack.ss_sp = fiber.stack.get();
+        fiber.start.uc_stack.ss_size = STACK;
+        makecontext(&fiber.start, live, 0);
+        setcontext(&fiber.start);
+    }
+    void suspend(Fiber& fiber) {
+        if (_setjmp(fiber.context) == 0) _longjmp(home, 1);
+    }
+    /// A fiber outlives the block: it takes the same place in the next one.
+    static void live();
+};
+
+inline Block& block() {
+    static thread_local Block block;
+    return block;
+}
+
+inline void Block::live() {
+    for (;;) {
+        Block& mine = block();
+        mine.body();
+        ++mine.done;
+        mine.suspend(*mine.fibers[mine.current]);
+    }
+}
+
+inline uint64_t order_seed = 0;
+
+/// Runs `kernel` for every block of `grid`.
+inline void launch(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+    const size_t blocks = size_t(grid.x) * grid.y * grid.z;
+    static unsigned launches = 0;
+    const unsigned number = ++launches;
+    std::atomic<size_t> next{0};
+    const auto work = [&] {
+        gridDim = grid;
+        blockDim = {threads, 1, 1};
+        Block& mine = block();
+        mine.body = kernel;
+        for (size_t i; (i = next++) < blocks;) {
+            blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
+            mine.order.seed(unsigned(order_seed + 7919 * number + i));
+            mine.room.renew(shared_bytes);
+            mine.run(threads);
+        }
+    };
+    const size_t cores = std::max(1u, std::thread::hardware_concurrency());
+    std::vector<std::thread> others;
+    for (size_t i = 1; i < std::min(cores, blocks); ++i) others.emplace_back(work);
+    work();
+    for (std::thread& other : others) other.join();
+}
+
+}  // namespace on_cpu
+
+inline void __syncthreads() { on_cpu::block().meet(on_cpu::block().meeting); }
+
+inline void __syncwarp() {
+    on_cpu::Block& block = on_cpu::block();
+    block.turn();
+    block.meet(block.warp().meeting);
+}
+
+/// Shows a word to the warp; returns all lanes' words.
+inline const uint32_t* on_cpu_exchange(uint32_t word) {
+    on_cpu::Block& block = on_cpu::block();
+    on_cpu::Warp& warp = block.warp();
+    uint32_t* const words = warp.words[block.turn()];
+    words[threadIdx.x % on_cpu::WARP] = word;
+    block.meet(warp.meeting);
+    return words;
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T x, unsigned mask) {
+    static_assert(sizeof(T) == 4);
+    return std::bit_cast<T>(on_cpu_exchange(std::bit_cast<uint32_t>(x))[(threadIdx.x % on_cpu::WARP) ^ mask]);
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T x, unsigned lane) {
+    static_assert(sizeof(T) == 4);
+    return std::bit_cast<T>(on_cpu_exchange(std::bit_cast<uint32_t>(x))[lane % on_cpu::WARP]);
+}
+
+inline bool __any_sync(unsigned, bool x) {
+    const uint32_t* const words = on_cpu_exchange(x);
+    return std::any_of(words, words + on_cpu::WARP, [](uint32_t word) { return word != 0; });
+}
+
+namespace nvcuda::wmma {
+
+struct matrix_a {};
+struct matrix_b {};
+struct accumulator {};
+struct row_major {};
+struct col_major {};
+enum layout_t { mem_row_major, mem_col_major };
+
+template <typename Use, int M, int N, int K, typename T, typename Layout = void>
+struct fragment {
+    static_assert(M == 16 && N == 16 && K == 16);
+    static constexpr int num_elements = 8;
+    T x[num_elements];
+
+    static unsigned row(unsigned lane, unsigned i) { return lane / 4 + i / 2 % 2 * 8; }
+    static unsigned column(unsigned lane, unsigned i) { return lane % 4 * 2 + i % 2 + i / 4 * 8; }
+};
+
+template <typename F, typename T>
+void fill_fragment(F& fragment, T value) {
+    for (auto& x : fragment.x) x = value;
+}
+
+/// Calls `f` with a fragment's elements of this lane and their places in memory.
+template <typename F, typename T, typename Each>
+void each(F& fragment, T* memory, unsigned pitch, bool rows, Each f) {
+    if (reinterpret_cast<uintptr_t>(memory) % 32 != 0) on_cpu::die("a matrix starts at a multiple of 32 bytes");
+    if (pitch * sizeof(T) % 16 != 0) on_cpu::die("a pitch is a multiple of 16 bytes");
+    const unsigned lane = threadIdx.x % on_cpu::WARP;
+    for (unsigned i = 0; i < F::num_elements; ++i) {
+        const unsigned row = F::row(lane, i), column = F::column(lane, i);
+        f(fragment.x[i], memory[rows ? row * pitch + column : column * pitch + row]);
+    }
+}
+
+template <typename Use, typename T, typename Layout>
+void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& to, const T* from, unsigned pitch) {
+    each(to, from, pitch, std::is_same_v<Layout, row_major>, [](T& x, const T& memory) { x = memory; });
+}
+
+inline void load_matrix_sync(
+    fragment<accumulator, 16, 16, 16, float>& to, const float* from, unsigned pitch, layout_t layout) {
+    each(to, from, pitch, layout == mem_row_major, [](float& x, const float& memory) { x = memory; });
+}
+
+inline void store_matrix_sync(
+    float* to, const fragment<accumulator, 16, 16, 16, float>& from, unsigned pitch, layout_t layout) {
+    each(from, to, pitch, layout == mem_row_major, [](const float& x, float& memory) { memory = x; });
+}
+
+inline float wide(__half x) { return __half2float(x); }
+inline float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T, typename LayoutA, typename LayoutB>
+void mma_sync(
+    fragment<accumulator, 16, 16, 16, float>& d, const fragment<matrix_a, 16, 16, 16, T, LayoutA>& a,
+    const fragment<matrix_b, 16, 16, 16, T, LayoutB>& b, const fragment<accumulator, 16, 16, 16, float>& c) {
+    on_cpu::Block& block = on_cpu::block();
+    on_cpu::Warp& warp = block.warp();
+    const unsigned turn = block.turn(), lane = threadIdx.x % on_cpu::WARP;
+    for (unsigned i = 0; i < a.num_elements; ++i) {
+        const unsigned row = a.row(lane, i), column = a.column(lane, i);
+        warp.a[turn][16 * row + column] = wide(a.x[i]);
+        warp.b[turn][16 * row + column] = wide(b.x[i]);
+    }
+    block.meet(warp.meeting);
+    for (unsigned i = 0; i < d.num_elements; ++i) {
+        const float* const left = warp.a[turn] + 16 * d.row(lane, i);
+        const float* const right = warp.b[turn] + d.column(lane, i);
+        float sum = c.x[i];
+        for (unsigned k = 0; k < 16; ++k) sum += left[k] * right[16 * k];
+        d.x[i] = sum;
+    }
+}
+
+}  // namespace nvcuda::wmma
