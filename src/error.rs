@@ -248,6 +248,16 @@ pub enum Error {
     Candle(#[from] candle_core::Error),
     #[error("the device {device} cannot be used: {reason}")]
     Device { device: String, reason: String },
+    #[error(
+        "{device} has no room for training: planned are {weights} bytes for weights, {moving} for what moves and \
+         {activations} for what the backward pass reads again"
+    )]
+    DeviceMemory {
+        device: String,
+        weights: u64,
+        moving: u64,
+        activations: u64,
+    },
     #[error("the processes cannot work together: {reason}")]
     Parallel { reason: String },
 
@@ -387,6 +397,14 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether a device refused memory: CUDA's own words, which its bindings hand on.
+    pub fn is_out_of_device_memory(&self) -> bool {
+        match self {
+            Self::Candle(error) => error.to_string().contains("OUT_OF_MEMORY"),
+            _ => false,
+        }
+    }
+
     /// Wraps an I/O error with what was tried on which path; a full disk gets a name of its own.
     pub fn io(action: &'static str, path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         let path = path.into();

@@ -1,33 +1,32 @@
 //! `train`: moves Σ, or what another method moves, on next-token loss.
 
 pub mod data;
+mod kept;
 pub mod optimizer;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{self, Adapter, AdapterConfig};
-use crate::artifact::Artifact;
-use crate::base::{Base, side_sums};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Event, Observer, Stage, Unit};
-use crate::format::{Origin, Pin};
-use crate::json::Tool;
-use crate::model::method::{LORA_A, LORA_B, RHO};
-use crate::model::{Decoder, Gradients, Lora, Method, Parametrisation, Tensors, Trained, stacked};
+use crate::format::Origin;
+use crate::model::memory::{Step, Training};
+use crate::model::{Decoder, Gradients, Lora, Method, Parametrisation, Trained, stacked};
 use crate::parallel::{Alone, Group, refuse_uneven, share};
-use crate::peft::{self, LORA_WEIGHTS};
+use crate::plan::{Plan, PlanOptions};
 use crate::report;
 use crate::source::{Source, load};
 use crate::sum::sha256_hex;
-use crate::weights::{Checkpoint, Dtype, Elements, Header, ShardWriter};
+use crate::weights::checkpoint::WeightFile;
+use crate::weights::{Checkpoint, Dtype, Elements, Header, Inventory, ShardWriter};
 use crate::workspace::{Claim, Workspace};
 use data::{Corpus, shuffled};
+use kept::Kept;
 use optimizer::{AdamW, Moments, Schedule};
 
 /// How long to train.
@@ -190,7 +189,8 @@ pub fn run(
         Claim::Interrupted | Claim::Fresh => {}
     }
 
-    let decoder = load(source, trained(options), &options.device, observer)?;
+    let decoder = load(source, trained(options), &options.device, observer)
+        .map_err(|error| with_plan(error, source, options))?;
     let mut run = Run::new(&decoder, options);
     run.resume(&workspace, observer)?;
     run.agree()?;
@@ -201,7 +201,9 @@ pub fn run(
     for step in first..steps {
         let batch = batch(&windows, step, options);
         let learning_rate = learning_rate(step, steps, options);
-        let loss = run.step(&batch, learning_rate, is_checked(step, first))?;
+        let loss = run
+            .step(&batch, learning_rate, is_checked(step, first))
+            .map_err(|error| with_plan(error, source, options))?;
         tokens += batch.iter().map(|window| window.len()).sum::<usize>();
         observer.event(&Event::Stepped {
             step: step + 1,
@@ -294,6 +296,46 @@ pub fn assist(
         run.step(&batch, learning_rate, is_checked(step, first))?;
     }
     Ok(())
+}
+
+/// A device without room, in the plan's numbers.
+fn with_plan(error: Error, source: &Source, options: &Options) -> Error {
+    if !error.is_out_of_device_memory() {
+        return error;
+    }
+    let planned = planned(source, options);
+    planned.map_or(error, |planned| Error::DeviceMemory {
+        device: device_name(&options.device),
+        weights: planned.weights_bytes,
+        moving: planned.moving_bytes,
+        activations: planned.activations_bytes,
+    })
+}
+
+/// What training takes of each kind.
+fn planned(source: &Source, options: &Options) -> Option<Training> {
+    let headers = source.base_headers().ok()?;
+    let files = headers.into_iter();
+    let files = files.map(|(name, header)| WeightFile { name, header });
+    let inventory = Inventory::new(source.dir(), files.collect()).ok()?;
+    let config = source.config().ok()?;
+    let mut wanted = PlanOptions::default();
+    if let Source::Decomposition { artifact, .. } = source {
+        wanted.rank = artifact.svd.rank;
+        wanted.storing.factors = artifact.svd.factors;
+    }
+    let plan = Plan::new(source.dir(), &config, &inventory, &wanted).ok()?;
+    let step = Step {
+        method: options.method,
+        norms: options.norms,
+        embeddings: options.embeddings,
+        // of each process
+        batch: options.batch / options.group.size(),
+        length: options.length,
+        recompute: options.recompute,
+    };
+    plan.with_training(&config, &step, wanted.storing.factors)
+        .training
 }
 
 fn steps(windows: &[&[u32]], options: &Options) -> usize {
@@ -586,212 +628,6 @@ impl<'a> Run<'a> {
     }
 }
 
-/// What becomes of what moved.
-enum Kept<'a> {
-    /// An adapter that belongs to a decomposition.
-    Adapter {
-        artifact: &'a Artifact,
-        origin: Origin,
-    },
-    /// An adapter of PEFT, of whatever the base is.
-    Lora {
-        source: &'a Source,
-        lora: Lora,
-        base: Pin,
-    },
-}
-
-impl<'a> Kept<'a> {
-    /// Refuses a method that `source` cannot be trained by.
-    fn of(
-        source: &'a Source,
-        pin: Option<Origin>,
-        options: &Options,
-        observer: &dyn Observer,
-    ) -> Result<Self> {
-        match (options.method, source) {
-            (Method::Lora(_), _) if options.embeddings => Err(Error::NotExpressible {
-                what: "a trained embedding".into(),
-                target: "peft-lora",
-                reason: "beside linear layers, only norms can be carried".into(),
-            }),
-            (Method::Lora(lora), Source::Decomposition { artifact, .. }) => Ok(Self::Lora {
-                source,
-                lora,
-                base: artifact.svd.base.clone(),
-            }),
-            (Method::Lora(lora), Source::Model(base)) => Ok(Self::Lora {
-                source,
-                lora,
-                base: pin_of(base, observer)?,
-            }),
-            (_, Source::Decomposition { artifact, .. }) => Ok(Self::Adapter {
-                artifact,
-                origin: pin.unwrap_or(Origin {
-                    repo: None,
-                    revision: None,
-                    content_sha256: artifact.content_sha256.clone(),
-                }),
-            }),
-            (_, Source::Model(base)) => Err(Error::NotAnArtifact {
-                path: base.dir.clone(),
-            }),
-            (_, Source::WithLoras { loras, .. }) => Err(Error::Adapter {
-                path: loras[0].0.dir.clone(),
-                reason: "what stands on a LoRA is not trained".into(),
-            }),
-        }
-    }
-
-    /// The Hub id of the decomposition that is needed to use what is written, if it came from a Hub.
-    fn decomposition(&self) -> Option<String> {
-        match self {
-            Self::Adapter { origin, .. } => origin.repo.clone(),
-            Self::Lora { .. } => None,
-        }
-    }
-
-    /// Writes it to `out`. Returns the file of the weights, its sha256, and the sums that the report has to hold.
-    fn save(
-        &self,
-        run: &Run,
-        out: &Path,
-        options: &Options,
-        observer: &dyn Observer,
-    ) -> Result<(PathBuf, String, Sums)> {
-        match self {
-            Self::Adapter { artifact, origin } => {
-                let config = AdapterConfig {
-                    schema: adapter::SCHEMA,
-                    method: options.method.name().into(),
-                    trained: groups(options),
-                    decomposition: origin.clone(),
-                    base: artifact.svd.base.clone(),
-                    weights_sha256: None,
-                    tool: Tool::this(),
-                    sha256: None,
-                };
-                let sum = adapter(run.decoder, artifact, config, out)?.save()?;
-                Ok((out.join(adapter::WEIGHTS_FILE), sum, Sums::default()))
-            }
-            Self::Lora { source, lora, base } => {
-                let sums = save_lora(run.decoder, source, *lora, base, out, observer)?;
-                Ok((
-                    out.join(LORA_WEIGHTS),
-                    sums.sha256[LORA_WEIGHTS].clone(),
-                    sums,
-                ))
-            }
-        }
-    }
-}
-
-/// A plain model as a pin.
-fn pin_of(base: &Base, observer: &dyn Observer) -> Result<Pin> {
-    Ok(Pin {
-        repo: base.repo.clone(),
-        revision: base.revision.clone(),
-        sha256: base.hash(observer)?,
-    })
-}
-
-/// What moved, as an adapter of `artifact`.
-fn adapter(
-    decoder: &Decoder,
-    artifact: &Artifact,
-    config: AdapterConfig,
-    out: &Path,
-) -> Result<Adapter> {
-    let mut adapter = Adapter {
-        dir: out.into(),
-        config,
-        delta: BTreeMap::new(),
-        core: BTreeMap::new(),
-        tensors: BTreeMap::new(),
-    };
-    for (name, variable) in &decoder.variables {
-        let values = numbers(variable)?;
-        match name.strip_suffix(RHO) {
-            Some(module) => {
-                // the very product that the layer formed
-                let sigma = artifact.sigma(module)?;
-                let delta = values.iter().zip(&sigma).map(|(rho, s)| rho * s).collect();
-                adapter.delta.insert(module.into(), delta);
-            }
-            None => adapter.insert(name, Elements::from_f32(variable.dims(), &values)),
-        }
-    }
-    Ok(adapter)
-}
-
-/// What moved, as PEFT loads it.
-fn save_lora(
-    decoder: &Decoder,
-    source: &Source,
-    lora: Lora,
-    base: &Pin,
-    out: &Path,
-    observer: &dyn Observer,
-) -> Result<Sums> {
-    let inner = source.has(peft::INNER_EMBEDDING);
-    let in_model = |module: &str| peft::name_in_model(module, inner);
-    let (mut modules, mut saved) = (Vec::new(), Vec::new());
-    let mut tensors: BTreeMap<String, Elements> = BTreeMap::new();
-    for (variable_name, variable) in &decoder.variables {
-        let stored = Elements::from_f32(variable.dims(), &numbers(variable)?);
-        let name = if let Some(module) = variable_name.strip_suffix(LORA_A) {
-            modules.push((module, in_model(module)));
-            peft::Names::of(&in_model(module)).a
-        } else if let Some(module) = variable_name.strip_suffix(LORA_B) {
-            peft::Names::of(&in_model(module)).b
-        } else {
-            let weight = variable_name.strip_suffix(".weight");
-            let module = in_model(weight.expect("what moves beside A and B is a norm's weight"));
-            let name = peft::saved_name(&module);
-            saved.push(module);
-            name
-        };
-        tensors.insert(name, stored);
-    }
-    peft::Expected {
-        rank: lora.rank,
-        norms: saved.len(),
-        untied: source.untied_head(),
-        base,
-    }
-    .say(observer);
-    let layouts = tensors.iter();
-    let header =
-        Header::compose(layouts.map(|(name, e)| (name.as_str(), e.dtype, e.shape.as_slice())))?;
-    let mut writer = ShardWriter::create(&out.join(LORA_WEIGHTS), header)?;
-    let mut tensor_sha256 = BTreeMap::new();
-    for (name, elements) in &tensors {
-        writer.put(name, &elements.bytes)?;
-        tensor_sha256.insert(name.clone(), sha256_hex(&elements.bytes));
-    }
-    let sum = writer.finish()?;
-    let headers = source.base_headers()?;
-    let entries = headers.iter().flat_map(|(_, header)| &header.entries);
-    let names: Vec<(&str, &str)> = modules
-        .iter()
-        .map(|(m, name)| (*m, name.as_str()))
-        .collect();
-    // the config last: without it the directory is no adapter
-    peft::Config {
-        base,
-        rank: lora.rank,
-        alpha: lora.alpha,
-        target_modules: &peft::target_modules(entries, &names),
-        modules_to_save: &saved,
-    }
-    .write(out)?;
-    Ok(Sums {
-        sha256: [(LORA_WEIGHTS.into(), sum)].into(),
-        tensor_sha256,
-        side_sha256: side_sums(out)?,
-    })
-}
-
 /// A tensor's numbers in f32, row-major.
 fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
     Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
@@ -800,4 +636,41 @@ fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
 fn set(variable: &Var, values: Vec<f32>) -> Result<()> {
     let tensor = Tensor::from_vec(values, variable.dims(), variable.device())?;
     Ok(variable.set(&tensor)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::Base;
+    use candle_core::Error::Msg;
+
+    #[test]
+    fn a_device_without_memory_is_told_from_other_failures() {
+        // as cudarc words it
+        let full = Msg(r#"DriverError(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")"#.into());
+        assert!(Error::Candle(full).is_out_of_device_memory());
+        let other = Msg(r#"DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, "an illegal address")"#.into());
+        assert!(!Error::Candle(other).is_out_of_device_memory());
+    }
+
+    #[test]
+    fn the_plan_of_what_does_not_fit_is_that_of_the_model() {
+        let base = Base::open(Path::new("fixtures/shakespeare-1m"), None, None);
+        let source = Source::Model(base.expect("the fixture"));
+        let of = |batch| {
+            let options = Options {
+                method: Method::Full,
+                batch,
+                ..Options::default()
+            };
+            planned(&source, &options).expect("a plan")
+        };
+        let (one, two) = (of(1), of(2));
+        let weights = source.base_headers().expect("headers");
+        let bytes: u64 = weights.iter().map(|(_, header)| header.file_bytes()).sum();
+        // what moves is f32, and the moments and the gradient are thrice that
+        assert!(one.weights_bytes > bytes && one.moving_bytes > one.weights_bytes);
+        assert_eq!(two.activations_bytes, 2 * one.activations_bytes);
+        assert_eq!(two.moving_bytes, one.moving_bytes);
+    }
 }

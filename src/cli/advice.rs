@@ -157,6 +157,9 @@ pub fn advice(error: &Error) -> Option<String> {
         }
         Error::RemoteDiffers { .. } => "run the same command again: it sends what differs",
         Error::Device { .. } => "use --device cpu",
+        Error::DeviceMemory { .. } => {
+            "--recompute keeps of each block only what it reads; a smaller --batch and a shorter --length need less in proportion"
+        }
         Error::Parallel { reason } if reason.contains("windows") => {
             "choose a --batch that is a multiple of the number of processes"
         }

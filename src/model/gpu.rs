@@ -445,7 +445,12 @@ impl<'a> Attention<'a> {
         args.extend([b, t, s, h, kv, d].map(Arg::Count));
         args.push(Arg::F32(self.scores.scale as f32));
         args.push(Arg::F32(self.scores.cap.unwrap_or(0.0) as f32));
-        run("attention", &name, geometry, &args)
+        run(&self.module(), &name, geometry, &args)
+    }
+
+    /// Each dtype and width has its own: a driver need not compile them all.
+    fn module(&self) -> String {
+        format!("attention_{}_{}", self.kind, self.tiles.width)
     }
 
     /// y (b, t, h, d), and the logarithm of each query's sum, (b, h, t) in f32, for the gradients.
@@ -465,7 +470,7 @@ impl<'a> Attention<'a> {
         let args = [[y, g, &dots].map(Arg::Tensor).as_slice(), &sides].concat();
         let blocks = (b * t * h * WARP).div_ceil(BLOCK).min(MOST_BLOCKS);
         let dots_name = format!("attention_dots_{}", self.kind);
-        run("attention", &dots_name, Geometry::blocks(blocks, 1), &args)?;
+        run(&self.module(), &dots_name, Geometry::blocks(blocks, 1), &args)?;
         let like = |x: &Tensor| room(x.shape(), x.dtype(), x);
         let [dq, dk, dv] = [like(self.q)?, like(self.k)?, like(self.v)?];
         let given = [g, lse, &dots];

@@ -1,7 +1,9 @@
 //! CUDA: opening a device, loading kernels, and running them on its stream.
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
-use std::sync::{Mutex, PoisonError};
+use std::io::Read;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::{
@@ -9,6 +11,7 @@ use candle_core::cuda_backend::cudarc::driver::{
 };
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CpuStorage, CudaStorage, Device, InplaceOp1, Layout, Storage, Tensor, bail};
+use flate2::read::ZlibDecoder;
 
 use super::{Arg, Geometry};
 use crate::error::{Error, Result};
@@ -42,17 +45,18 @@ pub fn open(number: usize) -> Result<Device> {
     Device::new_cuda(number).map_err(|error| refuse(error.to_string()))
 }
 
-/// The PTX of a source in `kernels/`.
-fn ptx(module: &str) -> &'static str {
-    macro_rules! modules {
-        ($($name:literal),*) => {
-            match module {
-                $($name => include_str!(concat!(env!("OUT_DIR"), "/", $name, ".ptx")),)*
-                _ => unreachable!("there are kernels of {module}"),
-            }
-        };
+/// The PTX of a module, unpacked once.
+fn ptx(module: &str) -> Arc<str> {
+    static UNPACKED: Mutex<BTreeMap<String, Arc<str>>> = Mutex::new(BTreeMap::new());
+    let mut unpacked = UNPACKED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(text) = unpacked.get(module) {
+        return text.clone();
     }
-    modules!("attention", "gated", "loss", "norm", "rope", "sigma")
+    let packed: &[u8] = include!(concat!(env!("OUT_DIR"), "/modules.rs"));
+    let mut text = String::new();
+    let read = ZlibDecoder::new(packed).read_to_string(&mut text);
+    read.expect("the build script packed text");
+    unpacked.entry(module.into()).or_insert(text.into()).clone()
 }
 
 /// Runs a kernel on the stream of its tensors, after what was put there before.
@@ -70,7 +74,7 @@ pub fn launch(
         bail!("{name} runs on tensors of a GPU");
     };
     let stream = device.cuda_stream();
-    let function = device.get_or_load_custom_func(name, module, ptx(module))?;
+    let function = device.get_or_load_custom_func(name, module, &ptx(module))?;
     if geometry.shared_bytes > DEFAULT_SHARED_BYTES {
         let most = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function

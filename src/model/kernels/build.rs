@@ -1,47 +1,79 @@
 //! Compiles the kernels beside this file to PTX, in a build with the feature `cuda`: for compute capability 8.0, from which
 //! the driver makes the machine code of its own card.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, exit};
-use std::{env, fs};
-
-const FOLDER: &str = "src/model/kernels";
-
 fn main() {
-    println!("cargo::rerun-if-changed={FOLDER}");
-    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
-        return;
-    }
-    println!("cargo::rerun-if-env-changed=CUDA_HOME");
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo says where to write"));
-    for entry in fs::read_dir(FOLDER).expect("the kernels are there") {
-        let source = entry.expect("an entry").path();
-        if source.extension().is_some_and(|ending| ending == "cu") {
-            compile(&source, &out);
-        }
-    }
+    println!("cargo::rerun-if-changed=src/model/kernels");
+    #[cfg(feature = "cuda")]
+    cuda::compile();
 }
 
-fn compile(source: &Path, out: &Path) {
-    let nvcc = match env::var_os("CUDA_HOME") {
-        Some(home) => Path::new(&home).join("bin/nvcc"),
-        None => "nvcc".into(),
-    };
-    let name = source.file_stem().expect("a source has a name");
-    let status = Command::new(&nvcc)
-        .args(["-ptx", "-O3", "-std=c++17", "-arch=compute_80", "-o"])
-        .arg(out.join(name).with_extension("ptx"))
-        .arg(source)
-        .status();
-    match status {
-        Ok(status) if status.success() => {}
-        Ok(_) => exit(1),
-        Err(error) => {
-            eprintln!(
-                "{} cannot be run ({error}): `. .ci/cuda` fetches it",
-                nvcc.display()
-            );
-            exit(1);
+#[cfg(feature = "cuda")]
+mod cuda {
+    use std::io::Write;
+    use std::path::{Path, PathBuf};
+    use std::process::{Command, exit};
+    use std::{env, fs};
+
+    use flate2::Compression;
+    use flate2::write::ZlibEncoder;
+
+    const FOLDER: &str = "src/model/kernels";
+
+    /// Of attention, one module for each dtype and width: the driver compiles what is used, and no more.
+    const DTYPES: [(&str, &str); 3] = [
+        ("f32", "float"),
+        ("f16", "__half"),
+        ("bf16", "__nv_bfloat16"),
+    ];
+    const WIDTHS: [u32; 5] = [32, 64, 96, 128, 256];
+
+    pub fn compile() {
+        println!("cargo::rerun-if-env-changed=CUDA_HOME");
+        let mut modules: Vec<(String, &str, Vec<String>)> = ["gated", "loss", "norm", "rope", "sigma"]
+            .map(|name| (name.to_string(), name, Vec::new()))
+            .into();
+        for (name, dtype) in DTYPES {
+            for width in WIDTHS {
+                let only = [("NAME", name), ("TYPE", dtype), ("WIDTH", &width.to_string())];
+                let defines = only.map(|(what, value)| format!("-DONLY_{what}={value}"));
+                modules.push((format!("attention_{name}_{width}"), "attention", defines.into()));
+            }
         }
+        let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo says where to write"));
+        let mut arms = String::new();
+        for (module, source, defines) in &modules {
+            let packed = ptx(source, defines, &out);
+            fs::write(out.join(module), packed).expect("the folder is ours");
+            arms += &format!("{module:?} => include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{module}\")),\n");
+        }
+        let found = format!("match module {{\n{arms}_ => panic!(\"there are kernels of {{module}}\"),\n}}\n");
+        fs::write(out.join("modules.rs"), found).expect("the folder is ours");
+    }
+
+    /// The PTX of a source, packed: it shrinks to a twentieth.
+    fn ptx(source: &str, defines: &[String], out: &Path) -> Vec<u8> {
+        let nvcc = match env::var_os("CUDA_HOME") {
+            Some(home) => Path::new(&home).join("bin/nvcc"),
+            None => "nvcc".into(),
+        };
+        let target = out.join("module.ptx");
+        let status = Command::new(&nvcc)
+            .args(["-ptx", "-O3", "-std=c++17", "-arch=compute_80", "-o"])
+            .arg(&target)
+            .args(defines)
+            .arg(format!("{FOLDER}/{source}.cu"))
+            .status();
+        match status {
+            Ok(status) if status.success() => {}
+            Ok(_) => exit(1),
+            Err(error) => {
+                eprintln!("{} cannot be run ({error}): `. .ci/cuda` fetches it", nvcc.display());
+                exit(1);
+            }
+        }
+        let text = fs::read(&target).expect("nvcc wrote it");
+        let mut packer = ZlibEncoder::new(Vec::new(), Compression::best());
+        packer.write_all(&text).expect("memory takes it");
+        packer.finish().expect("memory takes it")
     }
 }
