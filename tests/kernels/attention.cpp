@@ -240,6 +240,12 @@ void of_dtype() {
          }) {
         hold<T>(c);
     }
+    for (unsigned i = 0; i < 24; ++i) {
+        const unsigned kv = uniform(1, 3), d = uniform(0, 1) == 0 ? 8 * uniform(1, 16) : uniform(1, 256);
+        const unsigned t = uniform(1, 140), s = t + uniform(0, 1) * uniform(0, 70);
+        const double cap = uniform(0, 1) * uniform(1, 8);
+        hold<T>({uniform(1, 2), t, s, kv * uniform(1, 4), kv, d, Mask(uniform(0, 3)), cap, uniform(0, 3) == 0});
+    }
 }
 
 }  // namespace

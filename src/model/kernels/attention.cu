@@ -145,6 +145,7 @@ __device__ void scale_rows(Sums<T> (&sums)[N], float factor, float* room, unsign
     if constexpr (std::is_same_v<T, float>) {
         for (unsigned r = 0; r < 2; ++r) {
             const float of_row = __shfl_sync(ALL, factor, 2 * (Sums<T>::row() + r));
+#pragma unroll
             for (auto& sum : sums) {
                 for (float& x : sum.x[r]) x *= of_row;
             }
@@ -217,6 +218,10 @@ struct Shape {
     static constexpr unsigned SCORES_PITCH = STEP + 8;
     /// Warps that share 16 rows in attention_back_kv: one has no registers for dk and dv of 256 columns.
     static constexpr unsigned PARTS = D > 128 ? 2 : 1;
+    /// Blocks that a multiprocessor shall hold at once, and of attention_back_kv: as many as leave a thread the registers
+    /// that it needs.
+    static constexpr unsigned BLOCKS = sizeof(T) == 4 || D <= 32 ? 4 : D <= 128 ? 3 : 2;
+    static constexpr unsigned KV_BLOCKS = sizeof(T) == 4 ? 4 / PARTS : D <= 32 ? 4 : D <= 64 ? 3 : 2 / PARTS;
 };
 
 /// Of a (16, 16) matrix of scores in shared memory, in f32 or T.
@@ -327,6 +332,7 @@ __device__ void attention(
     const Run run = seen.of(batch, query, sides.t);
     const Run span = seen.template span<S::ROWS>(batch, start, sides.t);
     const Bend bend(scale, cap);
+    const float unit = bend.cap != 0 ? 1 : bend.inner;
     float largest = -INFINITY, sum = 0;
     Sums<T> ys[TILES];
 #pragma unroll
@@ -341,7 +347,7 @@ __device__ void attention(
             Sums<T> products[STEP / SIDE];
 #pragma unroll
             for (auto& tile : products) tile.clear();
-#pragma unroll
+#pragma unroll 2
             for (unsigned i = 0; i < TILES; ++i) {
                 Left<T> a;
                 a.load(qs + warp * SIDE * PITCH + i * SIDE, PITCH);
@@ -358,16 +364,25 @@ __device__ void attention(
         __syncwarp();
 
         // of its row's columns a lane takes four, and leaves four to its neighbour
+        float* const lane_scores = scores + lane_row() * S::SCORES_PITCH + 4 * lane_half();
+        if (bend.cap != 0) {
+            // few models have a cap: a loop of its own keeps the tangent out of the registers of the others
+#pragma unroll 1
+            for (unsigned i = 0; i < STEP / 8; ++i) {
+                auto four = Pack<float>::load(lane_scores + 8 * i);
+                float slope;
+                for (float& x : four.x) x = bend.score(x, slope);
+                four.store(lane_scores + 8 * i);
+            }
+        }
         Pack<float> xs[STEP / 8];
         float top = largest;
 #pragma unroll
         for (unsigned i = 0; i < STEP / 8; ++i) {
             const unsigned column = 8 * i + 4 * lane_half();
-            xs[i] = Pack<float>::load(scores + lane_row() * S::SCORES_PITCH + column);
+            xs[i] = Pack<float>::load(lane_scores + 8 * i);
             for (unsigned j = 0; j < 4; ++j) {
-                float slope;
-                const float score = bend.score(xs[i].x[j], slope);
-                xs[i].x[j] = run.holds(key + column + j) ? score : -INFINITY;
+                xs[i].x[j] = run.holds(key + column + j) ? xs[i].x[j] * unit : -INFINITY;
                 top = fmaxf(top, xs[i].x[j]);
             }
         }
@@ -394,7 +409,7 @@ __device__ void attention(
             scale_rows(ys, factor, scores + STEP / 2, S::SCORES_PITCH);
         }
         __syncwarp();
-#pragma unroll
+#pragma unroll 1
         for (unsigned n = 0; n < STEP / SIDE; ++n) {
             Left<T> a;
             a.load(ps + n * SIDE, PS_PITCH);
@@ -500,7 +515,7 @@ __device__ void multiply(const T* q, const T* k, const T* g, const T* v, unsigne
     Sums<T> products, dps;
     products.clear();
     dps.clear();
-#pragma unroll
+#pragma unroll 4
     for (unsigned i = 0; i < COUNT; ++i) {
         Left<T> a;
         Right<T, true> b;
@@ -665,20 +680,20 @@ __device__ void attention_back_kv(
 }
 
 #define DEFINE_WIDTH(NAME, T, D)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(Shape<T, D>::WARPS* WARP) attention_##NAME##_d##D(                   \
+    extern "C" __global__ void __launch_bounds__(Shape<T, D>::WARPS* WARP, Shape<T, D>::BLOCKS) attention_##NAME##_d##D(                   \
         const T* q, const T* k, const T* v, const unsigned* first, const unsigned* end, unsigned seen_rows, T* y,     \
         float* lse, unsigned b, unsigned t, unsigned s, unsigned h, unsigned kv, unsigned d, float scale,             \
         float cap) {                                                                                                  \
         attention<T, D>(q, k, v, {first, end, seen_rows}, y, lse, {b, t, s, h, kv, d}, scale, cap);                   \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(Shape<T, D>::WARPS* WARP) attention_back_q_##NAME##_d##D(            \
+    extern "C" __global__ void __launch_bounds__(Shape<T, D>::WARPS* WARP, Shape<T, D>::BLOCKS) attention_back_q_##NAME##_d##D(            \
         const T* q, const T* k, const T* v, const T* g, const float* lse, const float* dots, const unsigned* first,   \
         const unsigned* end, unsigned seen_rows, T* dq, unsigned b, unsigned t, unsigned s, unsigned h, unsigned kv,  \
         unsigned d, float scale, float cap) {                                                                         \
         attention_back_q<T, D>(                                                                                       \
             q, k, v, g, lse, dots, {first, end, seen_rows}, dq, {b, t, s, h, kv, d}, scale, cap);                     \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(Shape<T, D>::WARPS* Shape<T, D>::PARTS* WARP)                        \
+    extern "C" __global__ void __launch_bounds__(Shape<T, D>::WARPS* Shape<T, D>::PARTS* WARP, Shape<T, D>::KV_BLOCKS)                        \
         attention_back_kv_##NAME##_d##D(                                                                              \
             const T* q, const T* k, const T* v, const T* g, const float* lse, const float* dots,                      \
             const unsigned* first, const unsigned* end, unsigned seen_rows, T* dk, T* dv, unsigned b, unsigned t,     \
