@@ -1,15 +1,16 @@
 //! Our decoder and training step against PyTorch's numbers (`fixtures/make_golden.py`).
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use svdhub::adapter::Mixture;
 use svdhub::artifact::Artifact;
 use svdhub::base::Base;
 use svdhub::event::Silent;
-use svdhub::model::{Method, Trained, stacked};
+use svdhub::model::{Decoder, Method, Trained, stacked};
 use svdhub::source::{Source, load};
 use svdhub::train::{Options, Run};
 use svdhub::{decompose, evaluate};
@@ -182,4 +183,67 @@ fn first_ten_steps_match_pytorch() {
         // Adam divides by the root of tiny second moments: gradients that differ in the last bit move apart a little
         assert!(off < 1e-3, "Δσ of {module} are {off:.1e} off");
     }
+}
+
+/// The ten steps in another dtype than f32, as a GPU takes them: losses, and Δσ after them.
+fn ten_steps(source: &Source, dtype: DType) -> (Vec<f64>, BTreeMap<String, Vec<f64>>) {
+    let golden = golden("sigma_training.json");
+    let trained = Trained {
+        linear: Some(Method::default()),
+        ..Trained::default()
+    };
+    let config = source.config().expect("a config");
+    let decoder = Decoder::load(&config, source, trained, &Device::Cpu, dtype).expect("loads");
+    let mut run = Run::new(&decoder, &Options::default());
+    for (step, batch) in golden["batches"].as_array().expect("batches").iter().enumerate() {
+        let windows = batch.as_array().expect("windows").iter();
+        let windows: Vec<Vec<u32>> = windows
+            .map(|w| numbers(w).iter().map(|&x| x as u32).collect())
+            .collect();
+        let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+        let learning_rate = golden["lr"].as_f64().expect("lr");
+        run.step(&windows, learning_rate, step == 0).expect("steps");
+    }
+    let moved = decoder.variables.iter().map(|(name, variable)| {
+        let module = name.strip_suffix(".delta").expect("Δσ");
+        let values = variable.to_vec1::<f32>().expect("values");
+        (module.into(), values.into_iter().map(f64::from).collect())
+    });
+    (run.losses.iter().map(|&x| x.into()).collect(), moved.collect())
+}
+
+#[test]
+fn steps_in_bf16_stray_no_further_than_those_of_pytorch() {
+    let golden = golden("sigma_training_bf16.json");
+    let out = tempfile::tempdir().expect("temporary directory");
+    let out = out.path().join("decomposition");
+    decompose::run(&base(), &out, &decompose::Options::default(), &Silent).expect("decomposes");
+    let source = Source::Decomposition {
+        artifact: Artifact::open(&out, None).expect("opens"),
+        mixture: Mixture::default(),
+    };
+    let (losses, moved) = ten_steps(&source, DType::BF16);
+    let (exact, theirs) = (&golden["float32"], &golden["bfloat16"]);
+    let largest = |a: &[f64], b: &[f64]| {
+        let apart = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+        apart.fold(0.0, f64::max)
+    };
+    let in_f32 = numbers(&exact["losses"]);
+    let (ours, wanted) = (
+        largest(&losses, &in_f32),
+        largest(&numbers(&theirs["losses"]), &in_f32),
+    );
+    // of ten steps each strays furthest in another one
+    assert!(ours < 2.0 * wanted, "{ours:.1e} off, PyTorch {wanted:.1e}");
+    assert!(ours > 0.0, "these are not steps in bf16");
+    let (mut ours, mut wanted, mut all) = (0.0, 0.0, 0.0);
+    for (module, exact) in exact["delta_after"].as_object().expect("modules") {
+        let exact = numbers(exact);
+        let square = |a: &[f64]| -> f64 { a.iter().zip(&exact).map(|(a, b)| (a - b).powi(2)).sum() };
+        ours += square(&moved[module]);
+        wanted += square(&numbers(&theirs["delta_after"][module]));
+        all += exact.iter().map(|x| x * x).sum::<f64>();
+    }
+    let (ours, wanted) = ((ours / all).sqrt(), (wanted / all).sqrt());
+    assert!(ours < 1.5 * wanted, "Δσ {ours:.1e} off, PyTorch {wanted:.1e}");
 }

@@ -122,10 +122,34 @@ fn sum_rows(partial: &Tensor) -> Result<Tensor> {
     Ok(sum)
 }
 
+/// x / √(mean x² + ε) ∘ w over the last side.
+pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Option<Tensor>> {
+    let Some(kind) = kind(&[x, w]) else {
+        return Ok(None);
+    };
+    let n = x.dim(D::Minus1)?;
+    let rows = x.elem_count() / n;
+    let y = room(x.shape(), x.dtype(), x)?;
+    run(
+        "norm",
+        &format!("rms_norm_{kind}"),
+        Geometry::blocks(rows.min(MOST_BLOCKS), 1),
+        &[
+            Arg::Tensor(x),
+            Arg::Tensor(w),
+            Arg::Tensor(&y),
+            Arg::Count(rows),
+            Arg::Count(n),
+            Arg::F32(eps as f32),
+        ],
+    )?;
+    Ok(Some(y))
+}
+
 /// Blocks of kernels that go through their rows in strides.
 const MOST_BLOCKS: usize = 1 << 16;
 
-/// dx and, if wanted, dw of the root mean square norm over the last side, from the gradient of its output.
+/// dx and, if wanted, dw of [`rms_norm`] from the gradient of its output.
 pub fn rms_norm_gradient(
     x: &Tensor,
     w: &Tensor,
@@ -470,7 +494,12 @@ impl<'a> Attention<'a> {
         let args = [[y, g, &dots].map(Arg::Tensor).as_slice(), &sides].concat();
         let blocks = (b * t * h * WARP).div_ceil(BLOCK).min(MOST_BLOCKS);
         let dots_name = format!("attention_dots_{}", self.kind);
-        run(&self.module(), &dots_name, Geometry::blocks(blocks, 1), &args)?;
+        run(
+            &self.module(),
+            &dots_name,
+            Geometry::blocks(blocks, 1),
+            &args,
+        )?;
         let like = |x: &Tensor| room(x.shape(), x.dtype(), x);
         let [dq, dk, dv] = [like(self.q)?, like(self.k)?, like(self.v)?];
         let given = [g, lse, &dots];

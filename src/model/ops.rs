@@ -42,7 +42,10 @@ pub fn embed(embedding: &Tensor, ids: &Tensor) -> Result<Tensor> {
 /// `x (…, n), w (n,) → (…, n)`
 pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let (xd, wd) = (x.detach().contiguous()?, w.detach());
-    let y = candle_nn::ops::rms_norm(&xd, &wd, eps as f32)?;
+    let y = match gpu::rms_norm(&xd, &wd, eps)? {
+        Some(y) => y,
+        None => candle_nn::ops::rms_norm(&xd, &wd, eps as f32)?,
+    };
     let wants_weight = w.track_op();
     attach(&[x, w], y, move |g| {
         let g = &g.contiguous()?;

@@ -6,6 +6,7 @@
 
 mod process;
 mod start;
+mod synthetic;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -13,13 +14,11 @@ use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use clap::Parser;
-use half::{bf16, f16};
 use process::output_and_peak;
 use serde_json::{Value, json};
 use start::benchmark;
-use svdhub::model::ModelConfig;
-use svdhub::plan::expected_inventory;
-use svdhub::weights::{Dtype, ShardWriter};
+use svdhub::weights::Dtype;
+use synthetic::write_model;
 
 /// A benchmark says what went wrong and stops: nobody handles its errors by kind.
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -101,7 +100,7 @@ fn run(args: &Args) -> Result<bool> {
         let model = match &args.model {
             Some(model) => model,
             None => {
-                write_model(args, dtype, &written)?;
+                write_model(&llama(args), dtype, args.outlier, &written)?;
                 &written
             }
         };
@@ -258,78 +257,13 @@ fn measure(model: &Path, out: &Path, setting: &Setting) -> Result<Row> {
     })
 }
 
-/// A Llama of normal numbers, written as they are drawn.
-fn write_model(args: &Args, dtype: Dtype, dir: &Path) -> Result<()> {
-    std::fs::create_dir_all(dir)?;
+/// A Llama of the sizes that are asked for.
+fn llama(args: &Args) -> Value {
     let heads = (args.hidden / 64).max(1);
-    let config = json!({
+    json!({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"],
         "hidden_size": args.hidden, "intermediate_size": args.intermediate, "num_hidden_layers": args.layers,
         "num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": args.vocabulary,
         "tie_word_embeddings": false, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048,
-    });
-    let path = dir.join("config.json");
-    std::fs::write(&path, serde_json::to_vec_pretty(&config)?)?;
-    let inventory = expected_inventory(&ModelConfig::parse(&path, &config)?, dtype)?;
-    let file = inventory.files.first().ok_or("a model has a file")?;
-    eprintln!("writing {:.1} GB", inventory.total_bytes() as f64 / 1e9);
-
-    let mut random = SplitMix(7);
-    let table: Vec<f64> = (0..1 << 16).map(|_| 0.02 * random.normal()).collect();
-    let encode = |x: f64, bytes: &mut Vec<u8>| match dtype {
-        Dtype::BF16 => bytes.extend(bf16::from_f64(x).to_le_bytes()),
-        Dtype::F16 => bytes.extend(f16::from_f64(x).to_le_bytes()),
-        _ => bytes.extend((x as f32).to_le_bytes()),
-    };
-    let mut encoded = Vec::new();
-    table.iter().for_each(|&x| encode(x, &mut encoded));
-    let width = encoded.len() / table.len();
-
-    let mut writer = ShardWriter::create(&dir.join(&file.name), file.header.clone())?;
-    let mut row = Vec::new();
-    for entry in &file.header.entries {
-        writer.begin(&entry.name);
-        let columns = *entry.shape.last().ok_or("a tensor has a shape")?;
-        for _ in 0..entry.elements() / columns {
-            row.clear();
-            while row.len() < columns * width {
-                let drawn = random.next();
-                for at in [0, 16, 32, 48].map(|shift| (drawn >> shift) as u16 as usize) {
-                    row.extend_from_slice(&encoded[at * width..][..width]);
-                }
-            }
-            row.truncate(columns * width);
-            if args.outlier {
-                // a column of its own scale is a singular value of its own
-                let mut first = Vec::new();
-                encode(OUTLIER * 0.02 * random.normal(), &mut first);
-                row[..width].copy_from_slice(&first);
-            }
-            writer.write(&row)?;
-        }
-    }
-    writer.finish()?;
-    Ok(())
-}
-
-/// Beyond 20 × the root mean square of the singular values single precision gives up; a wide matrix dilutes a column.
-const OUTLIER: f64 = 80.0;
-
-/// Steele, Lea & Flood 2014.
-struct SplitMix(u64);
-
-impl SplitMix {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Box & Muller 1958.
-    fn normal(&mut self) -> f64 {
-        let mut uniform = || ((self.next() >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
-        let (a, b) = (uniform(), uniform());
-        (-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()
-    }
+    })
 }

@@ -4,20 +4,27 @@
 //! round, that loads the model in f32 and makes some steps; the first warms up and is not counted. Rounds alternate (ours,
 //! theirs, ours, theirs …), a ratio is taken within a round, and the median of the rounds is what counts. The floor is
 //! 4 FLOP per weight and token, forward and back through frozen weights, at the rate of plain products of these shapes.
+//!
+//! With `--device cuda:0`, in a build with the feature `cuda`, all sides compute in bf16 on one GPU, whose memory is what
+//! is compared, and `--shapes` makes a model of a known one's shapes from random numbers, so that nothing is carried along:
+//! `. .ci/cuda && cargo bench --features cuda --bench train -- --device cuda:0 --shapes phi-3-mini --batch 8 --length 2048 --check`
 
 mod blas;
+mod gpu;
 mod machine;
 mod process;
 mod python;
+mod shapes;
 mod spread;
 mod start;
+mod synthetic;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Mutex;
 use std::time::Instant;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -36,6 +43,7 @@ use blas::HARMFUL;
 use machine::{load, loudly};
 use process::output_and_peak;
 use python::{beside, environment};
+use shapes::Shapes;
 use spread::Spread;
 use start::benchmark;
 
@@ -52,6 +60,15 @@ struct Args {
         default_value = "../shared/models/smollm2-135m"
     )]
     model: PathBuf,
+    /// Make a model of these shapes from random numbers instead
+    #[arg(long, value_name = "NAME")]
+    shapes: Option<Shapes>,
+    /// Of these shapes, only so many layers
+    #[arg(long, value_name = "N", requires = "shapes")]
+    layers: Option<usize>,
+    /// cpu, in f32, or cuda:N, in bf16
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
+    device: Option<usize>,
     #[arg(long, value_name = "F", default_value_t = 0.1)]
     rank_fraction: f64,
     /// Windows per step
@@ -96,36 +113,89 @@ fn main() -> ExitCode {
     })
 }
 
+impl Args {
+    fn device_name(&self) -> String {
+        self.device
+            .map_or("cpu".into(), |number| format!("cuda:{number}"))
+    }
+
+    fn open(&self) -> Result<Device> {
+        Ok(match self.device {
+            None => Device::Cpu,
+            Some(number) => svdhub::model::gpu::open(number)?,
+        })
+    }
+}
+
 /// A peer, and what is wanted of us beside it.
 struct Peer {
     name: &'static str,
     shown: &'static str,
+    on_cpu: Wanted,
+    on_gpu: Wanted,
+}
+
+/// What is wanted of us beside a peer.
+#[derive(Clone, Copy)]
+struct Wanted {
     /// Our tokens per second over theirs, at least.
     speed: Option<f64>,
-    /// Our peak memory over theirs, at most.
+    /// Our peak memory over theirs, at most; of a GPU's, u and v come on top.
     memory: Option<f64>,
 }
 
-const PEERS: [Peer; 3] = [
+impl Wanted {
+    const NOTHING: Self = Self {
+        speed: None,
+        memory: None,
+    };
+
+    const fn both(speed: f64, memory: f64) -> Self {
+        Self {
+            speed: Some(speed),
+            memory: Some(memory),
+        }
+    }
+}
+
+const PEERS: [Peer; 4] = [
     Peer {
         name: "peft-lora-8",
         shown: "PyTorch + PEFT, LoRA rank 8",
-        speed: Some(1.3),
-        memory: Some(0.5),
+        on_cpu: Wanted::both(1.3, 0.5),
+        on_gpu: Wanted::both(1.0, 1.0),
+    },
+    Peer {
+        name: "peft-lora-8-checkpointing",
+        shown: "the same, with checkpointing",
+        on_cpu: Wanted::NOTHING,
+        on_gpu: Wanted::NOTHING,
     },
     Peer {
         name: "svd-training",
         shown: "svd-training, Σ",
-        speed: Some(1.8),
-        memory: Some(0.5),
+        on_cpu: Wanted::both(1.8, 0.5),
+        on_gpu: Wanted {
+            speed: Some(3.0),
+            memory: None,
+        },
     },
     Peer {
         name: "full",
         shown: "PyTorch, all weights",
-        speed: None,
-        memory: None,
+        on_cpu: Wanted::NOTHING,
+        on_gpu: Wanted::NOTHING,
     },
 ];
+
+/// `cpu` is none.
+fn device(text: &str) -> std::result::Result<Option<usize>, String> {
+    match (text, text.strip_prefix("cuda:").map(str::parse)) {
+        ("cpu", _) => Ok(None),
+        (_, Some(Ok(number))) => Ok(Some(number)),
+        _ => Err("expected cpu or cuda:N".into()),
+    }
+}
 
 /// What a side says of its steps.
 #[derive(Debug, Serialize, Deserialize)]
@@ -151,13 +221,26 @@ struct Side {
 /// Whether all that was asked for holds.
 fn run(args: &Args) -> Result<bool> {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    if !args.model.join("config.json").is_file() {
-        return Err(format!("no model in {} (--model DIR)", args.model.display()).into());
+    let scratch = tempfile::tempdir_in(target)?;
+    let model = match args.shapes {
+        Some(shapes) => shapes.write(args.layers, &scratch.path().join("model"))?,
+        None => args.model.clone(),
+    };
+    if !model.join("config.json").is_file() {
+        return Err(format!("no model in {} (--model DIR)", model.display()).into());
     }
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     println!(
-        "{} × {} tokens · f = {} · f32 · {threads} threads · {} rounds of {} steps, alternating",
-        args.batch, args.length, args.rank_fraction, args.rounds, args.steps
+        "{} × {} tokens · f = {} · {} · {} rounds of {} steps, alternating",
+        args.batch,
+        args.length,
+        args.rank_fraction,
+        match args.device {
+            None => format!("f32 · {threads} threads"),
+            Some(number) => format!("bf16 · {}", gpu::name(number)?),
+        },
+        args.rounds,
+        args.steps
     );
     if let Some(line) = load(threads) {
         println!("{line}");
@@ -169,7 +252,6 @@ fn run(args: &Args) -> Result<bool> {
             "requirements-train.txt",
         )?,
     };
-    let scratch = tempfile::tempdir_in(target)?;
     let artifact = scratch.path().join("svd");
     let options = decompose::Options {
         plan: PlanOptions {
@@ -178,23 +260,23 @@ fn run(args: &Args) -> Result<bool> {
         },
         ..decompose::Options::default()
     };
-    decompose::run(
-        &Base::open(&args.model, None, None)?,
-        &artifact,
-        &options,
-        &Silent,
-    )?;
-    let floor = floor(args)?;
+    let base = Base::open(&model, None, None)?;
+    decompose::run(&base, &artifact, &options, &Silent)?;
+    let floor = floor(args, &model)?;
 
     let mut commands = vec![("svdhub, Σ", ours(args, &artifact)?)];
     for peer in &PEERS {
-        commands.push((peer.shown, theirs(peer, args, &python, threads)?));
+        commands.push((peer.shown, theirs(peer, args, &model, &python, threads)?));
     }
     let mut measured: Vec<Vec<(Steps, u64)>> = commands.iter().map(|_| Vec::new()).collect();
     for round in 1..=args.rounds {
         for ((name, command), rounds) in commands.iter_mut().zip(&mut measured) {
             eprintln!("round {round} of {}: {name}", args.rounds);
-            match output_and_peak(command) {
+            let measured = match args.device {
+                None => output_and_peak(command),
+                Some(number) => gpu::output_and_peak(command, number),
+            };
+            match measured {
                 Ok((output, peak)) => rounds.push((serde_json::from_str(&output)?, peak)),
                 Err(error) => loudly(&format!("LEFT OUT, {name}: {error}")),
             }
@@ -209,7 +291,7 @@ fn run(args: &Args) -> Result<bool> {
     if let Some(path) = &args.json {
         std::fs::write(path, serde_json::to_vec_pretty(&sides)?)?;
     }
-    let missed = missed(&sides);
+    let missed = missed(args, &sides);
     for line in &missed {
         loudly(line);
     }
@@ -226,15 +308,23 @@ fn ours(args: &Args, artifact: &Path) -> Result<Command> {
     command.args(["--batch", &args.batch.to_string()]);
     command.args(["--length", &args.length.to_string()]);
     command.args(["--steps", &args.steps.to_string()]);
+    command.args(["--device", &args.device_name()]);
     Ok(command)
 }
 
-fn theirs(peer: &Peer, args: &Args, python: &Path, threads: usize) -> Result<Command> {
+fn theirs(
+    peer: &Peer,
+    args: &Args,
+    model: &Path,
+    python: &Path,
+    threads: usize,
+) -> Result<Command> {
     let mut command = Command::new(python);
     command.arg(beside("train_peers.py")).arg(peer.name);
-    command.arg(std::fs::canonicalize(&args.model)?);
+    command.arg(std::fs::canonicalize(model)?);
     command.arg(args.rank_fraction.to_string());
     command.args([args.batch, args.length, args.steps, threads].map(|n| n.to_string()));
+    command.arg(args.device_name());
     for name in HARMFUL {
         command.env_remove(name);
     }
@@ -260,6 +350,7 @@ fn steps_of_ours(artifact: &Path, args: &Args) -> Result<()> {
         duration: Duration::Steps(args.steps + 1),
         batch: args.batch,
         length: args.length,
+        device: args.open()?,
         ..train::Options::default()
     };
     let out = tempfile::tempdir()?;
@@ -301,10 +392,14 @@ impl Observer for StepWatch {
 }
 
 /// Tokens per second of nothing but the products of a step: x·Mᵀ and dy·M of every linear layer and the head.
-fn floor(args: &Args) -> Result<f64> {
-    let config = ModelConfig::read(&args.model)?;
+fn floor(args: &Args, model: &Path) -> Result<f64> {
+    let config = ModelConfig::read(model)?;
     let tokens = args.batch * args.length;
-    let device = Device::Cpu;
+    let device = args.open()?;
+    let dtype = match args.device {
+        None => DType::F32,
+        Some(_) => DType::BF16,
+    };
     let mut shapes: Vec<(usize, usize)> = Vec::new();
     for (name, shape) in config.tensors("model.") {
         // a tied head multiplies by the embedding
@@ -318,12 +413,14 @@ fn floor(args: &Args) -> Result<f64> {
         let mut sum = 0.0;
         for &(m, n) in &shapes {
             let (x, w) = (
-                Tensor::ones((tokens, n), candle_core::DType::F32, &device)?,
-                Tensor::ones((m, n), candle_core::DType::F32, &device)?,
+                Tensor::ones((tokens, n), dtype, &device)?,
+                Tensor::ones((m, n), dtype, &device)?,
             );
+            device.synchronize()?;
             let started = Instant::now();
             let y = x.matmul(&w.t()?)?;
             y.matmul(&w)?;
+            device.synchronize()?;
             sum += started.elapsed().as_secs_f64();
         }
         seconds.push(sum);
@@ -390,9 +487,13 @@ fn table(sides: &[Side], floor: f64) -> String {
 }
 
 /// What was wanted and is not there.
-fn missed(sides: &[Side]) -> Vec<String> {
+fn missed(args: &Args, sides: &[Side]) -> Vec<String> {
     let mut missed = Vec::new();
     for peer in &PEERS {
+        let wanted = match args.device {
+            None => peer.on_cpu,
+            Some(_) => peer.on_gpu,
+        };
         let side = sides.iter().find(|side| side.name == peer.shown);
         let speed = side
             .and_then(|side| side.speed_ratio.as_ref())
@@ -400,7 +501,7 @@ fn missed(sides: &[Side]) -> Vec<String> {
         let memory = side
             .and_then(|side| side.memory_ratio.as_ref())
             .map(|r| r.median);
-        if let Some(wanted) = peer
+        if let Some(wanted) = wanted
             .speed
             .filter(|wanted| speed.is_none_or(|found| found < *wanted))
         {
@@ -409,7 +510,7 @@ fn missed(sides: &[Side]) -> Vec<String> {
                 peer.shown
             ));
         }
-        if let Some(wanted) = peer
+        if let Some(wanted) = wanted
             .memory
             .filter(|wanted| memory.is_none_or(|found| found > *wanted))
         {

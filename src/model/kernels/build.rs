@@ -29,14 +29,23 @@ mod cuda {
 
     pub fn compile() {
         println!("cargo::rerun-if-env-changed=CUDA_HOME");
-        let mut modules: Vec<(String, &str, Vec<String>)> = ["gated", "loss", "norm", "rope", "sigma"]
-            .map(|name| (name.to_string(), name, Vec::new()))
-            .into();
+        let mut modules: Vec<(String, &str, Vec<String>)> =
+            ["gated", "loss", "norm", "rope", "sigma"]
+                .map(|name| (name.to_string(), name, Vec::new()))
+                .into();
         for (name, dtype) in DTYPES {
             for width in WIDTHS {
-                let only = [("NAME", name), ("TYPE", dtype), ("WIDTH", &width.to_string())];
+                let only = [
+                    ("NAME", name),
+                    ("TYPE", dtype),
+                    ("WIDTH", &width.to_string()),
+                ];
                 let defines = only.map(|(what, value)| format!("-DONLY_{what}={value}"));
-                modules.push((format!("attention_{name}_{width}"), "attention", defines.into()));
+                modules.push((
+                    format!("attention_{name}_{width}"),
+                    "attention",
+                    defines.into(),
+                ));
             }
         }
         let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo says where to write"));
@@ -44,9 +53,13 @@ mod cuda {
         for (module, source, defines) in &modules {
             let packed = ptx(source, defines, &out);
             fs::write(out.join(module), packed).expect("the folder is ours");
-            arms += &format!("{module:?} => include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{module}\")),\n");
+            arms += &format!(
+                "{module:?} => include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{module}\")),\n"
+            );
         }
-        let found = format!("match module {{\n{arms}_ => panic!(\"there are kernels of {{module}}\"),\n}}\n");
+        let found = format!(
+            "match module {{\n{arms}_ => panic!(\"there are kernels of {{module}}\"),\n}}\n"
+        );
         fs::write(out.join("modules.rs"), found).expect("the folder is ours");
     }
 
@@ -67,7 +80,10 @@ mod cuda {
             Ok(status) if status.success() => {}
             Ok(_) => exit(1),
             Err(error) => {
-                eprintln!("{} cannot be run ({error}): `. .ci/cuda` fetches it", nvcc.display());
+                eprintln!(
+                    "{} cannot be run ({error}): `. .ci/cuda` fetches it",
+                    nvcc.display()
+                );
                 exit(1);
             }
         }
