@@ -11,7 +11,8 @@
 // lse and dots (b, h, t) are f32.
 //
 // Launches. A kernel is compiled for a head's width D of 32, 64, 96, 128 or 256; the caller takes the smallest that is
-// not below d, and the rest is zero in shared memory. With size the bytes of a number,
+// not below d, and the rest is zero in shared memory. -DATTENTION_WIDTH=D compiles one of them: a driver that must compile all of
+// the PTX for its device takes some 9 seconds, for one width 2. With size the bytes of a number,
 //
 //   rows  = size == 2 ? 64 : 32                    rows of the tensor that a block writes
 //   step  = size == 2 && D <= 128 ? 64 : 32        rows of the other side that it holds at once
@@ -171,7 +172,6 @@ template <unsigned N, typename T>
 __device__ void give(
     const Sums<T> (&sums)[N], float factor, float* room, unsigned pitch, T* to, size_t stride, unsigned rows,
     unsigned columns) {
-    using P = Pack<T>;
     const bool packs = aligned(to) && stride % PACKED<T> == 0 && columns % PACKED<T> == 0;
     const float* const from = room + lane_row() * pitch;
 #pragma unroll
@@ -181,13 +181,16 @@ __device__ void give(
         for (unsigned i = 0; i < SIDE / 2; i += PACKED<T>) {
             const unsigned column = SIDE / 2 * lane_half() + i, at = SIDE * n + column;
             if (lane_row() >= rows || at >= columns) continue;
-            P pack;
-            for (unsigned j = 0; j < PACKED<T>; ++j) pack.x[j] = rounded<T>(from[column + j] * factor);
             T* const place = to + lane_row() * stride + at;
             if (packs) {
+                Pack<T> pack;
+                for (unsigned j = 0; j < PACKED<T>; ++j) pack.x[j] = rounded<T>(from[column + j] * factor);
                 pack.store(place);
             } else {
-                for (unsigned j = 0; j < PACKED<T> && at + j < columns; ++j) place[j] = pack.x[j];
+#pragma unroll 1
+                for (unsigned j = 0; j < PACKED<T> && at + j < columns; ++j) {
+                    place[j] = rounded<T>(from[column + j] * factor);
+                }
             }
         }
         __syncwarp();
@@ -222,7 +225,7 @@ struct Shape {
     /// Blocks that a multiprocessor shall hold at once, and of attention_back_kv: as many as leave a thread the
     /// registers that it needs.
     static constexpr unsigned BLOCKS = sizeof(T) == 4 || D <= 32 ? 4 : D <= 128 ? 3 : 2;
-    static constexpr unsigned KV_BLOCKS = sizeof(T) == 4 ? 4 / PARTS : D <= 32 ? 4 : D <= 64 ? 3 : 2 / PARTS;
+    static constexpr unsigned KV_BLOCKS = sizeof(T) == 4 ? 4 / PARTS : D == 64 ? 3 : 2 / PARTS;
 };
 
 /// Of a (16, 16) matrix of scores in shared memory, in f32 or T.
@@ -233,22 +236,23 @@ constexpr unsigned TILE = SIDE * TILE_PITCH<float>;
 /// Copies ROWS rows of one head, from row `start` of n, to shared memory (ROWS, D); zeros beyond n and beyond d.
 template <unsigned ROWS, unsigned D, unsigned THREADS, typename T>
 __device__ void take(T* to, const T* head, size_t stride, unsigned start, unsigned n, unsigned d) {
-    using P = Pack<T>;
-    constexpr unsigned PACKS = D / PACKED<T>, PITCH = Shape<T, D>::PITCH;
-    const bool packs = aligned(head) && stride % PACKED<T> == 0 && d % PACKED<T> == 0;
+    constexpr unsigned PITCH = Shape<T, D>::PITCH;
+    if (aligned(head) && stride % PACKED<T> == 0 && d % PACKED<T> == 0) {
+        constexpr unsigned PACKS = D / PACKED<T>;
 #pragma unroll 8
-    for (unsigned i = threadIdx.x; i < ROWS * PACKS; i += THREADS) {
-        const unsigned row = i / PACKS, column = i % PACKS * PACKED<T>;
-        const T* const from = head + size_t(start + row) * stride + column;
-        P pack;
-        if (packs && start + row < n && column < d) {
-            pack = P::load(from);
-        } else {
-            for (unsigned j = 0; j < PACKED<T>; ++j) {
-                pack.x[j] = start + row < n && column + j < d ? from[j] : rounded<T>(0);
-            }
+        for (unsigned i = threadIdx.x; i < ROWS * PACKS; i += THREADS) {
+            const unsigned row = i / PACKS, column = i % PACKS * PACKED<T>;
+            Pack<T> pack = {};
+            if (start + row < n && column < d) pack = Pack<T>::load(head + size_t(start + row) * stride + column);
+            pack.store(to + row * PITCH + column);
         }
-        pack.store(to + row * PITCH + column);
+    } else {
+#pragma unroll 1
+        for (unsigned i = threadIdx.x; i < ROWS * D; i += THREADS) {
+            const unsigned row = i / D, column = i % D;
+            const bool exists = start + row < n && column < d;
+            to[row * PITCH + column] = exists ? head[size_t(start + row) * stride + column] : rounded<T>(0);
+        }
     }
 }
 
@@ -707,18 +711,31 @@ __device__ void attention_back_kv(
         const Seen seen = {first, end, seen_rows};                                                                    \
         attention_back_kv<T, D>(q, k, v, g, lse, dots, seen, dk, dv, {b, t, s, h, kv, d}, scale, cap);                \
     }
-#define DEFINE(NAME, T)                                                                                               \
+#define DEFINE_DOTS(NAME, T)                                                                                          \
     extern "C" __global__ void __launch_bounds__(256) attention_dots_##NAME(                                          \
         const T* y, const T* g, float* dots, unsigned b, unsigned t, unsigned h, unsigned d) {                        \
         attention_dots<T>(y, g, dots, b, t, h, d);                                                                    \
-    }                                                                                                                 \
-    DEFINE_WIDTH(NAME, T, 32)                                                                                         \
-    DEFINE_WIDTH(NAME, T, 64)                                                                                         \
-    DEFINE_WIDTH(NAME, T, 96)                                                                                         \
-    DEFINE_WIDTH(NAME, T, 128)                                                                                        \
+    }
+FOR_DTYPES(DEFINE_DOTS)
+#undef DEFINE_DOTS
+
+#ifdef ATTENTION_WIDTH
+// the argument of a macro that pastes it is not replaced itself
+#define DEFINE_ONE(NAME, T, D) DEFINE_WIDTH(NAME, T, D)
+#define DEFINE(NAME, T) DEFINE_ONE(NAME, T, ATTENTION_WIDTH)
+FOR_DTYPES(DEFINE)
+#undef DEFINE
+#undef DEFINE_ONE
+#else
+#define DEFINE(NAME, T)          \
+    DEFINE_WIDTH(NAME, T, 32)    \
+    DEFINE_WIDTH(NAME, T, 64)    \
+    DEFINE_WIDTH(NAME, T, 96)    \
+    DEFINE_WIDTH(NAME, T, 128)   \
     DEFINE_WIDTH(NAME, T, 256)
 FOR_DTYPES(DEFINE)
 #undef DEFINE
+#endif
 #undef DEFINE_WIDTH
 #undef KV_LAUNCH
 #undef LAUNCH
