@@ -16,6 +16,8 @@ struct Case {
     double cap;
     /// Numbers that tensors start behind a multiple of 128 bytes.
     unsigned shift = 0;
+    /// Of the queries: scores are about twice as large.
+    double size = 1;
 };
 
 struct Runs {
@@ -86,7 +88,8 @@ struct Reference {
                     for (double& score : p) sum += score = std::exp(score - top);
                     lse[row] = top + std::log(sum);
                     lse_within[row] = delta + summed(1, count) + V * 8 * std::abs(top);
-                    const double power = 2 * delta + V * (16 + std::sqrt(count) + 8 * (std::abs(lse[row]) + std::abs(top)));
+                    const double largest = std::abs(lse[row]) + std::abs(top);
+                    const double power = 2 * delta + V * (16 + std::sqrt(count) + 8 * largest);
                     for (unsigned j = 0; j < count; ++j) {
                         p[j] /= sum;
                         for (unsigned x = 0; x < d; ++x) {
@@ -143,10 +146,8 @@ struct Geometry {
           pitch(width + 16 / unsigned(size)), size(size) {}
 
     size_t forward() const { return size * pitch * (rows + 2 * step) + 4 * rows * (step + 8); }
-    size_t back_q() const { return size * pitch * 2 * (rows + step) + 2560 * warps; }
-    size_t back_kv(unsigned threads) const {
-        return size * pitch * 2 * (rows + step) + 2560 * threads / 32 + 16 * step;
-    }
+    size_t back_q(unsigned threads) const { return 2 * size * pitch * (rows + step) + 80 * threads; }
+    size_t back_kv(unsigned threads) const { return back_q(threads) + 16 * step; }
 };
 
 #define BY_WIDTH(NAME, DTYPE)                                                                                     \
@@ -168,7 +169,7 @@ auto dots_kernel() {
 
 template <typename T>
 void hold(const Case& c) {
-    const auto [b, t, s, h, kv, d, mask, cap, shift] = c;
+    const auto [b, t, s, h, kv, d, mask, cap, shift, size] = c;
     unsigned width = 256;
     for (const unsigned smaller : {128, 96, 64, 32}) width = d <= smaller ? smaller : width;
     const Geometry geometry(sizeof(T), width);
@@ -176,7 +177,7 @@ void hold(const Case& c) {
     const float scale = float(2 / std::sqrt(d));
 
     const Runs seen = runs(c);
-    const Input<T> q(size_t(b) * t * h * d, 1, shift), k(size_t(b) * s * kv * d, 1, shift), v(k.count, 1, shift),
+    const Input<T> q(size_t(b) * t * h * d, size, shift), k(size_t(b) * s * kv * d, 1, shift), v(k.count, 1, shift),
         g(q.count, 1, shift);
     const unsigned rows = unsigned(seen.first.size());
     const Memory<unsigned> first(rows), end(rows);
@@ -199,7 +200,7 @@ void hold(const Case& c) {
     // the gradients are held against the reference by themselves
     const Input<float> exact_lse(wanted.lse), exact_dots(wanted.dots);
     const Memory<T> dq(q.count, shift), dk(k.count, shift), dv(k.count, shift);
-    on_cpu::launch({query_blocks, h, b}, threads, geometry.back_q(), [&] {
+    on_cpu::launch({query_blocks, h, b}, threads, geometry.back_q(threads), [&] {
         KERNEL(attention_back_q)(q.data(), k.data(), v.data(), g.data(), exact_lse.data(), exact_dots.data(),
                                  first.data(), end.data(), rows, dq.data(), b, t, s, h, kv, d, scale, float(cap));
     });
@@ -244,7 +245,9 @@ void of_dtype() {
         const unsigned kv = uniform(1, 3), d = uniform(0, 1) == 0 ? 8 * uniform(1, 16) : uniform(1, 256);
         const unsigned t = uniform(1, 140), s = t + uniform(0, 1) * uniform(0, 70);
         const double cap = uniform(0, 1) * uniform(1, 8);
-        hold<T>({uniform(1, 2), t, s, kv * uniform(1, 4), kv, d, Mask(uniform(0, 3)), cap, uniform(0, 3) == 0});
+        const auto mask = Mask(uniform(0, 3));
+        const unsigned b = uniform(1, 2), shift = uniform(0, 3) == 0;
+        hold<T>({b, t, s, kv * uniform(1, 4), kv, d, mask, cap, shift, double(uniform(1, 8))});
     }
 }
 

@@ -56,7 +56,8 @@ inline double summed(double terms, double n) { return V * (8 + std::sqrt(n)) * t
 template <typename T>
 class Memory {
 public:
-    explicit Memory(size_t count, size_t shift = 0) : count(count), bytes((count + shift) * sizeof(T) + 2 * ZONE + 128) {
+    explicit Memory(size_t count, size_t shift = 0)
+        : count(count), bytes((count + shift) * sizeof(T) + 2 * ZONE + 128) {
         memory.reset(new unsigned char[bytes]);
         std::memset(memory.get(), on_cpu::POISON, bytes);
         const uintptr_t start = (reinterpret_cast<uintptr_t>(memory.get()) + ZONE + 127) / 128 * 128;
@@ -78,7 +79,7 @@ public:
     const size_t count;
 
 private:
-    static constexpr size_t ZONE = 1024;
+    static constexpr size_t ZONE = 64 << 10;
     size_t bytes;
     std::unique_ptr<unsigned char[]> memory;
     T* numbers;
@@ -95,7 +96,7 @@ struct Input : Memory<T> {
             exact[i] = widened((*this)[i]);
         }
     }
-    /// Given numbers, rounded to the dtype; the kernel must find its tolerance with `numbers` as they are.
+    /// Given numbers, rounded to the dtype.
     explicit Input(const std::vector<double>& numbers) : Memory<T>(numbers.size()), exact(numbers) {
         for (size_t i = 0; i < numbers.size(); ++i) (*this)[i] = rounded<T>(float(numbers[i]));
     }
@@ -128,7 +129,8 @@ inline void judge(
     }
 }
 
-/// All of an output, whose guard zones must be whole. `tolerance` is without u·|result| + tiny, the output's own rounding.
+/// All of an output, whose guard zones must be whole. `tolerance` is without u·|result| + tiny, the output's own
+/// rounding.
 template <typename T>
 void judge_all(
     const std::string& kernel, const std::string& about, const Memory<T>& found, const std::vector<double>& wanted,

@@ -1,9 +1,9 @@
 // CUDA as far as src/model/kernels speaks it, on a CPU: the same files compile with a C++ compiler and run.
 //
 // A block runs on one thread of the system; each of its CUDA threads is a fiber there, resumed in an order drawn anew
-// again and again, so that a missing barrier shows as a wrong number. Shared memory is `thread_local`, hence the block's
-// own. Blocks run side by side on as many threads as there are cores. A fragment of a matrix is spread over the lanes of
-// a warp as on an SM 8.0, so that nothing may be assumed about which lane holds what.
+// after each barrier, so that a missing one shows as a wrong number. Shared memory is `thread_local`, hence the block's
+// own. Blocks run side by side on as many threads as there are cores. A fragment of a matrix is spread over the lanes
+// of a warp as on an SM 8.0, so that nothing may be assumed about which lane holds what.
 //
 // Here, unlike on a GPU, these end the program: a barrier that not every thread reaches, an address or a pitch that the
 // matrix unit does not take, dynamic shared memory that is written behind its end.
@@ -159,6 +159,7 @@ struct Block {
     jmp_buf home;
     std::function<void()> body;
     std::minstd_rand order;
+    bool ahead = false;
 
     void run(unsigned threads) {
         while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
@@ -167,9 +168,10 @@ struct Block {
         turns.assign(threads, 0);
         meeting.members = threads;
         done = 0;
-        for (unsigned i = 0; i < threads; ++i) ready.push_back(i);
+        for (unsigned i = 0; i < threads; ++i) meeting.waiting.push_back(i);
+        release(meeting);
         while (!ready.empty()) {
-            std::swap(ready[order() % ready.size()], ready.back());
+            if (!ahead) std::swap(ready[order() % ready.size()], ready.back());
             current = ready.back();
             ready.pop_back();
             threadIdx.x = current;
@@ -181,10 +183,7 @@ struct Block {
 
     void meet(Meeting& meeting) {
         meeting.waiting.push_back(current);
-        if (meeting.waiting.size() == meeting.members) {
-            ready.insert(ready.end(), meeting.waiting.begin(), meeting.waiting.end());
-            meeting.waiting.clear();
-        }
+        if (meeting.waiting.size() == meeting.members) release(meeting);
         suspend(*fibers[current]);
     }
 
@@ -193,6 +192,20 @@ struct Block {
     unsigned turn() { return turns[current]++ % 2; }
 
 private:
+    /// After a barrier of the block either all threads go on together or each warp runs ahead as far as it can.
+    void release(Meeting& meeting) {
+        auto& threads = meeting.waiting;
+        std::shuffle(threads.begin(), threads.end(), order);
+        if (&meeting == &this->meeting) {
+            ahead = order() % 2 == 0;
+            const unsigned first = unsigned(order());
+            const auto place = [&](unsigned thread) { return (thread / WARP + first) % warps.size(); };
+            const auto before = [&](unsigned a, unsigned b) { return place(a) < place(b); };
+            if (ahead) std::stable_sort(threads.begin(), threads.end(), before);
+        }
+        ready.insert(ready.end(), threads.begin(), threads.end());
+        threads.clear();
+    }
     void resume(Fiber& fiber) {
         if (_setjmp(home) != 0) return;
         if (fiber.started) _longjmp(fiber.context, 1);

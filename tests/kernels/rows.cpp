@@ -34,7 +34,8 @@ std::string named(const char* kernel) {
         else return NAME##_bf16;                                                              \
     }()
 
-/// Every f16 and bf16 comes back from f32 as it was; a number between two goes to the nearer, and midway to the even one.
+/// Every f16 and bf16 comes back from f32 as it was; a number between two goes to the nearer, and midway to the even
+/// one.
 template <typename T>
 void conversions() {
     const auto kernel = named<T>("conversion");
@@ -152,7 +153,8 @@ void rotations() {
                     within[right] = summed(std::abs(x.exact[left] * s) + std::abs(x.exact[right] * c), 2);
                 }
             }
-            judge_all(named<T>("rotate"), "d " + std::to_string(d) + ", half " + std::to_string(half), y, wanted, within);
+            const std::string about = "d " + std::to_string(d) + ", half " + std::to_string(half);
+            judge_all(named<T>("rotate"), about, y, wanted, within);
         }
     }
 }

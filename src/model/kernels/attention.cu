@@ -1,8 +1,8 @@
 // Scaled dot-product attention and its gradients without a t × s matrix in memory (Dao et al. 2022; Dao 2023).
 //
-// q, y, g, dq (b, t, h, d); k, v, dk, dv (b, s, kv, d) with h a multiple of kv: head i sees the keys of head i·kv/h, and
-// none is repeated. Query i of row `batch` sees the run of keys first[n]..end[n], n = (batch·t + i) mod seen_rows, which is
-// never empty; seen_rows is t where all rows of the batch share what is seen, else b·t. With z = scale·q·k
+// q, y, g, dq (b, t, h, d); k, v, dk, dv (b, s, kv, d) with h a multiple of kv: head i sees the keys of head i·kv/h,
+// and none is repeated. Query i of row `batch` sees the run of keys first[n]..end[n], n = (batch·t + i) mod seen_rows,
+// which is never empty; seen_rows is t where all rows of the batch share what is seen, else b·t. With z = scale·q·k
 //
 //   score = z, or cap·tanh(z/cap) with a cap above 0      p = exp(score − lse)      lse = log Σ_seen exp(score)
 //   y = Σ_keys p·v                                        dots = Σ_d y·g = Σ_keys p·dp      dp = g·v
@@ -11,19 +11,22 @@
 // lse and dots (b, h, t) are f32.
 //
 // Launches. A kernel is compiled for a head's width D of 32, 64, 96, 128 or 256; the caller takes the smallest that is
-// not below d, and the rest is zero in shared memory. With size the bytes of a number,
+// not below d, and the rest is zero in shared memory. -DATTENTION_WIDTH=D compiles one of them: a driver that must compile all of
+// the PTX for its device takes some 9 seconds, for one width 2. With size the bytes of a number,
 //
 //   rows  = size == 2 ? 64 : 32                    rows of the tensor that a block writes
 //   step  = size == 2 && D <= 128 ? 64 : 32        rows of the other side that it holds at once
 //   warps = rows / 16                              pitch = D + 16 / size
 //
-//   kernel             grid                      threads                      dynamic shared memory in bytes
-//   attention          (⌈t/rows⌉, h, b)          32·warps                     size·pitch·(rows + 2·step) + 4·rows·(step + 8)
-//   attention_dots     any                       256                          0
-//   attention_back_q   (⌈t/rows⌉, h, b)          32·warps                     size·pitch·2·(rows + step) + 2560·warps
-//   attention_back_kv  (⌈s/rows⌉, kv, b)         32·warps·(D == 256 ? 2 : 1)  size·pitch·2·(rows + step) + 2560·threads/32 + 16·step
+//                      grid               threads              dynamic shared memory in bytes
+//   attention          (⌈t/rows⌉, h, b)   32·warps             size·pitch·(rows + 2·step) + 4·rows·(step + 8)
+//   attention_back_q   (⌈t/rows⌉, h, b)   32·warps             2·size·pitch·(rows + step) + 80·threads
+//   attention_back_kv  (⌈s/rows⌉, kv, b)  32·warps, for D =    2·size·pitch·(rows + step) + 80·threads + 16·step
+//                                         256 twice as many
+//   attention_dots     any                256                  0
 //
-// At most 81 KiB for D ≤ 128 and 144 KiB for D = 256: cuFuncSetAttribute must allow what is above 48 KiB.
+// That is at most 79 KiB for D ≤ 128 and 141 KiB for D = 256. A launch must first be allowed what is above 48 KiB
+// (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES). h, kv and b are at most 65535, what a grid holds.
 #include "common.cuh"
 
 namespace wmma = nvcuda::wmma;
@@ -160,7 +163,6 @@ __device__ void scale_rows(Sums<T> (&sums)[N], float factor, float* room, unsign
         for (auto& sum : sums) {
             for (unsigned i = 0; i < sum.x.num_elements; ++i) sum.x.x[i] *= factors.x[i];
         }
-        __syncwarp();
     }
 }
 
@@ -170,7 +172,6 @@ template <unsigned N, typename T>
 __device__ void give(
     const Sums<T> (&sums)[N], float factor, float* room, unsigned pitch, T* to, size_t stride, unsigned rows,
     unsigned columns) {
-    using P = Pack<T>;
     const bool packs = aligned(to) && stride % PACKED<T> == 0 && columns % PACKED<T> == 0;
     const float* const from = room + lane_row() * pitch;
 #pragma unroll
@@ -180,13 +181,16 @@ __device__ void give(
         for (unsigned i = 0; i < SIDE / 2; i += PACKED<T>) {
             const unsigned column = SIDE / 2 * lane_half() + i, at = SIDE * n + column;
             if (lane_row() >= rows || at >= columns) continue;
-            P pack;
-            for (unsigned j = 0; j < PACKED<T>; ++j) pack.x[j] = rounded<T>(from[column + j] * factor);
             T* const place = to + lane_row() * stride + at;
             if (packs) {
+                Pack<T> pack;
+                for (unsigned j = 0; j < PACKED<T>; ++j) pack.x[j] = rounded<T>(from[column + j] * factor);
                 pack.store(place);
             } else {
-                for (unsigned j = 0; j < PACKED<T> && at + j < columns; ++j) place[j] = pack.x[j];
+#pragma unroll 1
+                for (unsigned j = 0; j < PACKED<T> && at + j < columns; ++j) {
+                    place[j] = rounded<T>(from[column + j] * factor);
+                }
             }
         }
         __syncwarp();
@@ -218,10 +222,10 @@ struct Shape {
     static constexpr unsigned SCORES_PITCH = STEP + 8;
     /// Warps that share 16 rows in attention_back_kv: one has no registers for dk and dv of 256 columns.
     static constexpr unsigned PARTS = D > 128 ? 2 : 1;
-    /// Blocks that a multiprocessor shall hold at once, and of attention_back_kv: as many as leave a thread the registers
-    /// that it needs.
+    /// Blocks that a multiprocessor shall hold at once, and of attention_back_kv: as many as leave a thread the
+    /// registers that it needs.
     static constexpr unsigned BLOCKS = sizeof(T) == 4 || D <= 32 ? 4 : D <= 128 ? 3 : 2;
-    static constexpr unsigned KV_BLOCKS = sizeof(T) == 4 ? 4 / PARTS : D <= 32 ? 4 : D <= 64 ? 3 : 2 / PARTS;
+    static constexpr unsigned KV_BLOCKS = sizeof(T) == 4 ? 4 / PARTS : D == 64 ? 3 : 2 / PARTS;
 };
 
 /// Of a (16, 16) matrix of scores in shared memory, in f32 or T.
@@ -232,22 +236,23 @@ constexpr unsigned TILE = SIDE * TILE_PITCH<float>;
 /// Copies ROWS rows of one head, from row `start` of n, to shared memory (ROWS, D); zeros beyond n and beyond d.
 template <unsigned ROWS, unsigned D, unsigned THREADS, typename T>
 __device__ void take(T* to, const T* head, size_t stride, unsigned start, unsigned n, unsigned d) {
-    using P = Pack<T>;
-    constexpr unsigned PACKS = D / PACKED<T>, PITCH = Shape<T, D>::PITCH;
-    const bool packs = aligned(head) && stride % PACKED<T> == 0 && d % PACKED<T> == 0;
+    constexpr unsigned PITCH = Shape<T, D>::PITCH;
+    if (aligned(head) && stride % PACKED<T> == 0 && d % PACKED<T> == 0) {
+        constexpr unsigned PACKS = D / PACKED<T>;
 #pragma unroll 8
-    for (unsigned i = threadIdx.x; i < ROWS * PACKS; i += THREADS) {
-        const unsigned row = i / PACKS, column = i % PACKS * PACKED<T>;
-        const T* const from = head + size_t(start + row) * stride + column;
-        P pack;
-        if (packs && start + row < n && column < d) {
-            pack = P::load(from);
-        } else {
-            for (unsigned j = 0; j < PACKED<T>; ++j) {
-                pack.x[j] = start + row < n && column + j < d ? from[j] : rounded<T>(0);
-            }
+        for (unsigned i = threadIdx.x; i < ROWS * PACKS; i += THREADS) {
+            const unsigned row = i / PACKS, column = i % PACKS * PACKED<T>;
+            Pack<T> pack = {};
+            if (start + row < n && column < d) pack = Pack<T>::load(head + size_t(start + row) * stride + column);
+            pack.store(to + row * PITCH + column);
         }
-        pack.store(to + row * PITCH + column);
+    } else {
+#pragma unroll 1
+        for (unsigned i = threadIdx.x; i < ROWS * D; i += THREADS) {
+            const unsigned row = i / D, column = i % D;
+            const bool exists = start + row < n && column < d;
+            to[row * PITCH + column] = exists ? head[size_t(start + row) * stride + column] : rounded<T>(0);
+        }
     }
 }
 
@@ -304,8 +309,8 @@ struct Bend {
 
 /// attention_T_dD(q, k, v, first, end, seen_rows, y, lse, b, t, s, h, kv, d, scale, cap): y and lse.
 ///
-/// A block takes `rows` queries of a head, a warp 16 of them; keys pass by `step` at a time. A row's sums are relative to
-/// the largest score so far, and are scaled down when a larger one comes.
+/// A block takes `rows` queries of a head, a warp 16 of them; keys pass by `step` at a time. A row's sums are relative
+/// to the largest score so far, and are scaled down when a larger one comes.
 template <typename T, unsigned D>
 __device__ void attention(
     const T* q, const T* k, const T* v, Seen seen, T* y, float* lse, Sides sides, float scale, float cap) {
@@ -363,7 +368,8 @@ __device__ void attention(
         }
         __syncwarp();
 
-        // of its row's columns a lane takes four, and leaves four to its neighbour
+        // of its row's columns a lane takes four, and leaves four to its neighbour; what either writes here, it writes
+        // after a shuffle that needs all that both have read
         float* const lane_scores = scores + lane_row() * S::SCORES_PITCH + 4 * lane_half();
         if (bend.cap != 0) {
             // few models have a cap: a loop of its own keeps the tangent out of the registers of the others
@@ -430,8 +436,8 @@ __device__ void attention(
     }
 }
 
-/// attention_dots_T(y, g, dots, b, t, h, d): dots[b][h][t] = Σ y·g over d. A warp takes a row of d, then the row as many
-/// warps further as there are.
+/// attention_dots_T(y, g, dots, b, t, h, d): dots[b][h][t] = Σ y·g over d. A warp takes a row of d, then the row as
+/// many warps further as there are.
 template <typename T>
 __device__ void attention_dots(const T* y, const T* g, float* dots, unsigned b, unsigned t, unsigned h, unsigned d) {
     const bool packs = d % PACKED<T> == 0 && aligned(y) && aligned(g);
@@ -592,10 +598,11 @@ __device__ void attention_back_q(
     give(sums, scale, tiles, TILE_PITCH<float>, dq + queries + mine * stride, stride, rows, sides.d);
 }
 
-/// attention_back_kv_T_dD(q, k, v, g, lse, dots, first, end, seen_rows, dk, dv, b, t, s, h, kv, d, scale, cap): dk and dv.
+/// attention_back_kv_T_dD(q, k, v, g, lse, dots, first, end, seen_rows, dk, dv, b, t, s, h, kv, d, scale, cap): dk and
+/// dv.
 ///
-/// A block takes `rows` keys of a head, a warp (for D = 256 two, each with half of the columns) 16 of them; the queries of
-/// all heads that share the keys pass by `step` at a time, so that their sum needs no other place.
+/// A block takes `rows` keys of a head, a warp (for D = 256 two, each with half of the columns) 16 of them; the queries
+/// of all heads that share the keys pass by `step` at a time, so that their sum needs no other place.
 template <typename T, unsigned D>
 __device__ void attention_back_kv(
     const T* q, const T* k, const T* v, const T* g, const float* lse, const float* dots, Seen seen, T* dk, T* dv,
@@ -679,38 +686,56 @@ __device__ void attention_back_kv(
     give(dvs, 1, tiles, TILE_PITCH<float>, dv + to, kv_stride, rows, columns);
 }
 
+// A kernel's threads, and the blocks of it that share a multiprocessor.
+#define LAUNCH(T, D) __launch_bounds__(Shape<T, D>::WARPS * WARP, Shape<T, D>::BLOCKS)
+#define KV_LAUNCH(T, D) __launch_bounds__(Shape<T, D>::WARPS * Shape<T, D>::PARTS * WARP, Shape<T, D>::KV_BLOCKS)
+
 #define DEFINE_WIDTH(NAME, T, D)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(Shape<T, D>::WARPS* WARP, Shape<T, D>::BLOCKS) attention_##NAME##_d##D(                   \
+    extern "C" __global__ void LAUNCH(T, D) attention_##NAME##_d##D(                                                  \
         const T* q, const T* k, const T* v, const unsigned* first, const unsigned* end, unsigned seen_rows, T* y,     \
         float* lse, unsigned b, unsigned t, unsigned s, unsigned h, unsigned kv, unsigned d, float scale,             \
         float cap) {                                                                                                  \
         attention<T, D>(q, k, v, {first, end, seen_rows}, y, lse, {b, t, s, h, kv, d}, scale, cap);                   \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(Shape<T, D>::WARPS* WARP, Shape<T, D>::BLOCKS) attention_back_q_##NAME##_d##D(            \
+    extern "C" __global__ void LAUNCH(T, D) attention_back_q_##NAME##_d##D(                                           \
         const T* q, const T* k, const T* v, const T* g, const float* lse, const float* dots, const unsigned* first,   \
         const unsigned* end, unsigned seen_rows, T* dq, unsigned b, unsigned t, unsigned s, unsigned h, unsigned kv,  \
         unsigned d, float scale, float cap) {                                                                         \
-        attention_back_q<T, D>(                                                                                       \
-            q, k, v, g, lse, dots, {first, end, seen_rows}, dq, {b, t, s, h, kv, d}, scale, cap);                     \
+        const Seen seen = {first, end, seen_rows};                                                                    \
+        attention_back_q<T, D>(q, k, v, g, lse, dots, seen, dq, {b, t, s, h, kv, d}, scale, cap);                     \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(Shape<T, D>::WARPS* Shape<T, D>::PARTS* WARP, Shape<T, D>::KV_BLOCKS)                        \
-        attention_back_kv_##NAME##_d##D(                                                                              \
-            const T* q, const T* k, const T* v, const T* g, const float* lse, const float* dots,                      \
-            const unsigned* first, const unsigned* end, unsigned seen_rows, T* dk, T* dv, unsigned b, unsigned t,     \
-            unsigned s, unsigned h, unsigned kv, unsigned d, float scale, float cap) {                                \
-        attention_back_kv<T, D>(                                                                                      \
-            q, k, v, g, lse, dots, {first, end, seen_rows}, dk, dv, {b, t, s, h, kv, d}, scale, cap);                 \
+    extern "C" __global__ void KV_LAUNCH(T, D) attention_back_kv_##NAME##_d##D(                                       \
+        const T* q, const T* k, const T* v, const T* g, const float* lse, const float* dots, const unsigned* first,   \
+        const unsigned* end, unsigned seen_rows, T* dk, T* dv, unsigned b, unsigned t, unsigned s, unsigned h,        \
+        unsigned kv, unsigned d, float scale, float cap) {                                                            \
+        const Seen seen = {first, end, seen_rows};                                                                    \
+        attention_back_kv<T, D>(q, k, v, g, lse, dots, seen, dk, dv, {b, t, s, h, kv, d}, scale, cap);                \
     }
-#define DEFINE(NAME, T)                                                                                               \
+#define DEFINE_DOTS(NAME, T)                                                                                          \
     extern "C" __global__ void __launch_bounds__(256) attention_dots_##NAME(                                          \
         const T* y, const T* g, float* dots, unsigned b, unsigned t, unsigned h, unsigned d) {                        \
         attention_dots<T>(y, g, dots, b, t, h, d);                                                                    \
-    }                                                                                                                 \
-    DEFINE_WIDTH(NAME, T, 32)                                                                                         \
-    DEFINE_WIDTH(NAME, T, 64)                                                                                         \
-    DEFINE_WIDTH(NAME, T, 96)                                                                                         \
-    DEFINE_WIDTH(NAME, T, 128)                                                                                        \
+    }
+FOR_DTYPES(DEFINE_DOTS)
+#undef DEFINE_DOTS
+
+#ifdef ATTENTION_WIDTH
+// the argument of a macro that pastes it is not replaced itself
+#define DEFINE_ONE(NAME, T, D) DEFINE_WIDTH(NAME, T, D)
+#define DEFINE(NAME, T) DEFINE_ONE(NAME, T, ATTENTION_WIDTH)
+FOR_DTYPES(DEFINE)
+#undef DEFINE
+#undef DEFINE_ONE
+#else
+#define DEFINE(NAME, T)          \
+    DEFINE_WIDTH(NAME, T, 32)    \
+    DEFINE_WIDTH(NAME, T, 64)    \
+    DEFINE_WIDTH(NAME, T, 96)    \
+    DEFINE_WIDTH(NAME, T, 128)   \
     DEFINE_WIDTH(NAME, T, 256)
 FOR_DTYPES(DEFINE)
 #undef DEFINE
+#endif
 #undef DEFINE_WIDTH
+#undef KV_LAUNCH
+#undef LAUNCH

@@ -69,9 +69,9 @@ __device__ void norm_back(const T* x, const T* w, const T* g, T* dx, float* dw, 
     });
 }
 
-/// rms_norm_back_T(x, w, g, dx, partial, rows, n, eps), with x̂ = x / √(mean x² + ε):
-/// dx = (g∘w − x̂ · mean(g∘w∘x̂)) / √(mean x² + ε), and dw = Σ_rows g∘x̂, of which block k writes its own rows' share to
-/// partial (gridDim.x, n); sum_rows adds the shares up. A null `partial` asks for no dw.
+/// rms_norm_back_T(x, w, g, dx, partial, rows, n, eps), with x̂ = x / √(mean x² + ε): dx = (g∘w − x̂ · mean(g∘w∘x̂)) /
+/// √(mean x² + ε), and dw = Σ_rows g∘x̂, of which block k writes its own rows' share to partial (gridDim.x, n);
+/// sum_rows adds the shares up. A null `partial` asks for no dw.
 ///
 /// Block k takes rows k·⌈rows/gridDim.x⌉ and following. Dynamic shared memory: 4·n bytes with a `partial`, else none.
 template <typename T>

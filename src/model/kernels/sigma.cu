@@ -3,10 +3,11 @@
 
 constexpr unsigned THREADS = 128;
 
-/// sigma_products_T(xv, gu, partial, rows, q): with xv = x·vᵀ and gu = g·uᵀ, both (rows, q), ∂L/∂σᵢ = Σ_r xv[r][i]·gu[r][i].
+/// sigma_products_T(xv, gu, partial, rows, q): with xv = x·vᵀ and gu = g·uᵀ, both (rows, q), ∂L/∂σᵢ = Σ_r
+/// xv[r][i]·gu[r][i].
 ///
-/// Block (j, k) takes columns 128·j and following, one a thread, and rows k·⌈rows/gridDim.y⌉ and following; its sums are
-/// partial[k], of partial (gridDim.y, q), which sum_rows adds up. Grid: (⌈q/128⌉, as many as fill the device).
+/// Block (j, k) takes columns 128·j and following, one a thread, and rows k·⌈rows/gridDim.y⌉ and following; its sums
+/// are partial[k], of partial (gridDim.y, q), which sum_rows adds up. Grid: (⌈q/128⌉, as many as fill the device).
 template <typename T>
 __device__ void sigma_products(const T* xv, const T* gu, float* partial, unsigned rows, unsigned q) {
     const unsigned column = blockIdx.x * THREADS + threadIdx.x;
