@@ -195,7 +195,12 @@ fn ten_steps(source: &Source, dtype: DType) -> (Vec<f64>, BTreeMap<String, Vec<f
     let config = source.config().expect("a config");
     let decoder = Decoder::load(&config, source, trained, &Device::Cpu, dtype).expect("loads");
     let mut run = Run::new(&decoder, &Options::default());
-    for (step, batch) in golden["batches"].as_array().expect("batches").iter().enumerate() {
+    for (step, batch) in golden["batches"]
+        .as_array()
+        .expect("batches")
+        .iter()
+        .enumerate()
+    {
         let windows = batch.as_array().expect("windows").iter();
         let windows: Vec<Vec<u32>> = windows
             .map(|w| numbers(w).iter().map(|&x| x as u32).collect())
@@ -209,7 +214,10 @@ fn ten_steps(source: &Source, dtype: DType) -> (Vec<f64>, BTreeMap<String, Vec<f
         let values = variable.to_vec1::<f32>().expect("values");
         (module.into(), values.into_iter().map(f64::from).collect())
     });
-    (run.losses.iter().map(|&x| x.into()).collect(), moved.collect())
+    (
+        run.losses.iter().map(|&x| x.into()).collect(),
+        moved.collect(),
+    )
 }
 
 #[test]
@@ -239,11 +247,15 @@ fn steps_in_bf16_stray_no_further_than_those_of_pytorch() {
     let (mut ours, mut wanted, mut all) = (0.0, 0.0, 0.0);
     for (module, exact) in exact["delta_after"].as_object().expect("modules") {
         let exact = numbers(exact);
-        let square = |a: &[f64]| -> f64 { a.iter().zip(&exact).map(|(a, b)| (a - b).powi(2)).sum() };
+        let square =
+            |a: &[f64]| -> f64 { a.iter().zip(&exact).map(|(a, b)| (a - b).powi(2)).sum() };
         ours += square(&moved[module]);
         wanted += square(&numbers(&theirs["delta_after"][module]));
         all += exact.iter().map(|x| x * x).sum::<f64>();
     }
     let (ours, wanted) = ((ours / all).sqrt(), (wanted / all).sqrt());
-    assert!(ours < 1.5 * wanted, "Δσ {ours:.1e} off, PyTorch {wanted:.1e}");
+    assert!(
+        ours < 1.5 * wanted,
+        "Δσ {ours:.1e} off, PyTorch {wanted:.1e}"
+    );
 }

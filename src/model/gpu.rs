@@ -171,7 +171,11 @@ pub fn rms_norm_gradient(
     run(
         "norm",
         &format!("rms_norm_back_{kind}"),
-        Geometry::blocks(blocks, 1),
+        Geometry {
+            // its own sum of dw
+            shared_bytes: if wants_weight { 4 * n } else { 0 },
+            ..Geometry::blocks(blocks, 1)
+        },
         &[
             Arg::Tensor(x),
             Arg::Tensor(w),
@@ -199,11 +203,10 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, back: bool) -> Result<Opti
     let half = cos.dim(D::Minus1)?;
     let rows = cos.elem_count() / half;
     let y = room(x.shape(), x.dtype(), x)?;
-    let count = x.elem_count().div_ceil(BLOCK);
     run(
         "rope",
         &format!("rotate_{kind}"),
-        Geometry::blocks(count.min(MOST_BLOCKS), 1),
+        Geometry::blocks((b * t).min(MOST_BLOCKS), 1),
         &[
             Arg::Tensor(x),
             Arg::Tensor(cos),
@@ -296,7 +299,10 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Option<f64>> {
     run(
         "loss",
         "cross_entropy",
-        Geometry::blocks(rows, 1),
+        Geometry {
+            block: 512,
+            ..Geometry::blocks(rows, 1)
+        },
         &[
             Arg::Tensor(logits),
             Arg::Tensor(targets),
@@ -315,12 +321,16 @@ pub fn sum_of_products(a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
         return Ok(None);
     };
     let (rows, q) = a.dims2()?;
+    const COLUMNS: usize = 128;
     let blocks = rows.min(BLOCKS);
     let partial = room((blocks, q), DType::F32, a)?;
     run(
         "sigma",
         &format!("sigma_products_{kind}"),
-        Geometry::blocks(q.div_ceil(BLOCK), blocks),
+        Geometry {
+            block: COLUMNS,
+            ..Geometry::blocks(q.div_ceil(COLUMNS), blocks)
+        },
         &[
             Arg::Tensor(a),
             Arg::Tensor(b),
@@ -472,9 +482,9 @@ impl<'a> Attention<'a> {
         run(&self.module(), &name, geometry, &args)
     }
 
-    /// Each dtype and width has its own: a driver need not compile them all.
+    /// Each width has its own: a driver need not compile them all.
     fn module(&self) -> String {
-        format!("attention_{}_{}", self.kind, self.tiles.width)
+        format!("attention_{}", self.tiles.width)
     }
 
     /// y (b, t, h, d), and the logarithm of each query's sum, (b, h, t) in f32, for the gradients.

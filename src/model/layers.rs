@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::ops::{capped, layer_norm, rms_norm, rows};
+use super::ops::{capped, layer_norm, rms_norm, rows, wide};
 use super::product::{self, Thin, like, outer, times};
 use super::vjp::attach;
 use super::{fused, gpu};
@@ -153,7 +153,9 @@ impl Update {
                 let (xv, gu) = (through(x, v)?, through(g, u)?);
                 let sum = match gpu::sum_of_products(&rows(&xv)?, &rows(&gu)?)? {
                     Some(sum) => sum,
-                    None => rows(&(&xv * &gu)?)?.to_dtype(delta.dtype())?.sum(0)?,
+                    None => rows(&(wide(&xv)? * wide(&gu)?)?)?
+                        .to_dtype(delta.dtype())?
+                        .sum(0)?,
                 };
                 let gradient = match scale {
                     Some(scale) => (sum * scale)?,
@@ -329,10 +331,6 @@ impl Norm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if self.offset != 0.0 {
             // a small distance from one would be lost in 16 bits
-            let wide = |t: &Tensor| match t.dtype() {
-                DType::F16 | DType::BF16 => t.to_dtype(DType::F32),
-                _ => Ok(t.clone()),
-            };
             let weight = (wide(&self.weight)? + self.offset)?;
             return rms_norm(&wide(x)?, &weight, self.eps)?.to_dtype(x.dtype());
         }

@@ -1,6 +1,6 @@
 //! The differentiable operations of a decoder block, each with its gradient written beside it.
 
-use candle_core::{D, Result, Tensor, bail};
+use candle_core::{D, DType, Result, Tensor, bail};
 use candle_nn::ops::softmax_last_dim;
 
 use super::attention;
@@ -26,6 +26,14 @@ pub fn with_last(x: &Tensor, last: usize) -> Vec<usize> {
     shape
 }
 
+/// What is computed where there is no kernel: 16 bits are widened, and the result is rounded once, as kernels do it.
+pub fn wide(x: &Tensor) -> Result<Tensor> {
+    match x.dtype() {
+        DType::F16 | DType::BF16 => x.to_dtype(DType::F32),
+        _ => Ok(x.clone()),
+    }
+}
+
 /// Rows of an embedding `(vocabulary, n)` for `ids (count,)` → (count, n).
 pub fn embed(embedding: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let rows = embedding.detach().index_select(ids, 0)?;
@@ -49,25 +57,28 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let wants_weight = w.track_op();
     attach(&[x, w], y, move |g| {
         let g = &g.contiguous()?;
-        if let Some((dx, dw)) = fused::rms_norm_gradient(&xd, &wd, g, eps)? {
-            return Ok(vec![Some(dx), wants_weight.then_some(dw)]);
-        }
         if let Some((dx, dw)) = gpu::rms_norm_gradient(&xd, &wd, g, eps, wants_weight)? {
             return Ok(vec![Some(dx), dw]);
+        }
+        let dtype = xd.dtype();
+        let (xd, wd, g) = (wide(&xd)?, wide(&wd)?, wide(g)?);
+        if let Some((dx, dw)) = fused::rms_norm_gradient(&xd, &wd, &g, eps)? {
+            let dw = wants_weight.then(|| dw.to_dtype(dtype)).transpose()?;
+            return Ok(vec![Some(dx.to_dtype(dtype)?), dw]);
         }
         let n = xd.dim(D::Minus1)? as f64;
         let mean_square = (xd.sqr()?.sum_keepdim(D::Minus1)? / n)?;
         let inverse = (mean_square + eps)?.sqrt()?.recip()?;
         let normed = xd.broadcast_mul(&inverse)?;
         let dw = if wants_weight {
-            Some(rows(&(g * &normed)?)?.sum(0)?)
+            Some(rows(&(&g * &normed)?)?.sum(0)?.to_dtype(dtype)?)
         } else {
             None
         };
         let gw = g.broadcast_mul(&wd)?;
         let along = ((&gw * &normed)?.sum_keepdim(D::Minus1)? / n)?;
         let dx = (gw - normed.broadcast_mul(&along)?)?.broadcast_mul(&inverse)?;
-        Ok(vec![Some(dx), dw])
+        Ok(vec![Some(dx.to_dtype(dtype)?), dw])
     })
 }
 
@@ -79,12 +90,14 @@ pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor
     let y = candle_nn::ops::layer_norm(&xd, &wd, &b.detach(), eps as f32)?;
     let wants_weight = w.track_op();
     attach(&[x, w], y, move |g| {
+        let dtype = xd.dtype();
+        let (xd, wd, g) = (wide(&xd)?, wide(&wd)?, wide(g)?);
         let centred = xd.broadcast_sub(&xd.mean_keepdim(D::Minus1)?)?;
         let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
         let inverse = (variance + eps)?.sqrt()?.recip()?;
         let normed = centred.broadcast_mul(&inverse)?;
         let dw = if wants_weight {
-            Some(rows(&(g * &normed)?)?.sum(0)?)
+            Some(rows(&(&g * &normed)?)?.sum(0)?.to_dtype(dtype)?)
         } else {
             None
         };
@@ -92,7 +105,7 @@ pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor
         let along = (&gw * &normed)?.mean_keepdim(D::Minus1)?;
         let dx = gw.broadcast_sub(&gw.mean_keepdim(D::Minus1)?)?;
         let dx = (dx - normed.broadcast_mul(&along)?)?.broadcast_mul(&inverse)?;
-        Ok(vec![Some(dx), dw])
+        Ok(vec![Some(dx.to_dtype(dtype)?), dw])
     })
 }
 
@@ -108,34 +121,42 @@ pub fn rotate(x: &Tensor, angles: &Angles) -> Result<Tensor> {
 /// activation(gate) ∘ up (Shazeer 2020).
 pub fn gated(gate: &Tensor, up: &Tensor, activation: &Activation) -> Result<Tensor> {
     let (a, b, activation) = (gate.detach(), up.detach(), activation.clone());
-    let y = if let Some(y) = fused::gated(&a, &b, &activation)? {
-        y
-    } else if let Some(y) = gpu::gated(&a, &b, &activation)? {
-        y
-    } else {
-        (value_and_slope(&a, &activation)?.0 * &b)?
+    let dtype = a.dtype();
+    let y = match gpu::gated(&a, &b, &activation)? {
+        Some(y) => y,
+        None => {
+            let (a, b) = (wide(&a)?, wide(&b)?);
+            let y = match fused::gated(&a, &b, &activation)? {
+                Some(y) => y,
+                None => (value_and_slope(&a, &activation)?.0 * &b)?,
+            };
+            y.to_dtype(dtype)?
+        }
     };
     attach(&[gate, up], y, move |g| {
         let g = &g.contiguous()?;
-        if let Some((da, db)) = fused::gated_gradient(&a, &b, g, &activation)? {
-            return Ok(vec![Some(da), Some(db)]);
-        }
         if let Some((da, db)) = gpu::gated_gradient(&a, &b, g, &activation)? {
             return Ok(vec![Some(da), Some(db)]);
         }
-        let (value, slope) = value_and_slope(&a, &activation)?;
-        let db = (g * value)?;
-        let da = ((g * &b)? * slope)?;
-        Ok(vec![Some(da), Some(db)])
+        let (a, b, g) = (wide(&a)?, wide(&b)?, wide(g)?);
+        let (da, db) = match fused::gated_gradient(&a, &b, &g, &activation)? {
+            Some(gradients) => gradients,
+            None => {
+                let (value, slope) = value_and_slope(&a, &activation)?;
+                (((&g * &b)? * slope)?, (&g * value)?)
+            }
+        };
+        Ok(vec![Some(da.to_dtype(dtype)?), Some(db.to_dtype(dtype)?)])
     })
 }
 
 /// The activation alone, of an MLP without a gate.
 pub fn activated(x: &Tensor, activation: &Activation) -> Result<Tensor> {
-    let (xd, activation) = (x.detach(), activation.clone());
-    let y = value_and_slope(&xd, &activation)?.0;
-    attach(&[x], y, move |g| {
-        Ok(vec![Some((g * value_and_slope(&xd, &activation)?.1)?)])
+    let (xd, activation, dtype) = (x.detach(), activation.clone(), x.dtype());
+    let (y, _) = value_and_slope(&wide(&xd)?, &activation)?;
+    attach(&[x], y.to_dtype(dtype)?, move |g| {
+        let (_, slope) = value_and_slope(&wide(&xd)?, &activation)?;
+        Ok(vec![Some((wide(g)? * slope)?.to_dtype(dtype)?)])
     })
 }
 
@@ -203,30 +224,35 @@ pub fn attention(
         k.detach().contiguous()?,
         v.detach().contiguous()?,
     );
-    let sight = sight.clone();
+    let (sight, dtype) = (sight.clone(), q.dtype());
     // of a GPU, what the gradients go on from
     let mut kept = None;
-    let y = if let Some(y) = attention::forward(&qd, &kd, &vd, &sight, scores)? {
-        y
-    } else if let Some(kernels) = gpu::Attention::of(&qd, &kd, &vd, &sight, scores)? {
+    let y = if let Some(kernels) = gpu::Attention::of(&qd, &kd, &vd, &sight, scores)? {
         let (y, lse) = kernels.forward()?;
         kept = Some(lse);
         y
     } else {
-        Composed::of(&qd, &kd, &sight, scores)?.times(&vd)?
+        let (q, k, v) = (wide(&qd)?, wide(&kd)?, wide(&vd)?);
+        let y = match attention::forward(&q, &k, &v, &sight, scores)? {
+            Some(y) => y,
+            None => Composed::of(&q, &k, &sight, scores)?.times(&v)?,
+        };
+        y.to_dtype(dtype)?
     };
     attach_reading(&[q, k, v], y, move |y, g| {
         let g = g.contiguous()?;
-        let gradients = if let Some(lse) = &kept {
+        if let Some(lse) = &kept {
             let kernels = gpu::Attention::of(&qd, &kd, &vd, &sight, scores)?;
             let kernels = kernels.expect("invariant: kernels gave y");
-            kernels.gradients(y, lse, &g)?
-        } else if let Some(found) = attention::gradients(&qd, &kd, &vd, &sight, scores, &g)? {
-            found
-        } else {
-            Composed::of(&qd, &kd, &sight, scores)?.gradients(&qd, &kd, &vd, &g)?
+            return Ok(kernels.gradients(y, lse, &g)?.map(Some).into());
+        }
+        let (q, k, v, g) = (wide(&qd)?, wide(&kd)?, wide(&vd)?, wide(&g)?);
+        let gradients = match attention::gradients(&q, &k, &v, &sight, scores, &g)? {
+            Some(gradients) => gradients,
+            None => Composed::of(&q, &k, &sight, scores)?.gradients(&q, &k, &v, &g)?,
         };
-        Ok(gradients.map(Some).into())
+        let rounded = gradients.iter().map(|x| x.to_dtype(dtype).map(Some));
+        rounded.collect()
     })
 }
 
@@ -306,7 +332,7 @@ fn grouped(x: &Tensor, kv: usize) -> Result<Tensor> {
 pub(super) mod tests {
     use super::super::segments::{Segment, Segments};
     use super::*;
-    use candle_core::{DType, Device, Var};
+    use candle_core::{Device, Var};
 
     /// Random projection of the output against central differences, in f64 where the op allows it.
     pub fn assert_gradient(

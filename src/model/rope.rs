@@ -3,7 +3,7 @@
 use candle_core::{D, Device, Result, Tensor};
 
 use super::config::{Rope, Scaling};
-use super::gpu;
+use super::{gpu, ops};
 
 /// cos and sin of each token's position: (t, dim/2) where all rows of a batch share them, else (b, t, dim/2). f32
 #[derive(Debug, Clone)]
@@ -145,20 +145,21 @@ impl Angles {
         if let Some(y) = gpu::rotate(&x.contiguous()?, &self.cos, &self.sin, back)? {
             return Ok(y);
         }
-        let d = x.dim(D::Minus1)?;
-        let dtype = x.dtype();
+        let (d, dtype) = (x.dim(D::Minus1)?, x.dtype());
+        let x = &ops::wide(x)?;
         let sin = if back {
             self.sin.neg()?
         } else {
             self.sin.clone()
         };
-        let (cos, sin) = (self.cos.to_dtype(dtype)?, sin.to_dtype(dtype)?);
+        let (cos, sin) = (self.cos.to_dtype(x.dtype())?, sin.to_dtype(x.dtype())?);
         if self.dim == d {
-            return candle_nn::rotary_emb::rope_thd(&x.contiguous()?, &cos, &sin);
+            let turned = candle_nn::rotary_emb::rope_thd(&x.contiguous()?, &cos, &sin)?;
+            return turned.to_dtype(dtype);
         }
         let turning = x.narrow(D::Minus1, 0, self.dim)?.contiguous()?;
         let still = x.narrow(D::Minus1, self.dim, d - self.dim)?.contiguous()?;
         let turned = candle_nn::rotary_emb::rope_thd(&turning, &cos, &sin)?;
-        Tensor::cat(&[turned, still], D::Minus1)
+        Tensor::cat(&[turned, still], D::Minus1)?.to_dtype(dtype)
     }
 }

@@ -56,7 +56,9 @@ impl Shapes {
         }
         write_model(&config, Dtype::BF16, false, dir)?;
         for file in ["tokenizer.json", "tokenizer_config.json"] {
-            let from = Path::new(env!("CARGO_MANIFEST_DIR")).join(TOKENIZER).join(file);
+            let from = Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join(TOKENIZER)
+                .join(file);
             if from.exists() {
                 std::fs::copy(from, dir.join(file))?;
             }

@@ -19,12 +19,7 @@ mod cuda {
 
     const FOLDER: &str = "src/model/kernels";
 
-    /// Of attention, one module for each dtype and width: the driver compiles what is used, and no more.
-    const DTYPES: [(&str, &str); 3] = [
-        ("f32", "float"),
-        ("f16", "__half"),
-        ("bf16", "__nv_bfloat16"),
-    ];
+    /// Of attention, one module for each width: the driver compiles what is used, and little more.
     const WIDTHS: [u32; 5] = [32, 64, 96, 128, 256];
 
     pub fn compile() {
@@ -33,20 +28,9 @@ mod cuda {
             ["gated", "loss", "norm", "rope", "sigma"]
                 .map(|name| (name.to_string(), name, Vec::new()))
                 .into();
-        for (name, dtype) in DTYPES {
-            for width in WIDTHS {
-                let only = [
-                    ("NAME", name),
-                    ("TYPE", dtype),
-                    ("WIDTH", &width.to_string()),
-                ];
-                let defines = only.map(|(what, value)| format!("-DONLY_{what}={value}"));
-                modules.push((
-                    format!("attention_{name}_{width}"),
-                    "attention",
-                    defines.into(),
-                ));
-            }
+        for width in WIDTHS {
+            let define = format!("-DATTENTION_WIDTH={width}");
+            modules.push((format!("attention_{width}"), "attention", vec![define]));
         }
         let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo says where to write"));
         let mut arms = String::new();
