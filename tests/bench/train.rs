@@ -21,6 +21,7 @@ mod synthetic;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::str::FromStr;
 use std::sync::Mutex;
 use std::time::Instant;
 
@@ -67,8 +68,8 @@ struct Args {
     #[arg(long, value_name = "N", requires = "shapes")]
     layers: Option<usize>,
     /// cpu, in f32, or cuda:N, in bf16
-    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
-    device: Option<usize>,
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: Place,
     #[arg(long, value_name = "F", default_value_t = 0.1)]
     rank_fraction: f64,
     /// Windows per step
@@ -116,11 +117,12 @@ fn main() -> ExitCode {
 impl Args {
     fn device_name(&self) -> String {
         self.device
+            .gpu
             .map_or("cpu".into(), |number| format!("cuda:{number}"))
     }
 
     fn open(&self) -> Result<Device> {
-        Ok(match self.device {
+        Ok(match self.device.gpu {
             None => Device::Cpu,
             Some(number) => svdhub::model::gpu::open(number)?,
         })
@@ -188,12 +190,20 @@ const PEERS: [Peer; 4] = [
     },
 ];
 
-/// `cpu` is none.
-fn device(text: &str) -> std::result::Result<Option<usize>, String> {
-    match (text, text.strip_prefix("cuda:").map(str::parse)) {
-        ("cpu", _) => Ok(None),
-        (_, Some(Ok(number))) => Ok(Some(number)),
-        _ => Err("expected cpu or cuda:N".into()),
+/// Where all sides compute.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    gpu: Option<usize>,
+}
+
+impl FromStr for Place {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match (text, text.strip_prefix("cuda:").map(str::parse)) {
+            ("cpu", _) => Ok(Self { gpu: None }),
+            (_, Some(Ok(number))) => Ok(Self { gpu: Some(number) }),
+            _ => Err("expected cpu or cuda:N".into()),
+        }
     }
 }
 
@@ -235,7 +245,7 @@ fn run(args: &Args) -> Result<bool> {
         args.batch,
         args.length,
         args.rank_fraction,
-        match args.device {
+        match args.device.gpu {
             None => format!("f32 · {threads} threads"),
             Some(number) => format!("bf16 · {}", gpu::name(number)?),
         },
@@ -272,7 +282,7 @@ fn run(args: &Args) -> Result<bool> {
     for round in 1..=args.rounds {
         for ((name, command), rounds) in commands.iter_mut().zip(&mut measured) {
             eprintln!("round {round} of {}: {name}", args.rounds);
-            let measured = match args.device {
+            let measured = match args.device.gpu {
                 None => output_and_peak(command),
                 Some(number) => gpu::output_and_peak(command, number),
             };
@@ -396,7 +406,7 @@ fn floor(args: &Args, model: &Path) -> Result<f64> {
     let config = ModelConfig::read(model)?;
     let tokens = args.batch * args.length;
     let device = args.open()?;
-    let dtype = match args.device {
+    let dtype = match args.device.gpu {
         None => DType::F32,
         Some(_) => DType::BF16,
     };
@@ -490,7 +500,7 @@ fn table(sides: &[Side], floor: f64) -> String {
 fn missed(args: &Args, sides: &[Side]) -> Vec<String> {
     let mut missed = Vec::new();
     for peer in &PEERS {
-        let wanted = match args.device {
+        let wanted = match args.device.gpu {
             None => peer.on_cpu,
             Some(_) => peer.on_gpu,
         };
