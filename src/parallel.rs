@@ -1,14 +1,95 @@
 //! Processes that train one model together: each takes its share of every step, and what they find is added up.
 //!
-//! The bytes are moved by an engine that is there already: MPI, as `mpirun` or `srun` starts it.
+//! The bytes are moved by an engine that is there already: MPI, or between GPUs NCCL.
 
+mod meeting;
 mod mpi;
+#[cfg(feature = "cuda")]
+mod nccl;
 
 use std::fmt::Debug;
+use std::sync::Arc;
+
+use candle_core::Device;
 
 use crate::error::{Error, Result};
 
+pub use meeting::Meeting;
 pub use mpi::{Flavour, Mpi};
+
+/// Who started these processes, and how they find each other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Started {
+    /// mpirun or srun, so many of them.
+    ByMpi { flavour: Flavour, size: usize },
+    /// torchrun, or whoever sets the variables that it does.
+    ByTorchrun(Meeting),
+}
+
+/// Joins the processes that were started with this one, each of which computes on its `device`.
+///
+/// # Errors
+/// An engine that is not there, or that joins others than were started.
+pub fn join(started: &Started, device: &Device) -> Result<Arc<dyn Group>> {
+    match started {
+        Started::ByMpi { flavour, size } => {
+            let mpi = Mpi::join(*flavour)?;
+            if mpi.size() != *size {
+                let joined = mpi.size();
+                return Err(refuse(format!(
+                    "{size} were started, and MPI joins {joined} of them"
+                )));
+            }
+            if device.is_cpu() {
+                return Ok(Arc::new(mpi));
+            }
+            on_gpus(device, mpi.rank(), mpi.size(), &|bytes| {
+                // as numbers that nobody calculates with
+                let words = bytes.chunks_exact(4);
+                let mut words: Vec<f32> = words
+                    .map(|word| f32::from_le_bytes(word.try_into().expect("four bytes")))
+                    .collect();
+                mpi.spread(&mut words)?;
+                for (bytes, word) in bytes.chunks_exact_mut(4).zip(words) {
+                    bytes.copy_from_slice(&word.to_le_bytes());
+                }
+                Ok(())
+            })
+        }
+        Started::ByTorchrun(_) if device.is_cpu() => Err(refuse(
+            "on CPUs they find each other through MPI, and torchrun starts none",
+        )),
+        Started::ByTorchrun(meeting) => on_gpus(device, meeting.rank, meeting.size, &|bytes| {
+            meeting.share(bytes)
+        }),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn on_gpus(
+    device: &Device,
+    rank: usize,
+    size: usize,
+    meet: &dyn Fn(&mut [u8]) -> Result<()>,
+) -> Result<Arc<dyn Group>> {
+    Ok(Arc::new(nccl::Nccl::join(device, rank, size, meet)?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_gpus(
+    _: &Device,
+    _: usize,
+    _: usize,
+    _: &dyn Fn(&mut [u8]) -> Result<()>,
+) -> Result<Arc<dyn Group>> {
+    Err(refuse("this build has no CUDA support"))
+}
+
+fn refuse(reason: impl Into<String>) -> Error {
+    Error::Parallel {
+        reason: reason.into(),
+    }
+}
 
 /// The processes that belong together. All of them make the same calls in the same order.
 pub trait Group: Debug + Send + Sync {

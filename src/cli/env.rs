@@ -1,10 +1,11 @@
 //! The environment, read in one place: the variables mean what they mean to Python's huggingface_hub.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use svdhub::hub::{HubOptions, Identity, Login, Token};
-use svdhub::parallel::Flavour;
+use svdhub::parallel::{Flavour, Meeting, Started};
 use svdhub::{Error, Result};
 
 const PUBLIC_HUB: &str = "https://huggingface.co";
@@ -19,17 +20,40 @@ pub fn let_waiting_threads_sleep() {
     }
 }
 
-/// How many processes mpirun or srun started with this one, and by which MPI, if it was they who did.
-pub fn processes_started() -> Option<(usize, Flavour)> {
-    let told = |name| std::env::var(name).ok()?.parse().ok();
+fn told<T: FromStr>(name: &str) -> Option<T> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// How processes that were started with this one find each other, if there are any.
+pub fn started() -> Option<Started> {
+    let by_mpi = |flavour, size| Started::ByMpi { flavour, size };
     // mpirun of Open MPI; mpirun of MPICH and Intel MPI, and srun --mpi=pmi2; srun --mpi=pmix beside its own count
-    let open_mpi = told("OMPI_COMM_WORLD_SIZE").map(|size| (size, Flavour::OpenMpi));
-    let mpich = || Some((told("PMI_SIZE")?, Flavour::Mpich));
-    let pmix = || {
-        std::env::var_os("PMIX_RANK")?;
-        Some((told("SLURM_STEP_NUM_TASKS")?, Flavour::OpenMpi))
-    };
-    open_mpi.or_else(mpich).or_else(pmix)
+    if let Some(size) = told("OMPI_COMM_WORLD_SIZE") {
+        return Some(by_mpi(Flavour::OpenMpi, size));
+    }
+    if let Some(size) = told("PMI_SIZE") {
+        return Some(by_mpi(Flavour::Mpich, size));
+    }
+    if std::env::var_os("PMIX_RANK").is_some() {
+        return Some(by_mpi(Flavour::OpenMpi, told("SLURM_STEP_NUM_TASKS")?));
+    }
+    Some(Started::ByTorchrun(Meeting {
+        rank: told("RANK")?,
+        size: told("WORLD_SIZE")?,
+        host: told("MASTER_ADDR")?,
+        port: told("MASTER_PORT")?,
+    }))
+}
+
+/// Which of its machine's processes this one is, from 0.
+pub fn place_on_this_machine() -> usize {
+    let names = [
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "MPI_LOCALRANKID",
+        "LOCAL_RANK",
+        "SLURM_LOCALID",
+    ];
+    names.iter().find_map(|name| told(name)).unwrap_or(0)
 }
 
 /// The variables that are set to something.

@@ -15,7 +15,7 @@ use svdhub::format::{ArtifactLayout, Origin, Pin};
 use svdhub::hub::{Hub, ModelRef, Snapshot};
 use svdhub::kind::Kind;
 use svdhub::model::gpu;
-use svdhub::parallel::{Alone, Group, Mpi};
+use svdhub::parallel::{self, Alone, Group};
 use svdhub::source::Source;
 use svdhub::weights::Layout;
 use svdhub::workspace::refuse_unfinished;
@@ -338,37 +338,40 @@ impl std::str::FromStr for DeviceChoice {
 impl Session {
     /// The device to compute on; `auto` takes a GPU where there is one and says so where there is none.
     pub fn device(&self, choice: DeviceChoice) -> Result<Device> {
+        self.device_of(choice, 0)
+    }
+
+    /// The same of one of several processes on this machine, which `auto` gives a GPU each.
+    fn device_of(&self, choice: DeviceChoice, process: usize) -> Result<Device> {
         match choice {
             DeviceChoice::Cpu => Ok(Device::Cpu),
             DeviceChoice::Cuda(n) => gpu::open(n),
             DeviceChoice::Auto if !candle_core::utils::cuda_is_available() => Ok(Device::Cpu),
-            DeviceChoice::Auto => gpu::open(0).or_else(|error| {
+            DeviceChoice::Auto => gpu::open(process).or_else(|error| {
                 self.observer()
                     .warn(format!("{error}; computing on the CPU"));
                 Ok(Device::Cpu)
             }),
         }
     }
-}
 
-impl Session {
-    /// The processes that work on this together: those that were started with this one, or it alone.
-    pub fn group(&self, parallel: bool) -> Result<Arc<dyn Group>> {
+    /// Where this process computes, and the processes that were started with it to work together, if that is what they do.
+    pub fn device_and_group(
+        &self,
+        choice: DeviceChoice,
+        parallel: bool,
+    ) -> Result<(Device, Arc<dyn Group>)> {
         if !parallel {
-            return Ok(Arc::new(Alone));
+            return Ok((self.device(choice)?, Arc::new(Alone)));
         }
-        let refuse = |reason: String| Err(Error::Parallel { reason });
-        let Some((started, flavour)) = env::processes_started() else {
-            return refuse("neither mpirun nor srun has started this one".into());
+        let Some(started) = env::started() else {
+            return Err(Error::Parallel {
+                reason: "neither mpirun nor srun has started this one".into(),
+            });
         };
-        let group = Mpi::join(flavour)?;
-        if group.size() != started {
-            return refuse(format!(
-                "{started} were started, and MPI joins {} of them",
-                group.size()
-            ));
-        }
-        Ok(Arc::new(group))
+        let device = self.device_of(choice, env::place_on_this_machine())?;
+        let group = parallel::join(&started, &device)?;
+        Ok((device, group))
     }
 }
 

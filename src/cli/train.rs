@@ -73,7 +73,8 @@ pub struct Command {
     /// auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
-    /// Share each step's windows among the processes that mpirun or srun started; all gradients are added up
+    /// Share each step's windows among the processes that mpirun, srun or torchrun started, on CPUs over MPI, on GPUs, one for
+    /// each, over NCCL; all gradients are added up
     #[arg(long)]
     parallel: bool,
     /// The base model of a sidecar, if it is not where the sidecar says
@@ -175,7 +176,7 @@ pub fn length(text: &str) -> Result<usize> {
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
         keep_freed_memory();
-        let group = session.group(self.parallel)?;
+        let (device, group) = session.device_and_group(self.device, self.parallel)?;
         let (source, pin) = session.source_and_origin(&self.model, &[], self.base.as_ref())?;
         let method = self.method.method(self.seed);
         let duration = match (self.steps, self.epochs) {
@@ -196,7 +197,7 @@ impl Command {
             seed: self.seed,
             recompute: self.recompute,
             resume: self.resume,
-            device: session.device(self.device)?,
+            device,
             group: group.clone(),
             ..Options::default()
         };

@@ -13,6 +13,8 @@ use super::segments::Sight;
 #[cfg_attr(feature = "cuda", path = "gpu/launch.rs")]
 mod launch;
 
+#[cfg(feature = "cuda")]
+pub use launch::find_library;
 use launch::launch;
 pub use launch::open;
 pub(super) use launch::steal;

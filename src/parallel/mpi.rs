@@ -4,8 +4,8 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::transmute;
 use std::ptr::null_mut;
 
-use super::Group;
-use crate::error::{Error, Result};
+use super::{Group, refuse};
+use crate::error::Result;
 
 /// The processes that `mpirun` or `srun` started.
 #[derive(Debug)]
@@ -72,12 +72,6 @@ impl Flavour {
             Self::OpenMpi => [open_mpi, c"libmpi.so.12", c"libmpich.so.12", c"libmpi.so"],
             Self::Mpich => [c"libmpich.so.12", c"libmpi.so.12", open_mpi, c"libmpi.so"],
         }
-    }
-}
-
-fn refuse(reason: impl Into<String>) -> Error {
-    Error::Parallel {
-        reason: reason.into(),
     }
 }
 

@@ -179,8 +179,18 @@ fn a_process_that_nobody_started_with_others_says_so() {
     let out = world.path("out");
     let arguments = [&train(&split, &out, "2")[..], &["--parallel".into()]].concat();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let run = world.command(&arguments).env("WORLD_SIZE", "2").output();
     let words = ["neither mpirun nor srun has started", "mpirun -n N"];
-    Run::of(run.expect("runs")).refuses(&words);
+    world.run(&arguments).refuses(&words);
+    // what torchrun tells its processes
+    let mut command = world.command(&arguments);
+    command.args(["--device", "cpu"]);
+    let told = [
+        ("RANK", "1"),
+        ("WORLD_SIZE", "2"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "1"),
+    ];
+    let run = Run::of(command.envs(told).output().expect("runs"));
+    run.refuses(&["on CPUs they find each other through MPI", "mpirun -n N"]);
     assert!(!out.exists());
 }

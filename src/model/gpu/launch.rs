@@ -24,6 +24,17 @@ const LIBRARIES: [(&str, &str); 4] = [
     ("libcurand.so.10", "the libraries of CUDA 13"),
 ];
 
+/// Opens a library that is called later, or says that it is missing.
+pub fn find_library(library: &str) -> std::result::Result<(), String> {
+    let name = CString::new(library).expect("a name without a NUL");
+    // SAFETY: a library that stays open, as those of CUDA do anyway.
+    let opened = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    match opened.is_null() {
+        true => Err(format!("{library} is missing")),
+        false => Ok(()),
+    }
+}
+
 /// Opens a GPU.
 ///
 /// # Errors
@@ -34,13 +45,8 @@ pub fn open(number: usize) -> Result<Device> {
         reason,
     };
     for (library, origin) in LIBRARIES {
-        let name = CString::new(library).expect("a name without a NUL");
-        // SAFETY: a library that stays open, as those of CUDA do anyway.
-        if unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) }.is_null() {
-            return Err(refuse(format!(
-                "{library} is missing: it comes with {origin}"
-            )));
-        }
+        find_library(library)
+            .map_err(|missing| refuse(format!("{missing}: it comes with {origin}")))?;
     }
     Device::new_cuda(number).map_err(|error| refuse(error.to_string()))
 }
