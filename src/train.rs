@@ -456,10 +456,7 @@ impl<'a> Run<'a> {
             decoder,
             method: options.method,
             recompute: options.recompute,
-            optimizer: AdamW {
-                weight_decay: options.weight_decay,
-                ..AdamW::default()
-            },
+            optimizer: AdamW::new(options.weight_decay),
             losses: Vec::new(),
             group: options.group.clone(),
         }
@@ -539,32 +536,31 @@ impl<'a> Run<'a> {
                     None => Tensor::zeros(variable.elem_count(), DType::F32, variable.device()),
                 });
             let gradients = gradients.collect::<candle_core::Result<Vec<_>>>()?;
-            let mut gradient = Tensor::cat(&gradients, 0)?.to_vec1::<f32>()?;
+            let mut there = Tensor::cat(&gradients, 0)?;
             drop(gradients);
-            group.sum(&mut gradient)?;
+            let mut gradient = there.to_vec1::<f32>()?;
             if group.size() > 1 {
+                group.sum(&mut gradient)?;
                 gradient.iter_mut().for_each(|g| *g /= all);
+                there = Tensor::new(gradient.as_slice(), there.device())?;
             }
             let mut left = &gradient[..];
-            for (name, variable) in bundle {
+            for (name, variable) in &bundle {
                 let (gradient, rest) = left.split_at(variable.elem_count());
                 left = rest;
                 if let Some(&value) = gradient.iter().find(|g| !g.is_finite()) {
                     return Err(Error::BrokenGradient {
-                        tensor: name.into(),
+                        tensor: (*name).into(),
                         step,
                         value,
                     });
                 }
                 let still = step == 1 && self.method.begins_still(name);
                 if check && !still && gradient.iter().all(|&g| g == 0.0) {
-                    dead.push(name.into());
+                    dead.push((*name).into());
                 }
-                let mut values = numbers(variable)?;
-                self.optimizer
-                    .update(name, &mut values, gradient, learning_rate);
-                set(variable, values)?;
             }
+            self.update(&bundle, &there, &gradient, learning_rate)?;
         }
         // the run ends with this: nothing of the step is kept
         if !dead.is_empty() {
@@ -574,8 +570,47 @@ impl<'a> Run<'a> {
         Ok(loss)
     }
 
+    /// Moves a bundle by its gradient, which lies where its variables do, and here.
+    fn update(
+        &mut self,
+        bundle: &[(&str, &Var)],
+        there: &Tensor,
+        gradient: &[f32],
+        learning_rate: f64,
+    ) -> Result<()> {
+        let counts = counts(bundle);
+        if there.device().is_cuda() {
+            let values = bundle.iter().map(|(_, variable)| variable.flatten_all());
+            let values = Tensor::cat(&values.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
+            let optimizer = &mut self.optimizer;
+            if optimizer.update_there(&counts, &values, there, learning_rate)? {
+                let mut start = 0;
+                for (_, variable) in bundle {
+                    let count = variable.elem_count();
+                    let moved = values.narrow(0, start, count)?;
+                    variable.set(&moved.reshape(variable.dims())?)?;
+                    start += count;
+                }
+                return Ok(());
+            }
+        }
+        let mut left = gradient;
+        for (name, variable) in bundle {
+            let (gradient, rest) = left.split_at(variable.elem_count());
+            left = rest;
+            let mut values = numbers(variable)?;
+            self.optimizer
+                .update(name, &mut values, gradient, learning_rate);
+            set(variable, values)?;
+        }
+        Ok(())
+    }
+
     /// The state as tensors: values, moments, losses. What `resume` reads.
-    fn save(&self, workspace: &Workspace) -> Result<()> {
+    fn save(&mut self, workspace: &Workspace) -> Result<()> {
+        for bundle in self.bundles() {
+            self.optimizer.fetch(&counts(&bundle))?;
+        }
         let mut names: Vec<(String, Vec<usize>)> = Vec::new();
         for (name, variable) in &self.decoder.variables {
             names.push((format!("value/{name}"), variable.dims().to_vec()));
@@ -626,6 +661,13 @@ impl<'a> Run<'a> {
         observer.note(format!("going on after step {}", self.losses.len()));
         Ok(())
     }
+}
+
+fn counts<'a>(bundle: &[(&'a str, &Var)]) -> Vec<(&'a str, usize)> {
+    let counts = bundle
+        .iter()
+        .map(|(name, variable)| (*name, variable.elem_count()));
+    counts.collect()
 }
 
 /// A tensor's numbers in f32, row-major.

@@ -30,6 +30,7 @@ enum Arg<'a> {
     /// Of 64 bits.
     Size(usize),
     F32(f32),
+    F64(f64),
 }
 
 /// How many threads run, and what memory each block shares.
@@ -70,6 +71,7 @@ fn run(module: &str, name: &str, geometry: Geometry, args: &[Arg]) -> Result<()>
         Arg::Count(count) => u32::try_from(*count).is_ok(),
         Arg::Size(size) => *size > 0,
         Arg::F32(number) => number.is_finite(),
+        Arg::F64(number) => number.is_finite(),
     };
     if !geometry.fits() || !args.iter().all(fits) {
         bail!("{name} cannot run on tensors of this size ({geometry:?})");
@@ -230,7 +232,8 @@ fn gate(activation: &Activation) -> Option<&'static str> {
     match activation {
         Activation::Silu => Some("silu"),
         Activation::GeluTanh => Some("gelu_tanh"),
-        Activation::Gelu | Activation::Unsupported(_) => None,
+        Activation::Gelu => Some("gelu"),
+        Activation::Unsupported(_) => None,
     }
 }
 
@@ -342,6 +345,55 @@ pub fn sum_of_products(a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
         ],
     )?;
     Ok(Some(sum_rows(&partial)?))
+}
+
+/// The numbers of a step of AdamW, as [`crate::train::optimizer`] has them.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamW {
+    pub learning_rate: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    pub weight_decay: f64,
+    /// From 1.
+    pub step: usize,
+}
+
+/// One step on numbers and their moments, in place, all f32 and of one length: the same bits as on the CPU.
+pub fn adamw(
+    values: &Tensor,
+    gradient: &Tensor,
+    moments: [&Tensor; 2],
+    with: AdamW,
+) -> Result<bool> {
+    const NUMBERS: usize = 128;
+    let [first, second] = moments;
+    let Some("f32") = kind(&[values, gradient, first, second]) else {
+        return Ok(false);
+    };
+    let count = values.elem_count();
+    run(
+        "sigma",
+        "adamw",
+        Geometry {
+            block: NUMBERS,
+            ..Geometry::blocks(count.div_ceil(NUMBERS).min(MOST_BLOCKS), 1)
+        },
+        &[
+            Arg::Tensor(values),
+            Arg::Tensor(gradient),
+            Arg::Tensor(first),
+            Arg::Tensor(second),
+            Arg::Size(count),
+            Arg::F64(with.learning_rate),
+            Arg::F64(with.beta1),
+            Arg::F64(with.beta2),
+            Arg::F64(with.eps),
+            Arg::F64(with.weight_decay),
+            Arg::Count(with.step),
+        ],
+    )?;
+    Ok(true)
 }
 
 /// Sides of q (b, t, h, d), and of k and v (b, s, kv, d).

@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
+use candle_core::Tensor;
+
 use crate::error::{Error, Result};
+use crate::model::gpu;
 
 /// Loshchilov & Hutter 2019, in the order of operations of `torch.optim.AdamW`.
 #[derive(Debug, Clone)]
@@ -15,6 +18,9 @@ pub struct AdamW {
     pub weight_decay: f64,
     pub state: BTreeMap<String, Moments>,
     pub steps: u32,
+    /// The moments of what moves on a GPU, flat: those of one bundle under the name of its first parameter. What `state`
+    /// says of them is old until [`AdamW::fetch`].
+    there: BTreeMap<String, [Tensor; 2]>,
 }
 
 /// Running means of the gradient and its square.
@@ -33,11 +39,20 @@ impl Default for AdamW {
             weight_decay: 0.0,
             state: BTreeMap::new(),
             steps: 0,
+            there: BTreeMap::new(),
         }
     }
 }
 
 impl AdamW {
+    /// With the usual β and ε.
+    pub fn new(weight_decay: f64) -> Self {
+        Self {
+            weight_decay,
+            ..Self::default()
+        }
+    }
+
     /// Starts a step; every parameter is then updated once.
     pub fn begin_step(&mut self) {
         self.steps += 1;
@@ -71,6 +86,65 @@ impl AdamW {
             (*m, *v) = (first as f32, second as f32);
             *x = (decayed - step * first / (second.sqrt() / root2 + self.eps)) as f32;
         }
+    }
+}
+
+/// Parameters that are updated together, and how many numbers each has.
+pub type Bundle<'a> = [(&'a str, usize)];
+
+impl AdamW {
+    /// Updates a bundle on a GPU, where its numbers and its gradient lie flat; says whether it did, which it does not
+    /// elsewhere.
+    pub fn update_there(
+        &mut self,
+        bundle: &Bundle,
+        values: &Tensor,
+        gradient: &Tensor,
+        learning_rate: f64,
+    ) -> candle_core::Result<bool> {
+        if !values.device().is_cuda() {
+            return Ok(false);
+        }
+        let with = gpu::AdamW {
+            learning_rate,
+            beta1: self.beta1,
+            beta2: self.beta2,
+            eps: self.eps,
+            weight_decay: self.weight_decay,
+            step: self.steps as usize,
+        };
+        let name = bundle[0].0;
+        if !self.there.contains_key(name) {
+            let moments = |of: fn(&Moments) -> &Vec<f32>| {
+                let all = bundle.iter().flat_map(|(name, count)| {
+                    let known = self.state.get(*name).map(of);
+                    known.cloned().unwrap_or_else(|| vec![0.0; *count])
+                });
+                Tensor::from_iter(all, values.device())
+            };
+            let moments = [moments(|m| &m.first)?, moments(|m| &m.second)?];
+            self.there.insert(name.into(), moments);
+        }
+        let [first, second] = &self.there[name];
+        gpu::adamw(values, gradient, [first, second], with)
+    }
+
+    /// Brings the moments of a bundle back from where it is updated.
+    pub fn fetch(&mut self, bundle: &Bundle) -> candle_core::Result<()> {
+        let Some([first, second]) = self.there.get(bundle[0].0) else {
+            return Ok(());
+        };
+        let (first, second) = (first.to_vec1::<f32>()?, second.to_vec1::<f32>()?);
+        let mut start = 0;
+        for (name, count) in bundle {
+            let moments = Moments {
+                first: first[start..start + count].to_vec(),
+                second: second[start..start + count].to_vec(),
+            };
+            self.state.insert((*name).into(), moments);
+            start += count;
+        }
+        Ok(())
     }
 }
 

@@ -176,6 +176,11 @@ Value gelu_tanh(double a) {
     return {a * s, slope, 2 * z};
 }
 
+Value gelu(double a) {
+    const double s = std::erfc(-a / M_SQRT2) / 2, density = std::exp(-a * a / 2) / std::sqrt(2 * M_PI);
+    return {a * s, s + a * density, a * a};
+}
+
 template <typename T, typename Forward, typename Backward>
 void gates(const char* name, Value (*activation)(double), Forward forward, Backward backward) {
     for (const auto& [count, shift] : {std::pair(size_t(1), 0), {size_t(4099), 0}, {size_t(3000), 1}}) {
@@ -315,6 +320,7 @@ void of_dtype() {
     rotations<T>();
     gates<T>("silu", silu, KERNEL(T, gated_silu), KERNEL(T, gated_back_silu));
     gates<T>("gelu_tanh", gelu_tanh, KERNEL(T, gated_gelu_tanh), KERNEL(T, gated_back_gelu_tanh));
+    gates<T>("gelu", gelu, KERNEL(T, gated_gelu), KERNEL(T, gated_back_gelu));
     products<T>();
 }
 

@@ -95,6 +95,7 @@ pub fn launch(
             Arg::Size(size) => Word::Long(*size as u64),
             Arg::Count(count) => Word::U32(*count as u32),
             Arg::F32(number) => Word::F32(*number),
+            Arg::F64(number) => Word::F64(*number),
         });
     }
     let mut builder = function.builder();
@@ -103,6 +104,7 @@ pub fn launch(
             Word::Long(word) => builder.arg(word),
             Word::U32(word) => builder.arg(word),
             Word::F32(word) => builder.arg(word),
+            Word::F64(word) => builder.arg(word),
         };
     }
     let config = LaunchConfig {
@@ -124,6 +126,7 @@ enum Word {
     Long(u64),
     U32(u32),
     F32(f32),
+    F64(f64),
 }
 
 /// Where the first number of a tensor lies.

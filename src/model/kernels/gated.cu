@@ -1,25 +1,39 @@
 // Gated activations (Shazeer 2020), y = act(a)∘b, and their gradients.
 //
-// Both activations are a·σ(z): SiLU with z = a, GELU's approximation with z = √(8/π)·(a + 0.044715·a³) (Hendrycks &
-// Gimpel 2016). Blocks of 256 threads, any number of them; a thread takes 16 bytes of each tensor at a time.
+// All activations are a·s(a): with s = σ(a) SiLU, with s = σ(√(8/π)·(a + 0.044715·a³)) the approximation of GELU, with
+// s = Φ(a) GELU itself (Hendrycks & Gimpel 2016). Their slope is s + a·s′. Blocks of 256 threads, any number of them; a thread takes 16 bytes of each tensor at a time.
 #include "common.cuh"
 
 constexpr unsigned THREADS = 256;
 
-/// z of an activation, and dz/da.
-struct Inner {
-    float z, slope;
+/// s of an activation, and a·s′.
+struct Share {
+    float s, rest;
 };
 
+/// Of σ(z): σ′ = σ·(1 − σ).
+__device__ inline Share logistic(float a, float z, float slope) {
+    const float s = 1 / (1 + expf(-z)), value = a * s;
+    return {s, (value - value * s) * slope};
+}
+
 struct Silu {
-    __device__ static Inner inner(float a) { return {a, 1}; }
+    __device__ static Share share(float a) { return logistic(a, a, 1); }
 };
 
 struct GeluTanh {
-    __device__ static Inner inner(float a) {
+    __device__ static Share share(float a) {
         constexpr double ROOT = 1.5957691216057308, CUBE = ROOT * 0.044715;
         const float square = a * a;
-        return {a * (float(ROOT) + float(CUBE) * square), float(ROOT) + float(3 * CUBE) * square};
+        return logistic(a, a * (float(ROOT) + float(CUBE) * square), float(ROOT) + float(3 * CUBE) * square);
+    }
+};
+
+struct Gelu {
+    __device__ static Share share(float a) {
+        constexpr float HALF_ROOT = 0.7071067811865476f, DENSITY = 0.3989422804014327f;
+        // erfc, because 1 + erf of a negative number is a difference of two that are nearly the same
+        return {0.5f * erfcf(-a * HALF_ROOT), a * DENSITY * expf(-0.5f * a * a)};
     }
 };
 
@@ -40,14 +54,13 @@ __device__ void gated(const T* a, const T* b, T* y, size_t count) {
         const P as = P::load(a + at), bs = P::load(b + at);
         for (unsigned i = 0; i < sizeof(P) / sizeof(T); ++i) {
             const float value = widened(as.x[i]);
-            ys.x[i] = rounded<T>(value / (1 + expf(-Activation::inner(value).z)) * widened(bs.x[i]));
+            ys.x[i] = rounded<T>(value * Activation::share(value).s * widened(bs.x[i]));
         }
         ys.store(y + at);
     });
 }
 
-/// gated_back_ACT_T(a, b, g, da, db, count): da = g∘b∘act′(a) and db = g∘act(a), where with s = σ(z)
-/// act′(a) = s + a·s·(1 − s)·dz/da.
+/// gated_back_ACT_T(a, b, g, da, db, count): da = g∘b∘act′(a) and db = g∘act(a).
 template <typename T, typename Activation>
 __device__ void gated_back(const T* a, const T* b, const T* g, T* da, T* db, size_t count) {
     const bool packs = aligned(a) && aligned(b) && aligned(g) && aligned(da) && aligned(db);
@@ -57,11 +70,9 @@ __device__ void gated_back(const T* a, const T* b, const T* g, T* da, T* db, siz
         P dbs;
         for (unsigned i = 0; i < sizeof(P) / sizeof(T); ++i) {
             const float gradient = widened(gs.x[i]);
-            const Inner inner = Activation::inner(widened(as.x[i]));
-            const float s = 1 / (1 + expf(-inner.z));
-            const float value = widened(as.x[i]) * s;
-            dbs.x[i] = rounded<T>(gradient * value);
-            das.x[i] = rounded<T>(gradient * widened(bs.x[i]) * (s + (value - value * s) * inner.slope));
+            const Share share = Activation::share(widened(as.x[i]));
+            dbs.x[i] = rounded<T>(gradient * (widened(as.x[i]) * share.s));
+            das.x[i] = rounded<T>(gradient * widened(bs.x[i]) * (share.s + share.rest));
         }
         das.store(da + at);
         dbs.store(db + at);
@@ -79,7 +90,8 @@ __device__ void gated_back(const T* a, const T* b, const T* g, T* da, T* db, siz
     }
 #define DEFINE(NAME, T)              \
     DEFINE_ONE(silu, Silu, NAME, T)  \
-    DEFINE_ONE(gelu_tanh, GeluTanh, NAME, T)
+    DEFINE_ONE(gelu_tanh, GeluTanh, NAME, T) \
+    DEFINE_ONE(gelu, Gelu, NAME, T)
 FOR_DTYPES(DEFINE)
 #undef DEFINE
 #undef DEFINE_ONE
