@@ -18,6 +18,7 @@ mod plan;
 mod progress;
 mod publish;
 mod session;
+mod size;
 mod train;
 mod verify;
 

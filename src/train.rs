@@ -581,7 +581,9 @@ impl<'a> Run<'a> {
         let counts = counts(bundle);
         if there.device().is_cuda() {
             let values = bundle.iter().map(|(_, variable)| variable.flatten_all());
-            let values = Tensor::cat(&values.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
+            let values = values.collect::<candle_core::Result<Vec<_>>>()?;
+            // of one alone, `cat` is no copy: it would be changed where the variable lies
+            let values = Tensor::cat(&values, 0)?.copy()?;
             let optimizer = &mut self.optimizer;
             if optimizer.update_there(&counts, &values, there, learning_rate)? {
                 let mut start = 0;

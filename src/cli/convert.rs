@@ -9,9 +9,10 @@ use svdhub::convert::{self, Options};
 use svdhub::format::{ArtifactLayout, FactorsDtype};
 use svdhub::hub::ModelRef;
 
-use super::decompose::{show, size};
+use super::decompose::show;
 use super::plan::RankArgs;
 use super::session::{Session, shown};
+use super::size::size;
 
 /// Change how a decomposition is stored: its layout, the dtype of its vectors, or how many triplets it keeps.
 ///

@@ -16,6 +16,7 @@ use super::passing::{Passing, told, with_push};
 use super::plan::PlanArgs;
 use super::progress::clock;
 use super::session::{DeviceChoice, Session, shown};
+use super::size::size;
 
 /// Split every linear weight into singular values and vectors.
 ///
@@ -60,33 +61,6 @@ fn tolerance(text: &str) -> Result<f64> {
         value: text.into(),
         reason: "expected a number from 1e-6 (the limit of f32 factors) to 0.1".into(),
     })
-}
-
-/// `5GB`, `300 MB`, `1000000`: powers of 1000.
-pub fn size(text: &str) -> Result<u64> {
-    let refuse = || Error::Parse {
-        what: "a size",
-        value: text.into(),
-        reason: "expected a number with B, kB, MB, GB or TB".into(),
-    };
-    let split = text
-        .find(|c: char| !c.is_ascii_digit() && c != '.')
-        .unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let factor = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 1.0,
-        "k" | "kb" => 1e3,
-        "m" | "mb" => 1e6,
-        "g" | "gb" => 1e9,
-        "t" | "tb" => 1e12,
-        _ => return Err(refuse()),
-    };
-    let bytes = number.parse::<f64>().map_err(|_| refuse())? * factor;
-    if bytes >= 1.0 {
-        Ok(bytes as u64)
-    } else {
-        Err(refuse())
-    }
 }
 
 impl Command {
@@ -160,19 +134,4 @@ pub fn show(facts: &Facts, out: &str) -> String {
     }
     text.push_str(&format!("\n{out}\n"));
     text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_read_with_their_unit() {
-        assert_eq!(size("5GB").expect("reads"), 5_000_000_000);
-        assert_eq!(size("1.5 mb").expect("reads"), 1_500_000);
-        assert_eq!(size("42").expect("reads"), 42);
-        for bad in ["", "GB", "5 apples", "-3", "0"] {
-            assert!(size(bad).is_err(), "{bad}");
-        }
-    }
 }

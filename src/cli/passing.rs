@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use svdhub::hub::{Hub, HubOutlet, PushOptions, Pushed};
 use svdhub::{Result, publish};
 
-use super::decompose::size;
 use super::session::Session;
+use super::size::size;
 
 /// Where weights come from, and where they go.
 #[derive(Args)]

@@ -17,10 +17,10 @@ use svdhub::plan::{Action, Foreseen, Pattern, Plan, PlanOptions, expected_invent
 use svdhub::train;
 use svdhub::weights::{Dtype, Inventory, Layout};
 
-use super::decompose::size;
 use super::output::Table;
 use super::progress::clock;
 use super::session::Session;
+use super::size::size;
 use super::train::{Group, MethodArgs, length};
 
 /// Say what will be done with every tensor, and what can be trained.

@@ -9,8 +9,8 @@ use candle_core::{Result, Tensor};
 use ndarray::{ArrayView2, ArrayViewMut2, ShapeBuilder, s};
 use rayon::prelude::*;
 
+use super::family::Scores;
 use super::fused::{applies, softmax, through_softmax, with_slices};
-use super::ops::Scores;
 use super::segments::Sight;
 use crate::linalg::multiply;
 

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use candle_core::{D, DType, Device, Tensor, Var};
 
 use super::config::{Attention, ModelConfig, Scaling};
-use super::family::{self, Activation, NormKind, QueryKeyNorm};
+use super::family::{self, Activation, NormKind, QueryKeyNorm, Scores};
 use super::layers::{Head, Linear, Norm};
 use super::method::{self, LowRank, Method, Place, Updates};
-use super::ops::{self, Scores};
+use super::ops;
 use super::rope::Angles;
 use super::segments::{Segments, Sight, reach};
 use crate::error::{Error, Result};

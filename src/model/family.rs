@@ -350,3 +350,13 @@ pub(super) const KNOWN_TO_DIFFER: [(&str, &str); 2] = [
         "has a vision tower beside the language model, and only language models are known (gemma3_text)",
     ),
 ];
+
+/// √(8/π) and 0.044715: GELU's approximation is x·sigmoid(√(8/π)·(x + 0.044715·x³)) (Hendrycks & Gimpel 2016).
+pub const TANH_GELU: (f64, f64) = (1.595_769_121_605_730_7, 0.044715);
+
+/// How scores are made of q·k: `cap·tanh(scale·q·k / cap)`, or without a cap `scale·q·k`.
+#[derive(Debug, Clone, Copy)]
+pub struct Scores {
+    pub scale: f64,
+    pub cap: Option<f64>,
+}

@@ -6,8 +6,7 @@
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
-use super::family::Activation;
-use super::ops::TANH_GELU;
+use super::family::{Activation, TANH_GELU};
 use crate::lanes::{LANES, by_lane, dot, widest};
 
 /// Rows are handed to threads in groups of about this many numbers: enough to pay for the hand-over.
@@ -314,6 +313,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Option<f64>> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::family::Scores;
     use super::super::ops;
     use super::super::segments::{Segment, Segments, Sight};
     use super::*;
@@ -401,7 +401,7 @@ mod tests {
             (67, Some(5), Some(2.0)),
             (130, None, None),
         ] {
-            let scores = ops::Scores { scale: 0.3, cap };
+            let scores = Scores { scale: 0.3, cap };
             let inputs = [
                 random(&[2, t, 6, 8]),
                 random(&[2, t, 3, 8]),
@@ -424,7 +424,7 @@ mod tests {
 
     #[test]
     fn attention_over_more_keys_than_queries_is_its_composition() {
-        let scores = ops::Scores {
+        let scores = Scores {
             scale: 0.3,
             cap: None,
         };

@@ -1,12 +1,11 @@
-//! Our kernels on an NVIDIA GPU: what [`super::fused`] and [`super::attention`] are on the CPU, their twins.
+//! Our kernels on an NVIDIA GPU: what `fused` and `attention` are on the CPU, their twins.
 //!
 //! As there, `None` is the answer where a kernel does not apply. Sources are in `kernels/`, where each says its equation; they
-//! are compiled to PTX when the feature `cuda` is built, for compute capability 8.0 and newer. Only [`launch`] knows CUDA.
+//! are compiled to PTX when the feature `cuda` is built, for compute capability 8.0 and newer. Only `launch` knows CUDA.
 
 use candle_core::{D, DType, Result, Tensor, bail};
 
-use super::family::Activation;
-use super::ops::Scores;
+use super::family::{Activation, Scores};
 use super::segments::Sight;
 
 #[cfg_attr(not(feature = "cuda"), path = "gpu/none.rs")]
@@ -294,7 +293,7 @@ fn by_elements(count: usize) -> Geometry {
     Geometry::blocks(count.div_ceil(8 * BLOCK).min(MOST_BLOCKS), 1)
 }
 
-/// Σ −log softmax(row)[target] over rows of f32 logits, which become softmax − onehot, its gradient.
+/// Σ −log softmax(row) at each row's target, over rows of f32 logits, which become softmax − onehot, its gradient.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Option<f64>> {
     let Some("f32") = kind(&[logits]) else {
         return Ok(None);

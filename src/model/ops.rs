@@ -4,7 +4,7 @@ use candle_core::{D, DType, Result, Tensor, bail};
 use candle_nn::ops::softmax_last_dim;
 
 use super::attention;
-use super::family::Activation;
+use super::family::{Activation, Scores, TANH_GELU};
 use super::fused;
 use super::gpu;
 use super::rope::Angles;
@@ -113,9 +113,16 @@ pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor
 ///
 /// The gradient of a rotation is the rotation back.
 pub fn rotate(x: &Tensor, angles: &Angles) -> Result<Tensor> {
-    let forward = angles.clone();
-    let y = forward.apply(&x.detach(), false)?;
-    attach(&[x], y, move |g| Ok(vec![Some(forward.apply(g, true)?)]))
+    let angles = angles.clone();
+    let y = turned(&x.detach(), &angles, false)?;
+    attach(&[x], y, move |g| Ok(vec![Some(turned(g, &angles, true)?)]))
+}
+
+fn turned(x: &Tensor, angles: &Angles, back: bool) -> Result<Tensor> {
+    match gpu::rotate(&x.contiguous()?, &angles.cos, &angles.sin, back)? {
+        Some(y) => Ok(y),
+        None => angles.apply(&wide(x)?, back)?.to_dtype(x.dtype()),
+    }
 }
 
 /// activation(gate) ∘ up (Shazeer 2020).
@@ -189,16 +196,6 @@ fn value_and_slope(a: &Tensor, activation: &Activation) -> Result<(Tensor, Tenso
         Activation::Unsupported(name) => bail!("the activation {name} is refused at loading"),
     };
     Ok(((a * &s)?, (s + rest)?))
-}
-
-/// √(8/π) and 0.044715: GELU's approximation is x·sigmoid(√(8/π)·(x + 0.044715·x³)) (Hendrycks & Gimpel 2016).
-pub const TANH_GELU: (f64, f64) = (1.595_769_121_605_730_7, 0.044715);
-
-/// How scores are made of q·k: `cap·tanh(scale·q·k / cap)`, or without a cap `scale·q·k`.
-#[derive(Debug, Clone, Copy)]
-pub struct Scores {
-    pub scale: f64,
-    pub cap: Option<f64>,
 }
 
 /// cap·tanh(x / cap), and its derivative: 1 − tanh². No gradient: for use inside pullbacks.

@@ -3,13 +3,12 @@
 use candle_core::{D, Device, Result, Tensor};
 
 use super::config::{Rope, Scaling};
-use super::{gpu, ops};
 
 /// cos and sin of each token's position: (t, dim/2) where all rows of a batch share them, else (b, t, dim/2). f32
 #[derive(Debug, Clone)]
 pub struct Angles {
-    cos: Tensor,
-    sin: Tensor,
+    pub(super) cos: Tensor,
+    pub(super) sin: Tensor,
     dim: usize,
 }
 
@@ -142,11 +141,7 @@ impl Rope {
 impl Angles {
     /// Rotates the leading `dim` elements of each head of `x (b, t, h, d)`; `back` rotates the other way.
     pub fn apply(&self, x: &Tensor, back: bool) -> Result<Tensor> {
-        if let Some(y) = gpu::rotate(&x.contiguous()?, &self.cos, &self.sin, back)? {
-            return Ok(y);
-        }
-        let (d, dtype) = (x.dim(D::Minus1)?, x.dtype());
-        let x = &ops::wide(x)?;
+        let d = x.dim(D::Minus1)?;
         let sin = if back {
             self.sin.neg()?
         } else {
@@ -154,12 +149,11 @@ impl Angles {
         };
         let (cos, sin) = (self.cos.to_dtype(x.dtype())?, sin.to_dtype(x.dtype())?);
         if self.dim == d {
-            let turned = candle_nn::rotary_emb::rope_thd(&x.contiguous()?, &cos, &sin)?;
-            return turned.to_dtype(dtype);
+            return candle_nn::rotary_emb::rope_thd(&x.contiguous()?, &cos, &sin);
         }
         let turning = x.narrow(D::Minus1, 0, self.dim)?.contiguous()?;
         let still = x.narrow(D::Minus1, self.dim, d - self.dim)?.contiguous()?;
         let turned = candle_nn::rotary_emb::rope_thd(&turning, &cos, &sin)?;
-        Tensor::cat(&[turned, still], D::Minus1)?.to_dtype(dtype)
+        Tensor::cat(&[turned, still], D::Minus1)
     }
 }
