@@ -598,7 +598,7 @@ impl Plan {
     }
 
     /// The disk that decomposing needs where shards do not stay: a shard, and the largest matrix beside it, which lies across
-    /// its end or is the next that is waited for.
+    /// its end or is the next that is waited for. A file system that gives back no stretch of a file may hold one more.
     pub fn disk_bytes_passing(&self, shard_bytes_max: u64) -> u64 {
         let bytes = |t: &PlannedTensor| t.artifact_bytes_max(self.storing);
         let largest = self.decomposed().map(bytes).max().unwrap_or(0);

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Decomposes the fixture model as a Slurm array job on a one-node cluster of its own, assembles the parts, and compares
-# every file with what one undivided run writes. Needs root on Debian or Ubuntu; installs Slurm where it is missing.
+# every file with what one undivided run writes; then trains it by two tasks of one step. Needs root on Debian or Ubuntu; installs Slurm where it is missing.
 #
 #   tests/slurm.sh [SVDHUB]    (default: target/release/svdhub)
 set -euo pipefail
@@ -12,8 +12,11 @@ if [ "$(id -u)" -ne 0 ]; then
   echo "tests/slurm.sh starts the daemons of a cluster and needs root" >&2
   exit 1
 fi
-if ! command -v slurmctld >/dev/null || ! command -v slurmd >/dev/null || ! command -v munged >/dev/null; then
-  echo "Installing slurmctld, slurmd, slurm-client and munge with apt-get"
+# Slurm's plugin for PMIx, by which tasks find each other, looks for a name that only the -dev package has
+mpi=(openmpi-bin libpmix-dev)
+if ! command -v slurmctld >/dev/null || ! command -v slurmd >/dev/null || ! command -v munged >/dev/null ||
+  ! dpkg-query -s "${mpi[@]}" >/dev/null 2>&1; then
+  echo "Installing slurmctld, slurmd, slurm-client, munge, ${mpi[*]} with apt-get"
   # no daemon may start by itself: this script starts its own. A policy that is there already stays
   policy=/usr/sbin/policy-rc.d
   if [ ! -e "$policy" ]; then
@@ -22,7 +25,7 @@ if ! command -v slurmctld >/dev/null || ! command -v slurmd >/dev/null || ! comm
     chmod +x "$policy"
   fi
   apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge "${mpi[@]}" >/dev/null
   if [ -n "$(trap -p EXIT)" ]; then
     rm -f "$policy"
     trap - EXIT
@@ -126,3 +129,17 @@ cat "$work"/job-*.out
 diff -r --exclude=.svdhub --exclude=report.json "$work/whole" "$work/assembled"
 "$svdhub" verify "$work/assembled" --against "$MODEL"
 echo "$parts parts, computed by Slurm: every file is what an undivided run writes"
+
+# over the MPI that Slurm's PMIx starts
+train=(train "$work/whole" --data fixtures/eighty-train.txt --steps 4 --batch 4 --length 64 --json)
+"$svdhub" "${train[@]}" --out "$work/alone" >"$work/alone.json"
+timeout 120 srun --mpi=pmix --ntasks=2 "$svdhub" "${train[@]}" --out "$work/together" --parallel >"$work/together.json"
+python3 - "$work/alone.json" "$work/together.json" <<'PYTHON'
+import json, sys
+
+alone, together = (json.load(open(path)) for path in sys.argv[1:])
+assert together["processes"] == 2, together["processes"]
+for one, two in zip(alone["losses"], together["losses"], strict=True):
+    assert abs(one - two) < 1e-5 * one, (one, two)
+PYTHON
+echo "two tasks, started by srun: the losses are those of one process"
