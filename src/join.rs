@@ -614,7 +614,7 @@ impl Join<'_> {
         let mut away = Away::default();
         for (number, shard) in (1..).zip(&shards) {
             let name = Layout::Decomposition.shard_file(number, shards.len());
-            if self.outlet.is_some_and(|outlet| !outlet.keeps()) {
+            if self.passing().is_some() {
                 away.add(&name, shard.bytes, &shard.sha256);
             } else {
                 self.name_shard(number, &name)?;

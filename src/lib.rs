@@ -10,6 +10,7 @@
 //!
 //! `convert` stores an artifact in another way; `export` writes an adapter for programs that are not ours; `generate` lets
 //! a model speak. Several machines divide the work: each decomposes its share (job), `assemble` joins them (join).
+//! Several processes train together (parallel).
 
 pub mod adapter;
 pub mod artifact;

@@ -177,6 +177,8 @@ pub fn run(
         Workspace::claim(out, "train", settings(&kept, &corpus, steps, options))?;
     match claim {
         Claim::Finished => {
+            // the others wait for what is to be done
+            options.group.spread(&mut [NOTHING_TO_DO])?;
             observer.note(format!("{} is complete already", out.display()));
             return report::section(out, "train");
         }
@@ -288,7 +290,9 @@ pub fn assist(
     let steps = steps(&windows, options);
     let decoder = load(source, trained(options), &options.device, observer)?;
     let mut run = Run::new(&decoder, options);
-    run.agree()?;
+    if !run.agree()? {
+        return Ok(());
+    }
     let first = run.losses.len();
     for step in first..steps {
         let batch = batch(&windows, step, options);
@@ -445,6 +449,9 @@ pub struct Run<'a> {
     pub group: Arc<dyn Group>,
 }
 
+/// Process 0 tells the others by this instead of a number of steps that the run ended before.
+const NOTHING_TO_DO: f32 = -1.0;
+
 /// Numbers whose gradients are fetched, added up between processes and applied together: Σ of a whole model is one bundle,
 /// and of what is larger little more than one tensor is alive.
 const BUNDLE: usize = 4 << 20;
@@ -480,15 +487,19 @@ impl<'a> Run<'a> {
         bundles
     }
 
-    /// Gives all processes the state of process 0, which may have resumed an earlier run.
-    fn agree(&mut self) -> Result<()> {
+    /// Gives all processes the state of process 0, which may have resumed an earlier run; says whether there is anything to
+    /// do.
+    fn agree(&mut self) -> Result<bool> {
         let group = self.group.clone();
         if group.size() == 1 {
-            return Ok(());
+            return Ok(true);
         }
         // whole numbers up to 2²⁴ are exact
         let mut done = [self.losses.len() as f32];
         group.spread(&mut done)?;
+        if done == [NOTHING_TO_DO] {
+            return Ok(false);
+        }
         self.losses.resize(done[0] as usize, 0.0);
         group.spread(&mut self.losses)?;
         self.optimizer.steps = self.losses.len() as u32;
@@ -505,7 +516,7 @@ impl<'a> Run<'a> {
             group.spread(&mut moments.second)?;
             set(variable, values)?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// One step on windows of equal length, of which this process takes its share. Returns the mean loss of all before the

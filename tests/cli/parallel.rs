@@ -168,6 +168,12 @@ fn killed_together_they_go_on_to_the_same_adapter() {
     let run = Run::of(run.expect("starts")).succeeds();
     assert!(run.stderr.contains("going on after step"), "{}", run.stderr);
     assert_eq!(losses(&cut), losses(&whole));
+    // what is complete is so for all of them: nobody waits for steps that are not made
+    let mut done = together(&world, 2, &again).spawn().expect("starts");
+    wait_until("nothing is left to do", || {
+        done.try_wait().expect("asks").is_some()
+    });
+    assert!(done.wait().expect("ends").success());
     let weights = |dir: &Path| files(dir).remove("adapter.safetensors").expect("weights");
     assert!(weights(&cut) == weights(&whole));
 }

@@ -230,7 +230,7 @@ pub fn write_model(dir: &Path, tensors: &BTreeMap<String, Elements>, shard_bytes
 }
 
 /// Waits until something is so; a test that waits in vain fails.
-pub fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     for _ in 0..6000 {
         if is_so() {
             return;

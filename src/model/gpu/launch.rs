@@ -52,17 +52,20 @@ pub fn open(number: usize) -> Result<Device> {
 }
 
 /// The PTX of a module, unpacked once.
-fn ptx(module: &str) -> Arc<str> {
+fn ptx(module: &str) -> candle_core::Result<Arc<str>> {
     static UNPACKED: Mutex<BTreeMap<String, Arc<str>>> = Mutex::new(BTreeMap::new());
     let mut unpacked = UNPACKED.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(text) = unpacked.get(module) {
-        return text.clone();
+        return Ok(text.clone());
     }
-    let packed: &[u8] = include!(concat!(env!("OUT_DIR"), "/modules.rs"));
+    let packed: Option<&[u8]> = include!(concat!(env!("OUT_DIR"), "/modules.rs"));
+    let Some(packed) = packed else {
+        bail!("this build has no kernels named {module}");
+    };
     let mut text = String::new();
     let read = ZlibDecoder::new(packed).read_to_string(&mut text);
     read.expect("the build script packed text");
-    unpacked.entry(module.into()).or_insert(text.into()).clone()
+    Ok(unpacked.entry(module.into()).or_insert(text.into()).clone())
 }
 
 /// Runs a kernel on the stream of its tensors, after what was put there before.
@@ -80,7 +83,7 @@ pub fn launch(
         bail!("{name} runs on tensors of a GPU");
     };
     let stream = device.cuda_stream();
-    let function = device.get_or_load_custom_func(name, module, &ptx(module))?;
+    let function = device.get_or_load_custom_func(name, module, &ptx(module)?)?;
     if geometry.shared_bytes > DEFAULT_SHARED_BYTES {
         let most = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function
