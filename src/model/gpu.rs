@@ -12,6 +12,9 @@ use super::segments::Sight;
 #[cfg_attr(feature = "cuda", path = "gpu/launch.rs")]
 mod launch;
 
+#[cfg(all(test, feature = "cuda"))]
+mod twins;
+
 #[cfg(feature = "cuda")]
 pub use launch::find_library;
 use launch::launch;

@@ -128,7 +128,7 @@ impl Place<'_> {
             Dtype::F16 => DType::F16,
             _ => DType::F32,
         };
-        if dtype != DType::F32 && self.widens() {
+        if dtype == self.dtype || dtype != DType::F32 && self.widens() {
             return Tensor::from_raw_buffer(&elements.bytes, dtype, shape, self.device);
         }
         Tensor::from_vec(elements.to_f32(), shape, self.device)?.to_dtype(self.dtype)

@@ -5,6 +5,7 @@
 //! a process takes more than promised, or the plan is off by more than a quarter.
 
 mod process;
+mod random;
 mod start;
 mod synthetic;
 

@@ -14,10 +14,10 @@ mod gpu;
 mod machine;
 mod process;
 mod python;
+mod random;
 mod shapes;
 mod spread;
 mod start;
-mod synthetic;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -34,17 +34,18 @@ use svdhub::artifact::Artifact;
 use svdhub::base::Base;
 use svdhub::event::{Event, Observer, Silent};
 use svdhub::format::{Origin, Rank};
-use svdhub::model::ModelConfig;
+use svdhub::model::{Decoder, ModelConfig, Trained};
 use svdhub::plan::PlanOptions;
 use svdhub::source::Source;
-use svdhub::train::{self, Duration};
+use svdhub::train::{self, Duration, Run};
 use svdhub::{decompose, linalg};
 
 use blas::HARMFUL;
 use machine::{load, loudly};
 use process::output_and_peak;
 use python::{beside, environment};
-use shapes::Shapes;
+use random::SplitMix;
+use shapes::{Drawn, Shapes};
 use spread::Spread;
 use start::benchmark;
 
@@ -93,9 +94,12 @@ struct Args {
     /// Compare with the wanted ratios, and fail if one is missed
     #[arg(long)]
     check: bool,
-    /// Train once, as one side of a round
+    /// Make some steps, as one side of a round: of the decomposition there, or of random numbers by the config there
     #[arg(long, hide = true, value_name = "DIR")]
     ours: Option<PathBuf>,
+    /// Measure the floor alone, for the config there
+    #[arg(long, hide = true, value_name = "DIR")]
+    floor: Option<PathBuf>,
     /// What cargo passes to every benchmark
     #[arg(long, hide = true)]
     bench: bool,
@@ -107,9 +111,13 @@ const TEXT: &str = "fixtures/eighty-train.txt";
 fn main() -> ExitCode {
     benchmark("train", || {
         let args = Args::parse();
-        match &args.ours {
-            Some(artifact) => steps_of_ours(artifact, &args).map(|()| true),
-            None => run(&args),
+        match (&args.ours, &args.floor) {
+            (Some(dir), _) => ours_alone(dir, &args).map(|()| true),
+            (_, Some(dir)) => {
+                println!("{}", floor(&args, dir)?);
+                Ok(true)
+            }
+            _ => run(&args),
         }
     })
 }
@@ -207,11 +215,22 @@ impl FromStr for Place {
     }
 }
 
+/// What a side says.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Answer {
+    Steps(Steps),
+    Failed { error: String },
+}
+
 /// What a side says of its steps.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Steps {
     seconds: Vec<f64>,
     trained: u64,
+    /// Where several sides share a process.
+    #[serde(default)]
+    peak_bytes: Option<u64>,
     #[serde(default)]
     versions: Value,
 }
@@ -233,7 +252,11 @@ fn run(args: &Args) -> Result<bool> {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let scratch = tempfile::tempdir_in(target)?;
     let model = match args.shapes {
-        Some(shapes) => shapes.write(args.layers, &scratch.path().join("model"))?,
+        Some(shapes) => {
+            let dir = scratch.path().join("model");
+            shapes.write(args.layers, &dir)?;
+            dir
+        }
         None => args.model.clone(),
     };
     if !model.join("config.json").is_file() {
@@ -262,37 +285,54 @@ fn run(args: &Args) -> Result<bool> {
             "requirements-train.txt",
         )?,
     };
-    let artifact = scratch.path().join("svd");
-    let options = decompose::Options {
-        plan: PlanOptions {
-            rank: Rank::Fraction(args.rank_fraction),
-            ..PlanOptions::default()
-        },
-        ..decompose::Options::default()
+    let artifact = match args.shapes {
+        Some(_) => model.clone(),
+        None => decomposed(&model, args.rank_fraction, &scratch.path().join("svd"))?,
     };
-    let base = Base::open(&model, None, None)?;
-    decompose::run(&base, &artifact, &options, &Silent)?;
-    let floor = floor(args, &model)?;
+    // in a process of its own, which gives back what it took
+    let (floor, _) = output_and_peak(&mut alone(args, "--floor", &model)?)?;
+    let floor: f64 = floor.trim().parse()?;
 
-    let mut commands = vec![("svdhub, Σ", ours(args, &artifact)?)];
-    for peer in &PEERS {
-        commands.push((peer.shown, theirs(peer, args, &model, &python, threads)?));
+    // of a GPU the peers share a process, which tells the memory of each: a start takes longer than the steps
+    let at_once: Vec<Vec<&Peer>> = match args.device.gpu {
+        None => PEERS.iter().map(|peer| vec![peer]).collect(),
+        Some(_) => vec![PEERS.iter().collect()],
+    };
+    let mut commands = vec![(vec!["svdhub, Σ"], alone(args, "--ours", &artifact)?)];
+    for peers in &at_once {
+        let shown = peers.iter().map(|peer| peer.shown).collect();
+        commands.push((shown, theirs(peers, args, &model, &python, threads)?));
     }
-    let mut measured: Vec<Vec<(Steps, u64)>> = commands.iter().map(|_| Vec::new()).collect();
+    let mut measured: Vec<Vec<(Steps, u64)>> = vec![Vec::new(); 1 + PEERS.len()];
     for round in 1..=args.rounds {
-        for ((name, command), rounds) in commands.iter_mut().zip(&mut measured) {
-            eprintln!("round {round} of {}: {name}", args.rounds);
-            let measured = match args.device.gpu {
+        let mut at = 0;
+        for (names, command) in &mut commands {
+            eprintln!("round {round} of {}: {}", args.rounds, names.join("; "));
+            let answered = match args.device.gpu {
                 None => output_and_peak(command),
                 Some(number) => gpu::output_and_peak(command, number),
             };
-            match measured {
-                Ok((output, peak)) => rounds.push((serde_json::from_str(&output)?, peak)),
-                Err(error) => loudly(&format!("LEFT OUT, {name}: {error}")),
+            let (output, peak) = match answered {
+                Ok(answered) => answered,
+                Err(error) => {
+                    loudly(&format!("LEFT OUT, {}: {error}", names.join("; ")));
+                    at += names.len();
+                    continue;
+                }
+            };
+            for (name, line) in names.iter().zip(output.lines()) {
+                match serde_json::from_str(line)? {
+                    Answer::Steps(steps) => {
+                        let peak = steps.peak_bytes.unwrap_or(peak);
+                        measured[at].push((steps, peak));
+                    }
+                    Answer::Failed { error } => loudly(&format!("LEFT OUT, {name}: {error}")),
+                }
+                at += 1;
             }
         }
     }
-    let names: Vec<&str> = commands.iter().map(|(name, _)| *name).collect();
+    let names: Vec<&str> = commands.iter().flat_map(|(names, _)| names.clone()).collect();
     let sides = sides(args, &names, &measured);
     print!("{}", table(&sides, floor));
     if let Some((steps, _)) = measured.get(1).and_then(|rounds| rounds.first()) {
@@ -308,9 +348,10 @@ fn run(args: &Args) -> Result<bool> {
     Ok(!args.check || missed.is_empty())
 }
 
-fn ours(args: &Args, artifact: &Path) -> Result<Command> {
+/// This program with a part of its work.
+fn alone(args: &Args, part: &str, dir: &Path) -> Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.arg("--bench").arg("--ours").arg(artifact);
+    command.arg("--bench").arg(part).arg(dir);
     // as `svdhub train` sets its own allocator: what a step frees, the next one asks for again
     let kept = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647:glibc.malloc.top_pad=67108864";
     command.env("GLIBC_TUNABLES", kept);
@@ -319,18 +360,20 @@ fn ours(args: &Args, artifact: &Path) -> Result<Command> {
     command.args(["--length", &args.length.to_string()]);
     command.args(["--steps", &args.steps.to_string()]);
     command.args(["--device", &args.device_name()]);
+    command.args(["--rank-fraction", &args.rank_fraction.to_string()]);
     Ok(command)
 }
 
 fn theirs(
-    peer: &Peer,
+    peers: &[&Peer],
     args: &Args,
     model: &Path,
     python: &Path,
     threads: usize,
 ) -> Result<Command> {
     let mut command = Command::new(python);
-    command.arg(beside("train_peers.py")).arg(peer.name);
+    let names: Vec<&str> = peers.iter().map(|peer| peer.name).collect();
+    command.arg(beside("train_peers.py")).arg(names.join(","));
     command.arg(std::fs::canonicalize(model)?);
     command.arg(args.rank_fraction.to_string());
     command.args([args.batch, args.length, args.steps, threads].map(|n| n.to_string()));
@@ -343,10 +386,37 @@ fn theirs(
     Ok(command)
 }
 
+fn decomposed(model: &Path, rank_fraction: f64, to: &Path) -> Result<PathBuf> {
+    let options = decompose::Options {
+        plan: PlanOptions {
+            rank: Rank::Fraction(rank_fraction),
+            ..PlanOptions::default()
+        },
+        ..decompose::Options::default()
+    };
+    decompose::run(&Base::open(model, None, None)?, to, &options, &Silent)?;
+    Ok(to.into())
+}
+
 /// The side of a round that is ours: prints [`Steps`].
-fn steps_of_ours(artifact: &Path, args: &Args) -> Result<()> {
+fn ours_alone(dir: &Path, args: &Args) -> Result<()> {
     linalg::single_threaded_blas();
-    let artifact = Artifact::open(artifact, None)?;
+    let options = train::Options {
+        duration: Duration::Steps(args.steps + 1),
+        batch: args.batch,
+        length: args.length,
+        device: args.open()?,
+        ..train::Options::default()
+    };
+    let steps = match Artifact::open(dir, None) {
+        Ok(artifact) => steps_of_decomposition(artifact, &options)?,
+        Err(_) => steps_of_random(dir, args, &options)?,
+    };
+    println!("{}", serde_json::to_string(&steps)?);
+    Ok(())
+}
+
+fn steps_of_decomposition(artifact: Artifact, options: &train::Options) -> Result<Steps> {
     let pin = Origin {
         repo: None,
         revision: None,
@@ -356,13 +426,6 @@ fn steps_of_ours(artifact: &Path, args: &Args) -> Result<()> {
         artifact,
         mixture: Mixture::default(),
     };
-    let options = train::Options {
-        duration: Duration::Steps(args.steps + 1),
-        batch: args.batch,
-        length: args.length,
-        device: args.open()?,
-        ..train::Options::default()
-    };
     let out = tempfile::tempdir()?;
     let text = Path::new(env!("CARGO_MANIFEST_DIR")).join(TEXT);
     let watch = StepWatch::default();
@@ -371,20 +434,58 @@ fn steps_of_ours(artifact: &Path, args: &Args) -> Result<()> {
         Some(pin),
         &text,
         &out.path().join("adapter"),
-        &options,
+        options,
         &watch,
     )?;
     let times = watch.times.into_inner()?;
-    let steps = Steps {
-        seconds: times
-            .windows(2)
-            .map(|pair| (pair[1] - pair[0]).as_secs_f64())
-            .collect(),
+    let seconds = times.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64());
+    Ok(Steps {
+        seconds: seconds.collect(),
         trained: facts.parameters,
+        peak_bytes: None,
         versions: Value::Null,
+    })
+}
+
+/// Steps of a model of random numbers on random tokens, in the dtype that its device computes best in.
+fn steps_of_random(dir: &Path, args: &Args, options: &train::Options) -> Result<Steps> {
+    let config = ModelConfig::read(dir)?;
+    let trained = Trained {
+        linear: Some(options.method),
+        ..Trained::default()
     };
-    println!("{}", serde_json::to_string(&steps)?);
-    Ok(())
+    let drawn = Drawn::new(&config, args.rank_fraction);
+    let dtype = dtype_on(&options.device);
+    let started = Instant::now();
+    let decoder = Decoder::load(&config, &drawn, trained, &options.device, dtype)?;
+    eprintln!("loaded in {:.1} s", started.elapsed().as_secs_f64());
+    let mut run = Run::new(&decoder, options);
+    let mut random = SplitMix(11);
+    let mut seconds = Vec::new();
+    for step in 0..=args.steps {
+        let windows: Vec<Vec<u32>> = (0..options.batch)
+            .map(|_| (0..options.length).map(|_| (random.next() % config.vocabulary as u64) as u32).collect())
+            .collect();
+        let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+        let started = Instant::now();
+        let loss = run.step(&windows, 1e-4, false)?;
+        options.device.synchronize()?;
+        seconds.push(started.elapsed().as_secs_f64());
+        eprintln!("step {step}: loss {loss}, {:.4} s", started.elapsed().as_secs_f64());
+    }
+    Ok(Steps {
+        seconds: seconds.split_off(1),
+        trained: decoder.variables.values().map(|v| v.elem_count() as u64).sum(),
+        peak_bytes: None,
+        versions: Value::Null,
+    })
+}
+
+fn dtype_on(device: &Device) -> DType {
+    match device.is_cuda() {
+        true => DType::BF16,
+        false => DType::F32,
+    }
 }
 
 /// Takes the time at the end of each step.
@@ -406,10 +507,7 @@ fn floor(args: &Args, model: &Path) -> Result<f64> {
     let config = ModelConfig::read(model)?;
     let tokens = args.batch * args.length;
     let device = args.open()?;
-    let dtype = match args.device.gpu {
-        None => DType::F32,
-        Some(_) => DType::BF16,
-    };
+    let dtype = dtype_on(&device);
     let mut shapes: Vec<(usize, usize)> = Vec::new();
     for (name, shape) in config.tensors("model.") {
         // a tied head multiplies by the embedding
@@ -422,10 +520,9 @@ fn floor(args: &Args, model: &Path) -> Result<f64> {
     for _ in 0..3 {
         let mut sum = 0.0;
         for &(m, n) in &shapes {
-            let (x, w) = (
-                Tensor::ones((tokens, n), dtype, &device)?,
-                Tensor::ones((m, n), dtype, &device)?,
-            );
+            // not ones: numbers that toggle no bits are multiplied faster
+            let drawn = |rows| Tensor::randn(0f32, 1.0, (rows, n), &device)?.to_dtype(dtype);
+            let (x, w) = (drawn(tokens)?, drawn(m)?);
             device.synchronize()?;
             let started = Instant::now();
             let y = x.matmul(&w.t()?)?;

@@ -6,11 +6,12 @@ use std::io::Read;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+    CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, sys,
 };
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
-use candle_core::{CpuStorage, CudaStorage, Device, InplaceOp1, Layout, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CudaDevice, CudaStorage, Device, InplaceOp1, Layout, Storage, Tensor, bail};
 use flate2::read::ZlibDecoder;
 
 use super::{Arg, Geometry};
@@ -48,7 +49,33 @@ pub fn open(number: usize) -> Result<Device> {
         find_library(library)
             .map_err(|missing| refuse(format!("{missing}: it comes with {origin}")))?;
     }
-    Device::new_cuda(number).map_err(|error| refuse(error.to_string()))
+    opened(number).map_err(|error| refuse(error.to_string()))
+}
+
+/// With one stream for all threads, so that everything happens in the order in which it was asked for.
+fn opened(number: usize) -> candle_core::Result<Device> {
+    let device = CudaDevice::new_with_stream(number)?;
+    // SAFETY: events order what several streams do with the same memory, and there is one.
+    unsafe { device.disable_event_tracking() };
+    keep_freed_memory(&device)?;
+    Ok(Device::Cuda(device))
+}
+
+/// What a step frees, the next one asks for again: left alone, the driver takes it back whenever the stream runs dry.
+fn keep_freed_memory(device: &CudaDevice) -> candle_core::Result<()> {
+    let device = device.cuda_stream().context().cu_device();
+    let mut pool = std::ptr::null_mut();
+    let mut threshold = u64::MAX;
+    // SAFETY: the device is open, and the attribute is a number of 64 bits that is read at once.
+    unsafe {
+        sys::cuDeviceGetDefaultMemPool(&mut pool, device)
+            .result()
+            .w()?;
+        let value = (&raw mut threshold).cast();
+        sys::cuMemPoolSetAttribute(pool, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, value)
+            .result()
+            .w()
+    }
 }
 
 /// The PTX of a module, unpacked once.

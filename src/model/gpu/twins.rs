@@ -1,0 +1,269 @@
+//! Every kernel beside its twin of plain operations in f64, on fresh random numbers: what is said of a GPU holds on this one.
+
+use candle_core::{CpuStorage, D, DType, Device, Result, Storage, Tensor, Var};
+
+use super::super::config::{Rope, Scaling};
+use super::super::family::{Activation, Scores};
+use super::super::ops;
+use super::super::segments::{Segment, Segments};
+use super::{AdamW, adamw, cross_entropy, open, sum_of_products};
+
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// A GPU, or a loud word that there is none.
+fn gpu() -> Option<Device> {
+    open(0)
+        .map_err(|error| eprintln!("SKIPPED, no GPU: {error}"))
+        .ok()
+}
+
+/// Of the whole of a tensor, how far a result that is rounded to a dtype may be off.
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => 1e-5,
+        // half a unit in the last place is 2⁻¹¹, and 2⁻⁸
+        DType::F16 => 2e-3,
+        _ => 1.2e-2,
+    }
+}
+
+fn random(shape: &[usize]) -> Tensor {
+    Tensor::randn(0f32, 1.0, shape, &Device::Cpu).expect("random numbers")
+}
+
+/// ‖found − wanted‖ / ‖wanted‖, and infinite where a number is none.
+fn distance(found: &Tensor, wanted: &Tensor) -> Result<f64> {
+    let (found, wanted) = (found.to_device(&Device::Cpu)?.to_dtype(DType::F64)?, wanted);
+    let norm = |x: &Tensor| -> Result<f64> { Ok(x.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt()) };
+    let far = norm(&(found - wanted)?)? / norm(wanted)?.max(1e-30);
+    Ok(if far.is_nan() { f64::INFINITY } else { far })
+}
+
+/// Holds the values and gradients of `f` on the GPU against those of `twin` on the CPU in f64.
+fn hold(
+    what: &str,
+    shapes: &[&[usize]],
+    f: impl Fn(&[Tensor]) -> Result<Tensor>,
+    twin: impl Fn(&[Tensor]) -> Result<Tensor>,
+) {
+    let Some(gpu) = gpu() else { return };
+    for dtype in DTYPES {
+        let held = || -> Result<()> {
+            let drawn: Vec<Tensor> = shapes.iter().map(|shape| random(shape)).collect();
+            let rounded: Vec<Tensor> = (drawn.iter())
+                .map(|x| x.to_dtype(dtype))
+                .collect::<Result<_>>()?;
+            let ours: Vec<Var> = (rounded.iter())
+                .map(|x| Var::from_tensor(&x.to_device(&gpu)?))
+                .collect::<Result<_>>()?;
+            let theirs: Vec<Var> = (rounded.iter())
+                .map(|x| Var::from_tensor(&x.to_dtype(DType::F64)?))
+                .collect::<Result<_>>()?;
+            let tensors = |vars: &[Var]| -> Vec<Tensor> {
+                vars.iter().map(|var| var.as_tensor().clone()).collect()
+            };
+            let (y, wanted) = (f(&tensors(&ours))?, twin(&tensors(&theirs))?);
+            let check = |name: &str, found: &Tensor, wanted: &Tensor| -> Result<()> {
+                let far = distance(found, wanted)?;
+                assert!(
+                    far <= tolerance(dtype),
+                    "{what} of {dtype:?}, {name}: off by {far:.2e}"
+                );
+                Ok(())
+            };
+            check("y", &y, &wanted.detach())?;
+            let g = random(y.dims()).to_dtype(dtype)?;
+            let found = (y * g.to_device(&gpu)?)?.sum_all()?.backward()?;
+            let wanted = (wanted * g.to_dtype(DType::F64)?)?.sum_all()?.backward()?;
+            for (at, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
+                let (Some(found), Some(wanted)) = (found.get(ours), wanted.get(theirs)) else {
+                    panic!("{what}: input {at} has no gradient");
+                };
+                check(&format!("gradient {at}"), found, wanted)?;
+            }
+            Ok(())
+        };
+        held().unwrap_or_else(|error| panic!("{what} of {dtype:?}: {error}"));
+    }
+}
+
+#[test]
+fn rms_norm() {
+    for n in [1, 63, 576, 3072, 3077] {
+        let twin = |t: &[Tensor]| {
+            let mean = (t[0].sqr()?.sum_keepdim(D::Minus1)? / n as f64)?;
+            let normed = t[0].broadcast_div(&(mean + 1e-5)?.sqrt()?)?;
+            normed.broadcast_mul(&t[1])
+        };
+        let f = |t: &[Tensor]| ops::rms_norm(&t[0], &t[1], 1e-5);
+        hold("rms_norm", &[&[3, 37, n], &[n]], f, twin);
+    }
+}
+
+#[test]
+fn gated() {
+    for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
+        for n in [1, 61, 1536] {
+            let f = |t: &[Tensor]| ops::gated(&t[0], &t[1], &activation);
+            let shape = [5, 19, n];
+            hold(&format!("{activation:?}"), &[&shape, &shape], f, f);
+        }
+    }
+}
+
+#[test]
+fn rotate() {
+    for (dim, d, h) in [(64, 64, 3), (96, 96, 2), (20, 30, 1)] {
+        let rope = Rope {
+            theta: 10_000.0,
+            dim,
+            scaling: Scaling::None,
+        };
+        let positions: Vec<usize> = (0..41).map(|at| at * 7).collect();
+        let angles = |device: &Device| rope.angles(&positions, &[41], device);
+        let f = |t: &[Tensor]| ops::rotate(&t[0], &angles(t[0].device())?);
+        let twin = |t: &[Tensor]| {
+            let angles = angles(&Device::Cpu)?;
+            let wide = |x: &Tensor| x.to_dtype(DType::F64)?.unsqueeze(1);
+            let (cos, sin, half) = (wide(&angles.cos)?, wide(&angles.sin)?, dim / 2);
+            let (a, b) = (t[0].narrow(3, 0, half)?, t[0].narrow(3, half, half)?);
+            let rest = t[0].narrow(3, dim, d - dim)?;
+            let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+            let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+            match d > dim {
+                true => Tensor::cat(&[first, second, rest], 3),
+                false => Tensor::cat(&[first, second], 3),
+            }
+        };
+        hold("rotate", &[&[2, 41, h, d]], f, twin);
+    }
+}
+
+#[test]
+fn attention() {
+    // batch, tokens, heads, shared heads, width
+    for (b, t, h, kv, d) in [
+        (2, 37, 4, 2, 16),
+        (1, 300, 3, 1, 64),
+        (2, 129, 2, 2, 96),
+        (1, 70, 2, 1, 80),
+        (1, 200, 4, 1, 128),
+        (2, 65, 1, 1, 31),
+        (1, 90, 2, 2, 256),
+        (3, 1, 2, 1, 64),
+    ] {
+        let mut rows = vec![Segments::whole(b, t)];
+        if t > 30 {
+            let row = |at: usize| {
+                let padding = 3 * at;
+                vec![
+                    Segment::Sequence(20),
+                    Segment::Padding(padding),
+                    Segment::Sequence(t - 20 - padding),
+                ]
+            };
+            rows.push(Segments::new((0..b).map(row).collect()));
+        }
+        for segments in &rows {
+            for (window, cap) in [(None, None), (Some(11), None), (None, Some(1.5))] {
+                let scores = Scores {
+                    scale: (d as f64).sqrt().recip(),
+                    cap,
+                };
+                let f = |tensors: &[Tensor]| {
+                    let [q, k, v] = tensors else { unreachable!() };
+                    let sight = segments.sight(window.filter(|&w| w < t), q.device())?;
+                    ops::attention(q, k, v, &sight, scores)
+                };
+                let what = format!("attention {:?} {window:?} {cap:?}", (b, t, h, kv, d));
+                hold(&what, &[&[b, t, h, d], &[b, t, kv, d], &[b, t, kv, d]], f, f);
+            }
+        }
+    }
+}
+
+#[test]
+fn cross_entropy_and_its_gradient() {
+    let Some(gpu) = gpu() else { return };
+    for (rows, n) in [(1, 1), (7, 100), (33, 49_153)] {
+        let held = || -> Result<()> {
+            let logits = (random(&[rows, n]) * 4.0)?;
+            let targets: Vec<u32> = (0..rows).map(|row| (row * 7919 % n) as u32).collect();
+            let targets = Tensor::from_vec(targets, (rows, 1), &Device::Cpu)?;
+            let there = logits.to_device(&gpu)?.copy()?;
+            let loss = cross_entropy(&there, &targets.to_device(&gpu)?)?.expect("a kernel");
+            let logits = Var::from_tensor(&logits.to_dtype(DType::F64)?)?;
+            let highest = logits.detach().max_keepdim(1)?;
+            let sums = logits.broadcast_sub(&highest)?.exp()?.sum_keepdim(1)?;
+            let wanted = ((sums.log()? + highest)? - logits.gather(&targets, 1)?)?.sum_all()?;
+            let gradients = wanted.backward()?;
+            let wanted = wanted.to_scalar::<f64>()?;
+            assert!((loss - wanted).abs() <= 1e-5 * wanted.abs() + 1e-6, "{loss} for {wanted}");
+            if n > 1 {
+                let wanted = gradients.get(&logits).expect("a gradient");
+                let far = distance(&there, wanted)?;
+                assert!(far <= 1e-5, "gradient: off by {far:.2e}");
+            }
+            Ok(())
+        };
+        held().unwrap_or_else(|error| panic!("{rows} × {n}: {error}"));
+    }
+}
+
+#[test]
+fn sums_of_products() {
+    let Some(gpu) = gpu() else { return };
+    for dtype in DTYPES {
+        for (rows, q) in [(1, 1), (1000, 57), (4096, 307), (300, 1024)] {
+            let held = || -> Result<()> {
+                let (a, b) = (
+                    random(&[rows, q]).to_dtype(dtype)?,
+                    random(&[rows, q]).to_dtype(dtype)?,
+                );
+                let sum = sum_of_products(&a.to_device(&gpu)?, &b.to_device(&gpu)?)?;
+                let wanted = (a.to_dtype(DType::F64)? * b.to_dtype(DType::F64)?)?.sum(0)?;
+                let far = distance(&sum.expect("a kernel"), &wanted)?;
+                assert!(far <= 1e-5, "{dtype:?} {rows} × {q}: off by {far:.2e}");
+                Ok(())
+            };
+            held().unwrap_or_else(|error| panic!("{dtype:?} {rows} × {q}: {error}"));
+        }
+    }
+}
+
+/// Not near: to the bit, so that a run may move between a GPU and a CPU.
+#[test]
+fn adamw_has_the_bits_of_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    let count = 1003;
+    let bits = |x: &Tensor| -> Vec<u32> {
+        let x = x.to_device(&Device::Cpu).expect("downloads");
+        let (storage, _) = x.storage_and_layout();
+        let Storage::Cpu(CpuStorage::F32(values)) = &*storage else {
+            panic!("f32");
+        };
+        values.iter().map(|x| x.to_bits()).collect()
+    };
+    let mut on_cpu = crate::train::optimizer::AdamW::new(0.01);
+    let mut values: Vec<f32> = random(&[count]).to_vec1().expect("numbers");
+    let there = Tensor::new(values.as_slice(), &gpu).expect("uploads");
+    let zeros = || Tensor::zeros(count, DType::F32, &gpu).expect("zeros");
+    let (first, second) = (zeros(), zeros());
+    for step in 1..=5 {
+        let gradient: Vec<f32> = random(&[count]).to_vec1().expect("numbers");
+        on_cpu.begin_step();
+        on_cpu.update("x", &mut values, &gradient, 1e-2);
+        let gradient = Tensor::new(gradient.as_slice(), &gpu).expect("uploads");
+        let with = AdamW {
+            learning_rate: 1e-2,
+            beta1: on_cpu.beta1,
+            beta2: on_cpu.beta2,
+            eps: on_cpu.eps,
+            weight_decay: on_cpu.weight_decay,
+            step,
+        };
+        assert!(adamw(&there, &gradient, [&first, &second], with).expect("runs"));
+        let wanted: Vec<u32> = values.iter().map(|x| x.to_bits()).collect();
+        assert_eq!(bits(&there), wanted, "after step {step}");
+    }
+}
