@@ -14,7 +14,7 @@ pub mod ops;
 mod product;
 pub mod rope;
 pub mod segments;
-mod vjp;
+mod tape;
 
 pub use backward::Gradients;
 pub use config::ModelConfig;

@@ -2,12 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::backprop::GradStore;
-use candle_core::{Result as CandleResult, Tensor, Var};
+use candle_core::{Result as CandleResult, Tensor};
 
 use super::decoder::Decoder;
 use super::segments::Segments;
-use super::vjp::attach;
+use super::tape::{self, record};
 use crate::error::Result;
 
 /// What a backward pass gives.
@@ -24,56 +23,70 @@ impl Decoder {
     /// With `recompute`, only what each block reads is kept in the forward pass, and the rest of a block is computed again
     /// when its gradients are due: the same gradients, to the bit, from far fewer activations (Chen et al. 2016).
     pub fn gradients(&self, ids: &Tensor, recompute: bool) -> Result<Gradients> {
-        if recompute {
-            return Ok(self.recomputed(ids)?);
+        let (b, t) = ids.dims2()?;
+        self.gradients_of(ids, &Segments::whole(b, t), recompute)
+    }
+
+    /// The same of rows that hold several sequences, or padding.
+    pub fn gradients_of(
+        &self,
+        ids: &Tensor,
+        segments: &Segments,
+        recompute: bool,
+    ) -> Result<Gradients> {
+        match recompute {
+            true => Ok(self.recomputed(ids, segments)?),
+            false => Ok(self.kept(ids, segments)?),
         }
-        let (sum, predicted) = self.loss(ids)?;
-        let mean = (sum / predicted as f64)?;
-        let mut found = Gradients::of(&mean)?;
+    }
+
+    fn kept(&self, ids: &Tensor, segments: &Segments) -> CandleResult<Gradients> {
+        let (loss, tape) = record(&[], || {
+            let pass = self.pass(ids, segments)?;
+            let mut x = self.embed(ids)?;
+            for at in 0..self.blocks() {
+                x = self.block(at, &x, &pass)?;
+            }
+            self.mean_loss(&x, ids, segments)
+        })?;
+        let mut found = Gradients::of(&loss)?;
         if found.loss.is_finite() {
-            found.take(self, mean.backward()?)?;
+            found.take(self, &mut tape.back(&loss, loss.ones_like()?)?)?;
         }
         Ok(found)
     }
 
-    fn recomputed(&self, ids: &Tensor) -> CandleResult<Gradients> {
-        let (b, t) = ids.dims2()?;
-        let segments = Segments::whole(b, t);
-        let pass = self.pass(ids, &segments)?;
-        let embedded = self.embed(ids)?;
-        let mut read = vec![embedded.detach()];
+    fn recomputed(&self, ids: &Tensor, segments: &Segments) -> CandleResult<Gradients> {
+        let pass = self.pass(ids, segments)?;
+        let (embedded, embedding) = record(&[], || self.embed(ids))?;
+        let mut read = vec![embedded.clone()];
         for at in 0..self.blocks() {
-            let y = self.block(at, &read[at], &pass)?.detach();
-            read.push(y);
+            read.push(self.block(at, &read[at], &pass)?);
         }
-        let mut next = || Var::from_tensor(&read.pop().expect("one for each block and the head"));
-        let top = next()?;
-        let (sum, predicted) = self.loss_from_blocks(&top, ids, &segments)?;
-        let mean = (sum / predicted as f64)?;
-        let mut found = Gradients::of(&mean)?;
+        let mut next = || read.pop().expect("one for each block and the head");
+        let top = next();
+        let (loss, tape) = record(&[&top], || self.mean_loss(&top, ids, segments))?;
+        let mut found = Gradients::of(&loss)?;
         if !found.loss.is_finite() {
             return Ok(found);
         }
-        let mut gradients = mean.backward()?;
-        drop(mean);
-        let mut due = gradients.remove(&top);
-        found.take(self, gradients)?;
+        let mut gradients = tape.back(&loss, loss.ones_like()?)?;
+        let mut due = gradients.take(&top);
+        drop(top);
+        found.take(self, &mut gradients)?;
         for at in (0..self.blocks()).rev() {
-            let x = next()?;
+            let x = next();
             // nothing before the first block wants its gradient unless the embedding moves
-            let wanted = at > 0 || embedded.track_op();
-            let input = if wanted {
-                x.as_tensor().clone()
-            } else {
-                x.as_detached_tensor()
-            };
-            let y = self.block(at, &input, &pass)?;
-            let mut gradients = backward_from(&y, due.take())?;
-            due = gradients.remove(&x);
-            found.take(self, gradients)?;
+            let wanted = at > 0 || !embedding.is_empty();
+            let leaves: &[&Tensor] = if wanted { &[&x] } else { &[] };
+            let (y, tape) = record(leaves, || self.block(at, &x, &pass))?;
+            let Some(gradient) = due.take() else { break };
+            let mut gradients = tape.back(&y, gradient)?;
+            due = gradients.take(&x);
+            found.take(self, &mut gradients)?;
         }
-        if embedded.track_op() {
-            found.take(self, backward_from(&embedded, due)?)?;
+        if let Some(gradient) = due {
+            found.take(self, &mut embedding.back(&embedded, gradient)?)?;
         }
         Ok(found)
     }
@@ -88,22 +101,16 @@ impl Gradients {
     }
 
     /// Adds the gradients of variables.
-    fn take(&mut self, decoder: &Decoder, mut gradients: GradStore) -> CandleResult<()> {
+    fn take(&mut self, decoder: &Decoder, gradients: &mut tape::Gradients) -> CandleResult<()> {
         for (name, variable) in &decoder.variables {
-            if let Some(gradient) = gradients.remove(variable) {
+            if let Some(gradient) = gradients.take(variable) {
                 let gradient = match self.tensors.remove(name) {
                     Some(sum) => (sum + gradient)?,
                     None => gradient,
                 };
-                self.tensors.insert(name.clone(), gradient.detach());
+                self.tensors.insert(name.clone(), gradient);
             }
         }
         Ok(())
     }
-}
-
-/// The backward pass from a tensor whose own gradient is known.
-fn backward_from(y: &Tensor, gradient: Option<Tensor>) -> CandleResult<GradStore> {
-    let end = Tensor::zeros(1, y.dtype(), y.device())?;
-    attach(&[y], end, move |_| Ok(vec![gradient.clone()]))?.backward()
 }

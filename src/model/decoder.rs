@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
-use candle_core::{D, DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::config::{Attention, ModelConfig, Scaling};
 use super::family::{self, Activation, NormKind, QueryKeyNorm, Scores};
@@ -86,22 +86,16 @@ impl Projections {
             Self::Apart(layers) => layers.iter().map(|layer| layer.forward(x)).collect(),
             Self::Stacked(layer) => {
                 let y = layer.forward(x)?;
-                let mut start = 0;
-                sides
-                    .iter()
-                    .map(|&side| {
-                        let part = y.narrow(D::Minus1, start, side)?.contiguous();
-                        start += side;
-                        part
-                    })
-                    .collect()
+                ops::split(&y, y.rank() - 1, sides)
             }
             Self::ByHead(layer) => {
                 let (b, t, _) = x.dims3()?;
                 let y = layer.forward(x)?;
-                let y = y.reshape((b, t, (), sides.len(), head_dim))?;
-                (sides.iter().enumerate())
-                    .map(|(at, &side)| y.narrow(3, at, 1)?.contiguous()?.reshape((b, t, side)))
+                let y = ops::reshape(&y, (b, t, (), sides.len(), head_dim))?;
+                let parts = ops::split(&y, 3, &vec![1; sides.len()])?;
+                let parts = parts.iter().zip(sides);
+                parts
+                    .map(|(part, &side)| ops::reshape(part, (b, t, side)))
                     .collect()
             }
         }
@@ -172,10 +166,12 @@ impl Decoder {
     /// `ids (b, t) → (b, t, hidden)`, what the first block reads.
     pub(super) fn embed(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
         let (b, t) = ids.dims2()?;
-        let embedded = ops::embed(&self.embedding, &ids.flatten_all()?)?
-            .reshape((b, t, self.config.hidden))?
-            .to_dtype(self.dtype)?;
-        scaled(embedded, self.config.embedding_scale)
+        let embedded = ops::embed(&self.embedding, &ids.flatten_all()?)?;
+        let embedded = ops::reshape(&embedded, (b, t, self.config.hidden))?;
+        ops::scaled(
+            &ops::cast(&embedded, self.dtype)?,
+            self.config.embedding_scale,
+        )
     }
 
     /// The last hidden states: `ids (b, t) u32 → (b, t, hidden)`.
@@ -223,8 +219,7 @@ impl Decoder {
 
     /// The same of rows that hold several sequences, or padding; the logits of padding mean nothing.
     pub fn logits_of(&self, ids: &Tensor, segments: &Segments) -> Result<Tensor> {
-        let hidden = self.hidden(ids, segments)?.detach();
-        Ok(self.head.logits(&hidden)?)
+        Ok(self.head.logits(&self.hidden(ids, segments)?)?)
     }
 
     /// The logits of what follows `ids`, which go on where `cache` has read to: `ids (b, t) → (b, vocabulary)`, without
@@ -252,7 +247,7 @@ impl Decoder {
             .collect::<candle_core::Result<Vec<_>>>()?;
         cache.layers.resize_with(self.blocks.len(), || None);
         let mut sights = Sights::default();
-        let mut x = self.embed(ids)?.detach();
+        let mut x = self.embed(ids)?;
         for (block, past) in self.blocks.iter().zip(&mut cache.layers) {
             let window = block.sees.window.filter(|&window| window < after);
             let first = reach(before, window);
@@ -260,17 +255,14 @@ impl Decoder {
             let keys = after - first;
             let sight = sights.of(window, || Sight::new(seen.collect(), t, keys, &self.device))?;
             let angles = block.sees.rope.map(|rope| &angles[rope]);
-            // without its graph: nothing of a step but keys and values is needed in the next
-            x = (block.forward(&self.config, &x, angles, &sight, Some(past))?).detach();
+            x = block.forward(&self.config, &x, angles, &sight, Some(past))?;
         }
         cache.ids = Some(match cache.ids.take() {
             Some(read) => Tensor::cat(&[&read, ids], 1)?,
             None => ids.clone(),
         });
         let last = x.narrow(1, t - 1, 1)?.contiguous()?;
-        self.head
-            .logits(&self.norm.forward(&last)?.detach())?
-            .squeeze(1)
+        self.head.logits(&self.norm.forward(&last)?)?.squeeze(1)
     }
 
     /// Σ of the next-token losses in nats, and how many tokens were predicted.
@@ -284,41 +276,45 @@ impl Decoder {
     /// The same of rows that hold several sequences, or padding: each token but the first of its sequence is predicted
     /// from those before it there.
     pub fn loss_of(&self, ids: &Tensor, segments: &Segments) -> Result<(Tensor, usize)> {
-        Ok(self.loss_from(&self.hidden(ids, segments)?, ids, segments)?)
+        let (predicting, targets) = self.predicting(&self.hidden(ids, segments)?, ids, segments)?;
+        let sum = self.head.cross_entropy(&predicting, &targets, 1.0)?;
+        Ok((sum, targets.elem_count()))
     }
 
-    /// The same from the stream behind the last block, `x (b, t, hidden)`.
-    pub(super) fn loss_from_blocks(
+    /// The mean of the losses from the stream behind the last block, `x (b, t, hidden)`.
+    pub(super) fn mean_loss(
         &self,
         x: &Tensor,
         ids: &Tensor,
         segments: &Segments,
-    ) -> candle_core::Result<(Tensor, usize)> {
-        self.loss_from(&self.norm.forward(x)?, ids, segments)
+    ) -> candle_core::Result<Tensor> {
+        let (predicting, targets) = self.predicting(&self.norm.forward(x)?, ids, segments)?;
+        let share = (targets.elem_count() as f64).recip();
+        self.head.cross_entropy(&predicting, &targets, share)
     }
 
-    fn loss_from(
+    /// The hidden states (rows, hidden) that predict a token each, and these tokens (rows,).
+    fn predicting(
         &self,
         hidden: &Tensor,
         ids: &Tensor,
         segments: &Segments,
-    ) -> candle_core::Result<(Tensor, usize)> {
+    ) -> candle_core::Result<(Tensor, Tensor)> {
         let (b, t) = ids.dims2()?;
-        let (predicting, targets) = if segments.is_whole() {
-            let hidden = hidden.narrow(1, 0, t - 1)?.contiguous()?;
+        if segments.is_whole() {
+            let hidden = ops::split(hidden, 1, &[t - 1, 1])?.remove(0);
             let targets = ids.narrow(1, 1, t - 1)?.contiguous()?.flatten_all()?;
-            (hidden.reshape((b * (t - 1), self.config.hidden))?, targets)
+            let rows = (b * (t - 1), self.config.hidden);
+            Ok((ops::reshape(&hidden, rows)?, targets))
         } else {
             let from = segments.predicting();
             let to: Vec<u32> = from.iter().map(|token| token + 1).collect();
             let from = Tensor::new(from, &self.device)?;
             let to = Tensor::new(to, &self.device)?;
-            let hidden = hidden.reshape((b * t, self.config.hidden))?;
+            let hidden = ops::reshape(hidden, (b * t, self.config.hidden))?;
             let targets = ids.flatten_all()?.index_select(&to, 0)?;
-            (hidden.index_select(&from, 0)?, targets)
-        };
-        let loss = self.head.cross_entropy(&predicting, &targets)?;
-        Ok((loss, targets.elem_count()))
+            Ok((ops::selected(&hidden, &from)?, targets))
+        }
     }
 }
 
@@ -383,11 +379,11 @@ impl Block {
         let attended =
             self.attention(config, &normed(before_attention, x)?, angles, sight, past)?;
         let attended = normed(after_attention, &attended)?;
-        let y = (x + scaled(attended, config.residual_scale)?)?;
+        let y = ops::add(x, &ops::scaled(&attended, config.residual_scale)?)?;
         let read = if config.parallel { x } else { &y };
         let mixed = self.mlp(config, &normed(before_mlp, read)?)?;
         let mixed = normed(after_mlp, &mixed)?;
-        y + scaled(mixed, config.residual_scale)?
+        ops::add(&y, &ops::scaled(&mixed, config.residual_scale)?)
     }
 
     fn attention(
@@ -406,7 +402,7 @@ impl Block {
         let [q, k, v] = &projected[..] else {
             candle_core::bail!("queries, keys and values are three");
         };
-        let per_head = |y: &Tensor, n: usize| y.reshape((b, t, n, d));
+        let per_head = |y: &Tensor, n: usize| ops::reshape(y, (b, t, n, d));
         let (q, k) = match (&self.query_key_norms, config.query_key_norm) {
             (Some((query, key)), QueryKeyNorm::AllHeads) => {
                 let (q, k) = (query.forward(q)?, key.forward(k)?);
@@ -424,19 +420,24 @@ impl Block {
         };
         let v = per_head(v, kv)?;
         let (k, v) = match past {
-            Some(past) => joined(past, k.detach(), v.detach(), self.sees.window)?,
+            Some(past) => joined(past, k, v, self.sees.window)?,
             None => (k, v),
         };
         let scores = Scores {
             scale: config.attention_scale,
             cap: config.attention_cap,
         };
-        let attended = ops::attention(&q, &k, &v, sight, scores)?.reshape((b, t, heads * d))?;
-        self.output.forward(&attended)
+        let attended = ops::attention(&q, &k, &v, sight, scores)?;
+        self.output
+            .forward(&ops::reshape(&attended, (b, t, heads * d))?)
     }
 
     fn mlp(&self, config: &ModelConfig, x: &Tensor) -> candle_core::Result<Tensor> {
         let (i, d) = (config.intermediate, config.head_dim);
+        if let (Projections::Stacked(layer), true) = (&self.gate_up, config.gated) {
+            let mixed = ops::gated_stacked(&layer.forward(x)?, &config.activation)?;
+            return self.down.forward(&mixed);
+        }
         let wide = self.gate_up.forward(x, &[i, i], d)?;
         let mixed = match &wide[..] {
             [gate, up] if config.gated => ops::gated(gate, up, &config.activation)?,
@@ -472,10 +473,6 @@ fn normed(norm: &Option<Norm>, x: &Tensor) -> candle_core::Result<Tensor> {
         Some(norm) => norm.forward(x),
         None => Ok(x.clone()),
     }
-}
-
-fn scaled(x: Tensor, factor: f64) -> candle_core::Result<Tensor> {
-    if factor == 1.0 { Ok(x) } else { x * factor }
 }
 
 fn refuse_unknown(config: &ModelConfig) -> Result<()> {

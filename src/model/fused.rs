@@ -282,8 +282,8 @@ pub fn through_softmax(p: &[f32], dp: &mut [f32]) {
     )
 }
 
-/// Σ −log softmax(row)[target], leaving softmax − onehot, its gradient, in place of the logits.
-pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Option<f64>> {
+/// Σ −log softmax(row)[target], leaving factor·(softmax − onehot), its gradient times a factor, in place of the logits.
+pub fn cross_entropy(logits: &Tensor, targets: &Tensor, factor: f64) -> Result<Option<f64>> {
     if !applies(&[logits]) {
         return Ok(None);
     }
@@ -298,6 +298,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Option<f64>> {
                 let wanted = row[target as usize];
                 let (largest, sum) = softmax(row);
                 row[target as usize] -= 1.0;
+                row.iter_mut().for_each(|x| *x *= factor as f32);
                 f64::from(largest) - f64::from(wanted) + sum.ln()
             })
             .collect();
@@ -316,6 +317,7 @@ mod tests {
     use super::super::family::Scores;
     use super::super::ops;
     use super::super::segments::{Segment, Segments, Sight};
+    use super::super::tape::record;
     use super::*;
     use candle_core::Var;
 
@@ -348,16 +350,12 @@ mod tests {
     fn assert_twins(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>, what: &str) {
         let run = |inputs: Vec<Var>| {
             let tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
-            let y = f(&tensors).expect("forward");
-            // a smooth function with other gradients everywhere
-            let gradients = y
-                .sin()
-                .and_then(|y| y.sum_all())
-                .and_then(|y| y.backward())
-                .expect("backward");
+            let (y, tape) = record(&[], || f(&tensors)).expect("forward");
+            // those of Σ sin y, which are others everywhere
+            let mut gradients = tape.back(&y, y.cos().expect("a cosine")).expect("backward");
             let gradients: Vec<Tensor> = inputs
                 .iter()
-                .map(|v| gradients.get(v).expect("a gradient").clone())
+                .map(|v| gradients.take(v).expect("a gradient"))
                 .collect();
             (y, gradients)
         };
@@ -479,9 +477,10 @@ mod tests {
         let gradient = p
             .scatter_add(&wanted, &onehot.neg().expect("minus"), 1)
             .expect("gradient");
-        let fused = cross_entropy(&logits, &wanted)
+        let fused = cross_entropy(&logits, &wanted, 0.25)
             .expect("fused")
             .expect("applies");
+        let gradient = (gradient * 0.25).expect("a quarter");
         assert!(
             (fused - loss).abs() < 1e-6 * loss,
             "{fused} instead of {loss}"

@@ -19,12 +19,13 @@ mod twins;
 pub use launch::find_library;
 use launch::launch;
 pub use launch::open;
-pub(super) use launch::steal;
 
 /// What a kernel is given.
 #[derive(Clone, Copy)]
 enum Arg<'a> {
     Tensor(&'a Tensor),
+    /// A part of a tensor; how far apart its rows begin is told beside it.
+    Part(&'a Tensor),
     /// A pointer to nothing: what would be written there is not wanted.
     Null,
     /// Of 32 bits.
@@ -69,6 +70,7 @@ const SHARED_BYTES_MAX: usize = 227 << 10;
 fn run(module: &str, name: &str, geometry: Geometry, args: &[Arg]) -> Result<()> {
     let fits = |arg: &Arg| match arg {
         Arg::Tensor(tensor) => tensor.is_contiguous(),
+        Arg::Part(tensor) => tensor.elem_count() > 0,
         Arg::Null => true,
         Arg::Count(count) => u32::try_from(*count).is_ok(),
         Arg::Size(size) => *size > 0,
@@ -88,9 +90,15 @@ const BLOCKS: usize = 256;
 
 /// The end of the names of the kernels for these tensors, if there are any.
 fn kind(tensors: &[&Tensor]) -> Option<&'static str> {
+    let dense = tensors.iter().all(|t| t.is_contiguous());
+    kind_of_rows(tensors).filter(|_| dense)
+}
+
+/// The same where rows may begin apart.
+fn kind_of_rows(tensors: &[&Tensor]) -> Option<&'static str> {
     let dtype = tensors[0].dtype();
     let applies = |t: &&Tensor| {
-        let fits = t.elem_count() > 0 && t.is_contiguous();
+        let fits = t.elem_count() > 0 && pitched(t).is_some();
         t.device().is_cuda() && t.dtype() == dtype && fits
     };
     if !tensors.iter().all(applies) {
@@ -102,6 +110,18 @@ fn kind(tensors: &[&Tensor]) -> Option<&'static str> {
         DType::BF16 => Some("bf16"),
         _ => None,
     }
+}
+
+/// (rows, n) and how far apart rows begin, of a tensor (…, n) whose rows are dense and equally far apart.
+fn pitched(tensor: &Tensor) -> Option<(usize, usize, usize)> {
+    let n = tensor.dim(D::Minus1).ok()?;
+    let (dims, strides) = (tensor.dims(), tensor.stride());
+    let Some(last) = dims.len().checked_sub(2) else {
+        return tensor.is_contiguous().then_some((1, n, n));
+    };
+    let even = (0..last).all(|at| strides[at] == strides[at + 1] * dims[at + 1]);
+    let dense = strides[last + 1] == 1 || n == 1;
+    (even && dense).then(|| (tensor.elem_count() / n.max(1), n, strides[last]))
 }
 
 /// Room for a result; a kernel fills all of it.
@@ -239,22 +259,26 @@ fn gate(activation: &Activation) -> Option<&'static str> {
     }
 }
 
-/// activation(a) ∘ b
+/// activation(a) ∘ b, of a and b that may be halves of one tensor.
 pub fn gated(a: &Tensor, b: &Tensor, activation: &Activation) -> Result<Option<Tensor>> {
-    let (Some(kind), Some(gate)) = (kind(&[a, b]), gate(activation)) else {
+    let (Some(kind), Some(gate)) = (kind_of_rows(&[a, b]), gate(activation)) else {
+        return Ok(None);
+    };
+    let Some((rows, n, pitch)) = alike(&[a, b]) else {
         return Ok(None);
     };
     let y = room(a.shape(), a.dtype(), a)?;
-    let count = a.elem_count();
     run(
         "gated",
         &format!("gated_{gate}_{kind}"),
-        by_elements(count),
+        by_rows(rows),
         &[
-            Arg::Tensor(a),
-            Arg::Tensor(b),
+            Arg::Part(a),
+            Arg::Part(b),
             Arg::Tensor(&y),
-            Arg::Size(count),
+            Arg::Count(rows),
+            Arg::Count(n),
+            Arg::Count(pitch),
         ],
     )?;
     Ok(Some(y))
@@ -267,45 +291,185 @@ pub fn gated_gradient(
     g: &Tensor,
     activation: &Activation,
 ) -> Result<Option<(Tensor, Tensor)>> {
-    let (Some(kind), Some(gate)) = (kind(&[a, b, g]), gate(activation)) else {
+    if kind(&[a, b]).is_none() {
         return Ok(None);
+    }
+    let like = |x: &Tensor| room(x.shape(), x.dtype(), x);
+    let (da, db) = (like(a)?, like(b)?);
+    let done = gated_back([a, b], g, activation, [&da, &db])?;
+    Ok(done.then_some((da, db)))
+}
+
+/// The same where x (…, 2n) holds a and b, and its gradient theirs.
+pub fn gated_stacked_gradient(
+    x: &Tensor,
+    g: &Tensor,
+    activation: &Activation,
+) -> Result<Option<Tensor>> {
+    if kind(&[x]).is_none() {
+        return Ok(None);
+    }
+    let dx = room(x.shape(), x.dtype(), x)?;
+    let n = g.dim(D::Minus1)?;
+    let half = |x: &Tensor, at: usize| x.narrow(D::Minus1, at * n, n);
+    let (from, to) = ([half(x, 0)?, half(x, 1)?], [half(&dx, 0)?, half(&dx, 1)?]);
+    let done = gated_back([&from[0], &from[1]], g, activation, [&to[0], &to[1]])?;
+    Ok(done.then_some(dx))
+}
+
+fn gated_back(
+    [a, b]: [&Tensor; 2],
+    g: &Tensor,
+    activation: &Activation,
+    [da, db]: [&Tensor; 2],
+) -> Result<bool> {
+    let (Some(kind), Some(gate)) = (kind_of_rows(&[a, b, g]), gate(activation)) else {
+        return Ok(false);
     };
-    let (da, db) = (
-        room(a.shape(), a.dtype(), a)?,
-        room(a.shape(), a.dtype(), a)?,
-    );
-    let count = a.elem_count();
+    let Some((rows, n, pitch)) = alike(&[a, b, da, db]) else {
+        return Ok(false);
+    };
     run(
         "gated",
         &format!("gated_back_{gate}_{kind}"),
-        by_elements(count),
+        by_rows(rows),
         &[
-            Arg::Tensor(a),
-            Arg::Tensor(b),
+            Arg::Part(a),
+            Arg::Part(b),
             Arg::Tensor(g),
-            Arg::Tensor(&da),
-            Arg::Tensor(&db),
-            Arg::Size(count),
+            Arg::Part(da),
+            Arg::Part(db),
+            Arg::Count(rows),
+            Arg::Count(n),
+            Arg::Count(pitch),
         ],
     )?;
-    Ok(Some((da, db)))
+    Ok(true)
 }
 
-/// Of kernels whose threads take eight numbers at a time, in strides.
-fn by_elements(count: usize) -> Geometry {
-    Geometry::blocks(count.div_ceil(8 * BLOCK).min(MOST_BLOCKS), 1)
+/// [`pitched`] of tensors that all lie alike.
+fn alike(tensors: &[&Tensor]) -> Option<(usize, usize, usize)> {
+    let first = pitched(tensors[0]);
+    first.filter(|_| tensors.iter().all(|t| pitched(t) == first))
 }
 
-/// Σ −log softmax(row) at each row's target, over rows of f32 logits, which become softmax − onehot, its gradient.
-pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Option<f64>> {
-    let Some("f32") = kind(&[logits]) else {
+/// Of kernels whose blocks take a row at a time, in strides.
+fn by_rows(rows: usize) -> Geometry {
+    Geometry::blocks(rows.min(MOST_BLOCKS), 1)
+}
+
+/// Parts of a side of a dense x, each in memory of its own.
+pub fn split(x: &Tensor, dim: usize, sides: &[usize]) -> Result<Option<Vec<Tensor>>> {
+    let Some(kind) = kind(&[x]) else {
+        return Ok(None);
+    };
+    if sides.contains(&0) {
+        return Ok(None);
+    }
+    let mut start = 0;
+    let mut parts = Vec::new();
+    for &side in sides {
+        let mut shape = x.dims().to_vec();
+        shape[dim] = side;
+        let part = room(shape, x.dtype(), x)?;
+        let from = x.narrow(dim, start, side)?;
+        copy_columns(kind, [&from, &part], dim, [x.dim(dim)?, side])?;
+        parts.push(part);
+        start += side;
+    }
+    Ok(Some(parts))
+}
+
+/// Dense tensors side by side: what [`split`] takes apart.
+pub fn joined(parts: &[Tensor], dim: usize) -> Result<Option<Tensor>> {
+    let all: Vec<&Tensor> = parts.iter().collect();
+    let Some(kind) = kind(&all) else {
+        return Ok(None);
+    };
+    let mut shape = parts[0].dims().to_vec();
+    shape[dim] = parts.iter().map(|part| part.dims()[dim]).sum();
+    let side = shape[dim];
+    let joined = room(shape, parts[0].dtype(), &parts[0])?;
+    let mut start = 0;
+    for part in parts {
+        let to = joined.narrow(dim, start, part.dims()[dim])?;
+        copy_columns(kind, [part, &to], dim, [part.dims()[dim], side])?;
+        start += part.dims()[dim];
+    }
+    Ok(Some(joined))
+}
+
+/// Copies between two tensors of one shape, of which either is a part of a whole with another side `dim`.
+fn copy_columns(
+    kind: &str,
+    [from, to]: [&Tensor; 2],
+    dim: usize,
+    [from_side, to_side]: [usize; 2],
+) -> Result<()> {
+    let dims = from.dims();
+    let (rows, behind): (usize, usize) = (
+        dims[..dim].iter().product(),
+        dims[dim + 1..].iter().product(),
+    );
+    run(
+        "columns",
+        &format!("copy_columns_{kind}"),
+        by_rows(rows),
+        &[
+            Arg::Part(from),
+            Arg::Part(to),
+            Arg::Count(rows),
+            Arg::Count(dims[dim] * behind),
+            Arg::Count(from_side * behind),
+            Arg::Count(to_side * behind),
+        ],
+    )
+}
+
+/// x·diag(factors): x (rows, n), factors in f32, zero from where they end.
+pub fn scale_columns(x: &Tensor, factors: &Tensor) -> Result<Option<Tensor>> {
+    let (Some(kind), Some("f32")) = (kind(&[x]), kind(&[factors])) else {
+        return Ok(None);
+    };
+    let n = x.dim(D::Minus1)?;
+    let rows = x.elem_count() / n;
+    let y = room(x.shape(), x.dtype(), x)?;
+    run(
+        "columns",
+        &format!("scale_columns_{kind}"),
+        by_rows(rows),
+        &[
+            Arg::Tensor(x),
+            Arg::Tensor(factors),
+            Arg::Tensor(&y),
+            Arg::Count(rows),
+            Arg::Count(n),
+            Arg::Count(factors.elem_count()),
+        ],
+    )?;
+    Ok(Some(y))
+}
+
+/// y += a·b in place, with y (rows, n), a (rows, k), b (k, n): nobody else may hold y. Says whether it did.
+pub fn add_product(y: &Tensor, a: &Tensor, b: &Tensor) -> Result<bool> {
+    if kind(&[y, a, b]).is_none() {
+        return Ok(false);
+    }
+    launch::add_product(y, a, b)?;
+    Ok(true)
+}
+
+/// Σ −log softmax(row) at each row's target, over rows of logits, which become factor·(softmax − onehot), its gradient
+/// times a factor.
+pub fn cross_entropy(logits: &Tensor, targets: &Tensor, factor: f64) -> Result<Option<f64>> {
+    let Some(kind) = kind(&[logits]) else {
         return Ok(None);
     };
     let (rows, n) = logits.dims2()?;
     let losses = room(rows, DType::F32, logits)?;
     run(
         "loss",
-        "cross_entropy",
+        &format!("cross_entropy_{kind}"),
         Geometry {
             block: 512,
             ..Geometry::blocks(rows, 1)
@@ -316,6 +480,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Option<f64>> {
             Arg::Tensor(&losses),
             Arg::Count(rows),
             Arg::Count(n),
+            Arg::F32(factor as f32),
         ],
     )?;
     let losses = losses.to_vec1::<f32>()?;
@@ -622,7 +787,7 @@ mod tests {
         }
         assert!(Tiles::of(257, 2).is_none());
         let rows = 1 << 24;
-        assert!(by_elements(rows * 8192).fits() && Geometry::blocks(rows, 1).fits());
+        assert!(by_rows(rows).fits() && Geometry::blocks(rows, 1).fits());
         assert!(!Geometry::blocks(0, 1).fits() && !Geometry::blocks(1, 1 << 16).fits());
     }
 
@@ -631,14 +796,6 @@ mod tests {
         let x = Tensor::zeros((2, 8), DType::F32, &candle_core::Device::Cpu).expect("zeros");
         let nothing = gated(&x, &x, &Activation::Silu).expect("asks");
         assert!(nothing.is_none());
-        assert!(
-            run(
-                "gated",
-                "gated_silu_f32",
-                by_elements(16),
-                &[Arg::Tensor(&x)]
-            )
-            .is_err()
-        );
+        assert!(run("gated", "gated_silu_f32", by_rows(2), &[Arg::Tensor(&x)]).is_err());
     }
 }

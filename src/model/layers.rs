@@ -2,9 +2,9 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::ops::{capped, layer_norm, rms_norm, rows, wide};
+use super::ops::{capped, cast, layer_norm, rms_norm, rows, shifted, wide, wider};
 use super::product::{self, Thin, like, outer, times};
-use super::vjp::attach;
+use super::tape::{attach, tracked};
 use super::{fused, gpu};
 
 /// A linear layer: `y = x·Wᵀ + b` with `W = M + Σ ΔW`, where each [`Update`] gives one ΔW.
@@ -33,34 +33,46 @@ impl Linear {
     /// What receives gradients, in the order of [`Self::pull`].
     fn inputs<'a>(&'a self, x: &'a Tensor) -> Vec<&'a Tensor> {
         let updates = self.updates.iter().flat_map(Update::tensors);
-        let moving = updates.chain([&self.weight]).filter(|t| t.track_op());
+        let moving = updates.chain([&self.weight]).filter(|t| tracked(t));
         [x].into_iter().chain(moving).collect()
     }
 
     /// The layer with its gradient.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.apply(&x.detach())?;
-        let (layer, input, wants_x) = (self.clone(), x.detach(), x.track_op());
-        attach(&self.inputs(x), y, move |g| layer.pull(&input, g, wants_x))
+        let (y, read) = self.apply(&x.detach())?;
+        let (layer, input, wants_x) = (self.clone(), x.detach(), tracked(x));
+        attach(&self.inputs(x), y, move |g| {
+            layer.pull(&input, &read, g, wants_x)
+        })
     }
 
-    /// The layer without a gradient.
-    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let added = self.updates.iter().map(|update| update.thin(None));
+    /// The layer without a gradient, and x times the right factor of each update, where that was computed.
+    fn apply(&self, x: &Tensor) -> Result<(Tensor, Vec<Option<Tensor>>)> {
+        let read = self.updates.iter().map(|update| update.read(x));
+        let read: Vec<Option<Tensor>> = read.collect::<Result<_>>()?;
+        let updates = self.updates.iter().zip(&read);
+        let added = updates.map(|(update, read)| update.thin(read.clone()));
         let added: Vec<Thin> = added.collect::<Result<_>>()?;
-        product::forward(x, &self.weight, &added, self.bias.as_ref())
+        let y = product::forward(x, &self.weight, &added, self.bias.as_ref())?;
+        Ok((y, read))
     }
 
-    /// dL/dx and dL/d of each tensor that moves, from dL/dy: the first where it is wanted.
-    fn pull(&self, x: &Tensor, g: &Tensor, wants_x: bool) -> Result<Vec<Option<Tensor>>> {
+    /// dL/dx and dL/d of each tensor that moves, from what [`Self::apply`] read and dL/dy: the first where it is wanted.
+    fn pull(
+        &self,
+        x: &Tensor,
+        read: &[Option<Tensor>],
+        g: &Tensor,
+        wants_x: bool,
+    ) -> Result<Vec<Option<Tensor>>> {
         let mut gradients = vec![None];
         let mut added = Vec::new();
-        for update in &self.updates {
-            let (moved, inner) = update.pull(x, g)?;
+        for (update, read) in self.updates.iter().zip(read) {
+            let (moved, inner) = update.pull(x, read.as_ref(), g)?;
             gradients.extend(moved.into_iter().map(Some));
             added.push(update.thin(inner)?);
         }
-        if self.weight.track_op() {
+        if self.weight.is_variable() {
             gradients.push(Some(outer(g, x)?.to_dtype(self.weight.dtype())?));
         }
         if wants_x {
@@ -124,35 +136,58 @@ impl Update {
         }
     }
 
-    /// ΔW between its factors; `inner` is dL/dy times the left one, if that is known.
+    /// x times the right factor, on a GPU: on a CPU W may be formed instead.
+    fn read(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        let right = match self {
+            Self::Diagonal { v, .. } | Self::Core { v, .. } => v,
+            Self::LowRank { a, .. } => a,
+        };
+        let through = || product::forward(x, right, &[], None);
+        x.device().is_cuda().then(through).transpose()
+    }
+
+    /// ΔW between its factors; `inner` is what is multiplied by W times the one that faces it, if that is known.
     fn thin(&self, inner: Option<Tensor>) -> Result<Thin> {
-        let (left, right) = match self {
+        let (left, right, diagonal) = match self {
             Self::Diagonal { u, v, delta, scale } => {
-                let delta = Self::diagonal(delta, scale)?;
-                let u = u.to_dtype(delta.dtype())?;
-                (u.broadcast_mul(&delta.unsqueeze(1)?)?, v.clone())
+                (u.clone(), v.clone(), Some(Self::diagonal(delta, scale)?))
             }
             Self::Core { u, v, core } => {
                 let core = core.detach();
-                (core.t()?.matmul(&u.to_dtype(core.dtype())?)?, v.clone())
+                let left = core.t()?.matmul(&u.to_dtype(core.dtype())?)?;
+                (left, v.clone(), None)
             }
-            Self::LowRank { b, a, scale } => ((b.detach().t()? * *scale)?, a.detach()),
+            Self::LowRank { b, a, scale } => ((b.detach().t()? * *scale)?, a.detach(), None),
         };
-        Ok(Thin { left, right, inner })
+        Ok(Thin {
+            left,
+            right,
+            diagonal,
+            inner,
+        })
     }
 
     /// The gradients of those of [`Self::tensors`] that are variables, and what they make known: dL/dy times the left
-    /// factor of ΔW.
-    fn pull(&self, x: &Tensor, g: &Tensor) -> Result<(Vec<Tensor>, Option<Tensor>)> {
-        if !self.tensors().into_iter().any(Tensor::track_op) {
+    /// factor of ΔW. `read` is x times the right one, if that is known.
+    fn pull(
+        &self,
+        x: &Tensor,
+        read: Option<&Tensor>,
+        g: &Tensor,
+    ) -> Result<(Vec<Tensor>, Option<Tensor>)> {
+        if !self.tensors().into_iter().any(Tensor::is_variable) {
             return Ok((Vec::new(), None));
         }
         let through = |t: &Tensor, factor: &Tensor| product::forward(t, factor, &[], None);
+        let through_right = |factor: &Tensor| match read {
+            Some(read) => Ok(read.clone()),
+            None => through(x, factor),
+        };
         match self {
             Self::Diagonal { u, v, delta, scale } => {
-                let (xv, gu) = (through(x, v)?, through(g, u)?);
+                let (xv, gu) = (through_right(v)?, through(g, u)?);
                 let sum = match gpu::sum_of_products(&rows(&xv)?, &rows(&gu)?)? {
-                    Some(sum) => sum,
+                    Some(sum) => sum.narrow(0, 0, delta.elem_count())?,
                     None => rows(&(wide(&xv)? * wide(&gu)?)?)?
                         .to_dtype(delta.dtype())?
                         .sum(0)?,
@@ -161,18 +196,17 @@ impl Update {
                     Some(scale) => (sum * scale)?,
                     None => sum,
                 };
-                let delta = like(&Self::diagonal(delta, scale)?, g)?;
-                Ok((vec![gradient], Some(gu.broadcast_mul(&delta)?)))
+                Ok((vec![gradient], Some(gu)))
             }
             Self::Core { u, v, core } => {
                 let gu = through(g, u)?;
-                let gradient = outer(&gu, &through(x, v)?)?.to_dtype(core.dtype())?;
+                let gradient = outer(&gu, &through_right(v)?)?.to_dtype(core.dtype())?;
                 let inner = times(&gu, &like(core, g)?)?;
                 Ok((vec![gradient], Some(inner)))
             }
             Self::LowRank { b, a, scale } => {
                 let inner = (times(g, &like(b, g)?)? * *scale)?;
-                let xa = (through(x, a)? * *scale)?;
+                let xa = (through_right(a)? * *scale)?;
                 let da = outer(&inner, x)?.to_dtype(a.dtype())?;
                 let db = outer(g, &xa)?.to_dtype(b.dtype())?;
                 Ok((vec![da, db], Some(inner)))
@@ -190,9 +224,9 @@ pub struct Head {
 }
 
 impl Head {
-    /// Logits without a gradient, and the slope of the cap.
-    fn apply(&self, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
-        let logits = self.linear.apply(x)?.to_dtype(DType::F32)?;
+    /// Logits in f32 of what the layer gave, and the slope of the cap.
+    fn bent(&self, y: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+        let logits = y.to_dtype(DType::F32)?;
         let logits = if self.divisor == 1.0 {
             logits
         } else {
@@ -209,17 +243,17 @@ impl Head {
 
     /// `x (…, n) → (…, vocabulary)` in f32, without a gradient.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.apply(x)?.0)
+        Ok(self.bent(&self.linear.apply(x)?.0)?.0)
     }
 
-    /// Σ over rows of −log softmax at the row's target, without ever holding all logits.
+    /// A factor times Σ over rows of −log softmax at the row's target, without ever holding all logits.
     ///
     /// `x (rows, n), targets (rows,) u32 → (1,)`. Gradients are formed in the forward pass, chunk by chunk, while the
     /// logits are there.
-    pub fn cross_entropy(&self, x: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    pub fn cross_entropy(&self, x: &Tensor, targets: &Tensor, factor: f64) -> Result<Tensor> {
         let total = x.dim(0)?;
         let inputs = self.linear.inputs(x);
-        let wanted: Vec<bool> = inputs.iter().map(|input| input.track_op()).collect();
+        let wanted: Vec<bool> = inputs.iter().map(|input| tracked(input)).collect();
         let mut loss = 0f64;
         let mut dx = Vec::new();
         // of what is trained in the layer: sums over the chunks
@@ -233,29 +267,13 @@ impl Head {
             let n = most.min(total - start);
             let chunk = x.detach().narrow(0, start, n)?.contiguous()?;
             let target = targets.narrow(0, start, n)?.unsqueeze(1)?.contiguous()?;
-            let (logits, slope) = self.apply(&chunk)?;
-            let (sum, d_logits) = if let Some(sum) = fused::cross_entropy(&logits, &target)? {
-                (sum, logits)
-            } else if let Some(sum) = gpu::cross_entropy(&logits, &target)? {
-                (sum, logits)
-            } else {
-                composed_cross_entropy(&logits, &target)?
-            };
+            let (y, read) = self.linear.apply(&chunk)?;
+            let (sum, d_linear) = self.loss_and_gradient(y, &target, factor)?;
             loss += sum;
             if !wanted.contains(&true) {
                 continue;
             }
-            let d_logits = match slope {
-                Some(slope) => (d_logits * slope)?,
-                None => d_logits,
-            };
-            let d_linear = if self.divisor == 1.0 {
-                d_logits
-            } else {
-                (d_logits / self.divisor)?
-            };
-            let d_linear = d_linear.to_dtype(chunk.dtype())?;
-            let gradients = self.linear.pull(&chunk, &d_linear, wanted[0])?;
+            let gradients = self.linear.pull(&chunk, &read, &d_linear, wanted[0])?;
             for (at, gradient) in gradients.into_iter().enumerate() {
                 match (gradient, &mut sums[at]) {
                     (None, _) => {}
@@ -265,7 +283,7 @@ impl Head {
                 }
             }
         }
-        let loss = Tensor::new(&[loss as f32], x.device())?;
+        let loss = Tensor::new(&[(factor * loss) as f32], x.device())?;
         if wanted[0] {
             sums[0] = Some(Tensor::cat(&dx, 0)?);
         }
@@ -278,6 +296,33 @@ impl Head {
             };
             sums.iter().map(scaled).collect()
         })
+    }
+}
+
+impl Head {
+    /// Σ of the losses of what the layer gave, and the gradient of a factor times that sum, in its place where that goes.
+    fn loss_and_gradient(&self, y: Tensor, targets: &Tensor, factor: f64) -> Result<(f64, Tensor)> {
+        let straight = self.cap.is_none() && self.divisor == 1.0;
+        if straight && let Some(sum) = gpu::cross_entropy(&y, targets, factor)? {
+            return Ok((sum, y));
+        }
+        let dtype = y.dtype();
+        let (logits, slope) = self.bent(&y)?;
+        drop(y);
+        let factor = factor / self.divisor;
+        let (sum, gradient) = if let Some(sum) = fused::cross_entropy(&logits, targets, factor)? {
+            (sum, logits)
+        } else if let Some(sum) = gpu::cross_entropy(&logits, targets, factor)? {
+            (sum, logits)
+        } else {
+            let (sum, gradient) = composed_cross_entropy(&logits, targets)?;
+            (sum, (gradient * factor)?)
+        };
+        let gradient = match slope {
+            Some(slope) => (gradient * slope)?,
+            None => gradient,
+        };
+        Ok((sum, gradient.to_dtype(dtype)?))
     }
 }
 
@@ -331,11 +376,14 @@ impl Norm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if self.offset != 0.0 {
             // a small distance from one would be lost in 16 bits
-            let weight = (wide(&self.weight)? + self.offset)?;
-            return rms_norm(&wide(x)?, &weight, self.eps)?.to_dtype(x.dtype());
+            let weight = shifted(&cast(&self.weight, wider(x))?, self.offset)?;
+            return cast(
+                &rms_norm(&cast(x, wider(x))?, &weight, self.eps)?,
+                x.dtype(),
+            );
         }
         // a trained norm is kept in f32 beside a model in 16 bits
-        let weight = self.weight.to_dtype(x.dtype())?;
+        let weight = cast(&self.weight, x.dtype())?;
         match &self.bias {
             Some(bias) => layer_norm(x, &weight, bias, self.eps),
             None => rms_norm(x, &weight, self.eps),
@@ -346,6 +394,7 @@ impl Norm {
 #[cfg(test)]
 mod tests {
     use super::super::ops::tests::{assert_gradient, random};
+    use super::super::tape::record;
     use super::*;
     use candle_core::{Device, Var};
 
@@ -428,11 +477,14 @@ mod tests {
                     },
                     other => other,
                 };
-                let y = Linear::new(cast(&weight)?, None, vec![update]).forward(&inputs[0])?;
-                let gradients = y.sin()?.sum_all()?.backward()?;
-                let found = inputs.iter().map(|v| gradients.get(v).expect("a gradient"));
-                let numbers = |t: &Tensor| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1();
-                [&y].into_iter().chain(found).map(numbers).collect()
+                let layer = Linear::new(cast(&weight)?, None, vec![update]);
+                let (y, tape) = record(&[], || layer.forward(&inputs[0]))?;
+                let mut gradients = tape.back(&y, y.cos()?)?;
+                let found = inputs
+                    .iter()
+                    .map(|v| gradients.take(v).expect("a gradient"));
+                let numbers = |t: Tensor| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1();
+                [y].into_iter().chain(found).map(numbers).collect()
             };
             let (single, double) = (
                 run(DType::F32).expect("computes"),
@@ -494,7 +546,7 @@ mod tests {
                     divisor,
                     cap,
                 };
-                head.cross_entropy(&t[0], &targets)
+                head.cross_entropy(&t[0], &targets, 0.3)
             };
             // the loss comes back in f32, and bends: a wider step errs by more than its rounding
             assert_gradient(&inputs, loss, 4e-3, 1e-3);

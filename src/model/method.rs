@@ -144,6 +144,15 @@ impl Place<'_> {
         Tensor::from_vec(values, rows.dim(), self.device)?.to_dtype(self.dtype)
     }
 
+    /// With rows of zeros behind it on a GPU, up to a multiple of what cuBLAS reads at once, 16 bytes.
+    fn padded(&self, rows: Tensor) -> Result<Tensor> {
+        let missing = rows.dim(0)?.next_multiple_of(8) - rows.dim(0)?;
+        match self.device.is_cuda() {
+            true => rows.pad_with_zeros(0, 0, missing),
+            false => Ok(rows),
+        }
+    }
+
     fn zeros(&self, shape: impl Into<candle_core::Shape>) -> Result<Var> {
         Var::zeros(shape, DType::F32, self.device)
     }
@@ -181,6 +190,7 @@ pub(super) fn updates(
         let (q, r) = (factors.q(), change.core.nrows());
         if !absolute && change.delta.iter().any(|&d| d != 0.0) {
             let (u, v) = vectors(q)?;
+            let (u, v) = (place.padded(u)?, place.padded(v)?);
             let delta = numbers(&change.delta)?;
             made.updates.push(Update::Diagonal {
                 u,
@@ -198,6 +208,7 @@ pub(super) fn updates(
         match method {
             Some(Method::Sigma(parametrisation)) => {
                 let (u, v) = vectors(q)?;
+                let (u, v) = (place.padded(u)?, place.padded(v)?);
                 let (ending, delta, scale) = match parametrisation {
                     Parametrisation::Absolute => {
                         (DELTA, Var::from_tensor(&numbers(&change.delta)?)?, None)

@@ -1,6 +1,7 @@
 //! The differentiable operations of a decoder block, each with its gradient written beside it.
 
-use candle_core::{D, DType, Result, Tensor, bail};
+use candle_core::shape::ShapeWithOneHole;
+use candle_core::{D, DType, Result, Shape, Tensor, bail};
 use candle_nn::ops::softmax_last_dim;
 
 use super::attention;
@@ -9,7 +10,7 @@ use super::fused;
 use super::gpu;
 use super::rope::Angles;
 use super::segments::Sight;
-use super::vjp::{attach, attach_reading};
+use super::tape::{attach, attach_many, tracked};
 
 /// Rows in front of the last side: (…, n) → (rows, n).
 pub fn rows(x: &Tensor) -> Result<Tensor> {
@@ -28,10 +29,100 @@ pub fn with_last(x: &Tensor, last: usize) -> Vec<usize> {
 
 /// What is computed where there is no kernel: 16 bits are widened, and the result is rounded once, as kernels do it.
 pub fn wide(x: &Tensor) -> Result<Tensor> {
+    x.to_dtype(wider(x))
+}
+
+/// The dtype that [`wide`] computes in.
+pub fn wider(x: &Tensor) -> DType {
     match x.dtype() {
-        DType::F16 | DType::BF16 => x.to_dtype(DType::F32),
-        _ => Ok(x.clone()),
+        DType::F16 | DType::BF16 => DType::F32,
+        dtype => dtype,
     }
+}
+
+/// a + b
+pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    attach(&[a, b], (a.detach() + b.detach())?, |g| {
+        Ok(vec![Some(g.clone()), Some(g.clone())])
+    })
+}
+
+/// factor·x
+pub fn scaled(x: &Tensor, factor: f64) -> Result<Tensor> {
+    if factor == 1.0 {
+        return Ok(x.clone());
+    }
+    attach(&[x], (x.detach() * factor)?, move |g| {
+        Ok(vec![Some((g * factor)?)])
+    })
+}
+
+/// x + constant
+pub fn shifted(x: &Tensor, constant: f64) -> Result<Tensor> {
+    attach(&[x], (x.detach() + constant)?, |g| {
+        Ok(vec![Some(g.clone())])
+    })
+}
+
+/// The same numbers in another dtype.
+pub fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
+    let from = x.dtype();
+    if from == dtype {
+        return Ok(x.clone());
+    }
+    attach(&[x], x.detach().to_dtype(dtype)?, move |g| {
+        Ok(vec![Some(g.to_dtype(from)?)])
+    })
+}
+
+/// The same numbers in another shape.
+pub fn reshape(x: &Tensor, shape: impl ShapeWithOneHole) -> Result<Tensor> {
+    let from = x.shape().clone();
+    let y = x.detach().reshape(shape)?;
+    if *y.shape() == from {
+        return Ok(x.clone());
+    }
+    attach(&[x], y, move |g| Ok(vec![Some(g.reshape(from)?)]))
+}
+
+/// Parts of a side, one behind the other, each in memory of its own.
+pub fn split(x: &Tensor, dim: usize, sides: &[usize]) -> Result<Vec<Tensor>> {
+    let xd = x.detach();
+    let parts = match gpu::split(&xd, dim, sides)? {
+        Some(parts) => parts,
+        None => {
+            let ends = sides.iter().scan(0, |end, side| {
+                *end += side;
+                Some(*end)
+            });
+            let parts = ends.zip(sides);
+            parts
+                .map(|(end, &side)| xd.narrow(dim, end - side, side)?.contiguous())
+                .collect::<Result<_>>()?
+        }
+    };
+    let shapes: Vec<Shape> = parts.iter().map(|part| part.shape().clone()).collect();
+    let (dtype, device) = (x.dtype(), x.device().clone());
+    attach_many(&[x], parts, move |gradients| {
+        let all = gradients.iter().zip(&shapes).map(|(g, shape)| match g {
+            Some(g) => g.contiguous(),
+            None => Tensor::zeros(shape, dtype, &device),
+        });
+        let all: Vec<Tensor> = all.collect::<Result<_>>()?;
+        let joined = match gpu::joined(&all, dim)? {
+            Some(joined) => joined,
+            None => Tensor::cat(&all, dim)?,
+        };
+        Ok(vec![Some(joined)])
+    })
+}
+
+/// The rows of x (count, n) that are named, each once.
+pub fn selected(x: &Tensor, named: &Tensor) -> Result<Tensor> {
+    let (like, ids) = (x.detach(), named.clone());
+    attach(&[x], like.index_select(named, 0)?, move |g| {
+        Ok(vec![Some(like.zeros_like()?.index_add(&ids, g, 0)?)])
+    })
 }
 
 /// Rows of an embedding `(vocabulary, n)` for `ids (count,)` → (count, n).
@@ -54,7 +145,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
         Some(y) => y,
         None => candle_nn::ops::rms_norm(&xd, &wd, eps as f32)?,
     };
-    let wants_weight = w.track_op();
+    let wants_weight = tracked(w);
     attach(&[x, w], y, move |g| {
         let g = &g.contiguous()?;
         if let Some((dx, dw)) = gpu::rms_norm_gradient(&xd, &wd, g, eps, wants_weight)? {
@@ -88,7 +179,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
 pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
     let (xd, wd) = (x.detach().contiguous()?, w.detach());
     let y = candle_nn::ops::layer_norm(&xd, &wd, &b.detach(), eps as f32)?;
-    let wants_weight = w.track_op();
+    let wants_weight = tracked(w);
     attach(&[x, w], y, move |g| {
         let dtype = xd.dtype();
         let (xd, wd, g) = (wide(&xd)?, wide(&wd)?, wide(g)?);
@@ -154,6 +245,22 @@ pub fn gated(gate: &Tensor, up: &Tensor, activation: &Activation) -> Result<Tens
             }
         };
         Ok(vec![Some(da.to_dtype(dtype)?), Some(db.to_dtype(dtype)?)])
+    })
+}
+
+/// The same of x (…, 2n) that holds the gate and behind it what is gated → (…, n).
+pub fn gated_stacked(x: &Tensor, activation: &Activation) -> Result<Tensor> {
+    let (last, side) = (x.rank() - 1, x.dim(D::Minus1)? / 2);
+    let xd = x.detach();
+    let halves = (xd.narrow(last, 0, side)?, xd.narrow(last, side, side)?);
+    let Some(y) = gpu::gated(&halves.0, &halves.1, activation)? else {
+        let halves = split(x, last, &[side, side])?;
+        return gated(&halves[0], &halves[1], activation);
+    };
+    let activation = activation.clone();
+    attach(&[x], y, move |g| {
+        let dx = gpu::gated_stacked_gradient(&xd, &g.contiguous()?, &activation)?;
+        Ok(vec![Some(dx.expect("invariant: a kernel gave y"))])
     })
 }
 
@@ -236,12 +343,13 @@ pub fn attention(
         };
         y.to_dtype(dtype)?
     };
-    attach_reading(&[q, k, v], y, move |y, g| {
+    let kept_y = y.clone();
+    attach(&[q, k, v], y, move |g| {
         let g = g.contiguous()?;
         if let Some(lse) = &kept {
             let kernels = gpu::Attention::of(&qd, &kd, &vd, &sight, scores)?;
             let kernels = kernels.expect("invariant: kernels gave y");
-            return Ok(kernels.gradients(y, lse, &g)?.map(Some).into());
+            return Ok(kernels.gradients(&kept_y, lse, &g)?.map(Some).into());
         }
         let (q, k, v, g) = (wide(&qd)?, wide(&kd)?, wide(&vd)?, wide(&g)?);
         let gradients = match attention::gradients(&q, &k, &v, &sight, scores, &g)? {
@@ -328,6 +436,7 @@ fn grouped(x: &Tensor, kv: usize) -> Result<Tensor> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::super::segments::{Segment, Segments};
+    use super::super::tape::record;
     use super::*;
     use candle_core::{Device, Var};
 
@@ -339,7 +448,7 @@ pub(super) mod tests {
         tolerance: f64,
     ) {
         let tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
-        let y = f(&tensors).expect("forward");
+        let (y, tape) = record(&[], || f(&tensors)).expect("forward");
         let weights = Tensor::rand(-1f32, 1f32, y.dims(), &Device::Cpu)
             .expect("random")
             .to_dtype(y.dtype())
@@ -355,12 +464,7 @@ pub(super) mod tests {
                 .to_scalar()
                 .expect("scalar")
         };
-        let gradients = (&y * &weights)
-            .expect("product")
-            .sum_all()
-            .expect("sum")
-            .backward()
-            .expect("backward");
+        let mut gradients = tape.back(&y, weights.clone()).expect("backward");
         // an f32 result is rounded before the two values are subtracted
         let rounding = match y.dtype() {
             DType::F32 => f64::from(f32::EPSILON) * magnitude(&y) / step,
@@ -368,7 +472,7 @@ pub(super) mod tests {
         };
         for (i, input) in inputs.iter().enumerate() {
             let gradient = gradients
-                .get(input)
+                .take(input)
                 .unwrap_or_else(|| panic!("input {i} has no gradient"));
             let direction = Tensor::rand(-1f32, 1f32, input.dims(), &Device::Cpu)
                 .expect("random")

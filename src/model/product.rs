@@ -11,17 +11,68 @@ use half::{bf16, f16};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2, s};
 use rayon::prelude::*;
 
+use super::gpu;
 use super::ops::{rows, with_last};
 use crate::linalg::multiply;
 
-/// What is added to a weight (m, n), between thin factors: ΔW = leftᵀ·right.
+/// What is added to a weight (m, n), between thin factors: ΔW = leftᵀ·diag(d)·right.
+///
+/// On a GPU a factor may have more rows than d has numbers, none but zeros: cuBLAS is slow where rows begin anywhere.
+#[derive(Clone)]
 pub struct Thin {
     /// (q, m)
     pub left: Tensor,
     /// (q, n)
     pub right: Tensor,
+    /// d (q,), in f32 where the factors are in less; ones where there is none.
+    pub diagonal: Option<Tensor>,
     /// What is multiplied by W, multiplied by the factor that faces it, where that is known already: (…, q).
     pub inner: Option<Tensor>,
+}
+
+impl Thin {
+    /// The same with the diagonal in the left factor, and in the inner product where that is with the left one.
+    fn without_diagonal(&self, direction: Direction) -> Result<Self> {
+        let Some(diagonal) = &self.diagonal else {
+            return Ok(self.clone());
+        };
+        let left = self.left.to_dtype(diagonal.dtype())?;
+        let inner = match (&self.inner, direction) {
+            (Some(inner), Direction::Back) => Some(through(inner, diagonal)?),
+            (inner, _) => inner.clone(),
+        };
+        Ok(Self {
+            left: left.broadcast_mul(&diagonal.unsqueeze(1)?)?,
+            right: self.right.clone(),
+            diagonal: None,
+            inner,
+        })
+    }
+
+    /// y + inner·diag(d)·away, where `facing` gives the inner product if it is not known. Nobody else may hold y.
+    fn added(&self, y: Tensor, x: &Tensor, facing: &Tensor, away: &Tensor) -> Result<Tensor> {
+        let inner = match &self.inner {
+            Some(inner) => inner.clone(),
+            None => times(x, &like(facing, x)?.t()?)?,
+        };
+        let inner = match &self.diagonal {
+            Some(diagonal) => through(&inner, diagonal)?,
+            None => inner,
+        };
+        let away = like(away, x)?;
+        if gpu::add_product(&rows(&y)?, &rows(&inner)?, &away)? {
+            return Ok(y);
+        }
+        y + times(&inner, &away)?
+    }
+}
+
+/// x·diag(d)
+fn through(x: &Tensor, diagonal: &Tensor) -> Result<Tensor> {
+    match gpu::scale_columns(x, diagonal)? {
+        Some(y) => Ok(y),
+        None => x.broadcast_mul(&like(diagonal, x)?),
+    }
 }
 
 /// x·Wᵀ + b with W = M + Σ ΔW: `x (…, n), M (m, n), b (m,) → (…, m)`. No gradient.
@@ -36,11 +87,7 @@ pub fn forward(
     }
     let mut y = times(x, &like(weight, x)?.t()?)?;
     for thin in added {
-        let inner = match &thin.inner {
-            Some(inner) => inner.clone(),
-            None => times(x, &like(&thin.right, x)?.t()?)?,
-        };
-        y = (y + times(&inner, &like(&thin.left, x)?)?)?;
+        y = thin.added(y, x, &thin.right, &thin.left)?;
     }
     match bias {
         Some(bias) => y.broadcast_add(&like(bias, x)?),
@@ -55,11 +102,7 @@ pub fn back(g: &Tensor, weight: &Tensor, added: &[Thin]) -> Result<Tensor> {
     }
     let mut y = times(g, &like(weight, g)?)?;
     for thin in added {
-        let inner = match &thin.inner {
-            Some(inner) => inner.clone(),
-            None => times(g, &like(&thin.left, g)?.t()?)?,
-        };
-        y = (y + times(&inner, &like(&thin.right, g)?)?)?;
+        y = thin.added(y, g, &thin.left, &thin.right)?;
     }
     Ok(y)
 }
@@ -192,6 +235,7 @@ fn tiled(
     // of what is formed: left and right; of what stays apart: the product with what faces, and what it is multiplied by
     let (mut formed, mut apart) = (Vec::new(), Vec::new());
     for thin in added {
+        let thin = thin.without_diagonal(direction)?;
         if forming_is_cheaper(count, read, out, thin.inner.is_some()) {
             formed.extend([thin.left.contiguous()?, thin.right.contiguous()?]);
             continue;
@@ -414,6 +458,7 @@ mod tests {
             .map(|thin| Thin {
                 left: wide(&thin.left),
                 right: wide(&thin.right),
+                diagonal: thin.diagonal.as_ref().map(wide),
                 inner: None,
             })
             .collect();
@@ -450,7 +495,12 @@ mod tests {
                             Direction::Back => &left,
                         };
                         let inner = known.then(|| forward(&x, facing, &[], None).expect("inner"));
-                        let added = [Thin { left, right, inner }];
+                        let added = [Thin {
+                            left,
+                            right,
+                            diagonal: (rows == 7).then(|| random(&[q])),
+                            inner,
+                        }];
                         let bias = random(&[m]);
                         let bias = (direction == Direction::Forward).then_some(&bias);
                         let (y, wanted) = both(&x, &weight, &added, bias, direction);

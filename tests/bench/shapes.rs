@@ -100,7 +100,9 @@ impl Drawn {
 
 /// So many numbers, from a place that the name decides on.
 fn run<T: Clone>(name: &str, numbers: &[T], count: usize) -> Vec<T> {
-    let hash = name.bytes().fold(7, |at, byte| (at * 31 + usize::from(byte)) % 65_521);
+    let hash = name
+        .bytes()
+        .fold(7, |at, byte| (at * 31 + usize::from(byte)) % 65_521);
     let mut run = Vec::with_capacity(count);
     run.extend_from_slice(&numbers[2 * hash..][..count.min(numbers.len() - 2 * hash)]);
     while run.len() < count {

@@ -332,7 +332,10 @@ fn run(args: &Args) -> Result<bool> {
             }
         }
     }
-    let names: Vec<&str> = commands.iter().flat_map(|(names, _)| names.clone()).collect();
+    let names: Vec<&str> = commands
+        .iter()
+        .flat_map(|(names, _)| names.clone())
+        .collect();
     let sides = sides(args, &names, &measured);
     print!("{}", table(&sides, floor));
     if let Some((steps, _)) = measured.get(1).and_then(|rounds| rounds.first()) {
@@ -438,7 +441,9 @@ fn steps_of_decomposition(artifact: Artifact, options: &train::Options) -> Resul
         &watch,
     )?;
     let times = watch.times.into_inner()?;
-    let seconds = times.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64());
+    let seconds = times
+        .windows(2)
+        .map(|pair| (pair[1] - pair[0]).as_secs_f64());
     Ok(Steps {
         seconds: seconds.collect(),
         trained: facts.parameters,
@@ -464,18 +469,29 @@ fn steps_of_random(dir: &Path, args: &Args, options: &train::Options) -> Result<
     let mut seconds = Vec::new();
     for step in 0..=args.steps {
         let windows: Vec<Vec<u32>> = (0..options.batch)
-            .map(|_| (0..options.length).map(|_| (random.next() % config.vocabulary as u64) as u32).collect())
+            .map(|_| {
+                (0..options.length)
+                    .map(|_| (random.next() % config.vocabulary as u64) as u32)
+                    .collect()
+            })
             .collect();
         let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
         let started = Instant::now();
         let loss = run.step(&windows, 1e-4, false)?;
         options.device.synchronize()?;
         seconds.push(started.elapsed().as_secs_f64());
-        eprintln!("step {step}: loss {loss}, {:.4} s", started.elapsed().as_secs_f64());
+        eprintln!(
+            "step {step}: loss {loss}, {:.4} s",
+            started.elapsed().as_secs_f64()
+        );
     }
     Ok(Steps {
         seconds: seconds.split_off(1),
-        trained: decoder.variables.values().map(|v| v.elem_count() as u64).sum(),
+        trained: decoder
+            .variables
+            .values()
+            .map(|v| v.elem_count() as u64)
+            .sum(),
         peak_bytes: None,
         versions: Value::Null,
     })

@@ -11,6 +11,9 @@
 #define THREADS GATED_THREADS
 #include "../../src/model/kernels/gated.cu"
 #undef THREADS
+#define THREADS COLUMNS_THREADS
+#include "../../src/model/kernels/columns.cu"
+#undef THREADS
 #define THREADS LOSS_THREADS
 #include "../../src/model/kernels/loss.cu"
 #undef THREADS
@@ -183,32 +186,75 @@ Value gelu(double a) {
 
 template <typename T, typename Forward, typename Backward>
 void gates(const char* name, Value (*activation)(double), Forward forward, Backward backward) {
-    for (const auto& [count, shift] : {std::pair(size_t(1), 0), {size_t(4099), 0}, {size_t(3000), 1}}) {
-        const Input<T> a(count, 2, shift), b(count, 3, shift), g(count, 1, shift);
-        const Memory<T> y(count, shift), da(count, shift), db(count, shift);
-        on_cpu::launch({2}, 256, 0, [&, count = count] { forward(a.data(), b.data(), y.data(), count); });
-        on_cpu::launch({3}, 256, 0, [&, count = count] {
-            backward(a.data(), b.data(), g.data(), da.data(), db.data(), count);
+    struct Case {
+        unsigned rows, n, shift;
+        bool stacked;
+    };
+    for (const auto& [rows, n, shift, stacked] :
+         {Case{1, 1, 0, false}, {5, 4099, 0, true}, {3, 1000, 1, false}, {7, 2064, 0, true}, {4, 24, 0, false}}) {
+        // a and b are halves of one tensor, or two
+        const unsigned pitch = stacked ? 2 * n : n;
+        const size_t count = size_t(rows) * n, apart = stacked ? n : count;
+        const Input<T> ab(2 * count, 2, shift), g(count, 1, shift);
+        const Memory<T> y(count, shift), dab(2 * count, shift);
+        on_cpu::launch({2}, 256, 0, [&, rows = rows, n = n] {
+            forward(ab.data(), ab.data() + apart, y.data(), rows, n, pitch);
         });
-        std::vector<double> ys(count), das(count), dbs(count), y_within(count), da_within(count), db_within(count);
+        on_cpu::launch({3}, 256, 0, [&, rows = rows, n = n] {
+            backward(ab.data(), ab.data() + apart, g.data(), dab.data(), dab.data() + apart, rows, n, pitch);
+        });
+        std::vector<double> ys(count), dabs(2 * count), y_within(count), dab_within(2 * count);
         for (size_t i = 0; i < count; ++i) {
-            const auto [value, slope, z] = activation(a.exact[i]);
+            const size_t at_a = i / n * pitch + i % n, at_b = at_a + apart;
+            const double b = ab.exact[at_b];
+            const auto [value, slope, z] = activation(ab.exact[at_a]);
             // z in f32 errs by v·|z|, which is a relative error of e^−z; the two terms of a slope may cancel
-            const double error = V * (8 + 4 * std::abs(z)), gb = std::abs(g.exact[i] * b.exact[i]);
-            ys[i] = value * b.exact[i];
+            const double error = V * (8 + 4 * std::abs(z)), gb = std::abs(g.exact[i] * b);
+            ys[i] = value * b;
             y_within[i] = error * std::abs(ys[i]);
-            dbs[i] = g.exact[i] * value;
-            db_within[i] = error * std::abs(dbs[i]);
-            das[i] = g.exact[i] * b.exact[i] * slope;
-            da_within[i] = error * gb * (std::abs(slope) + 1 + std::abs(z));
+            dabs[at_b] = g.exact[i] * value;
+            dab_within[at_b] = error * std::abs(dabs[at_b]);
+            dabs[at_a] = g.exact[i] * b * slope;
+            dab_within[at_a] = error * gb * (std::abs(slope) + 1 + std::abs(z));
         }
         const std::string about = std::to_string(count) + " numbers";
         judge_all(named<T>(("gated_" + std::string(name)).c_str()), about, y, ys, y_within);
-        judge_all(named<T>(("gated_back_" + std::string(name)).c_str()), about + ", da", da, das, da_within);
-        judge_all(named<T>(("gated_back_" + std::string(name)).c_str()), about + ", db", db, dbs, db_within);
+        judge_all(named<T>(("gated_back_" + std::string(name)).c_str()), about + ", da and db", dab, dabs, dab_within);
     }
 }
 
+template <typename T>
+void columns() {
+    struct Case {
+        unsigned rows, n, from_pitch, to_pitch, count, shift;
+    };
+    for (const auto& [rows, n, from_pitch, to_pitch, count, shift] :
+         {Case{1, 1, 1, 1, 1, 0}, {37, 3072, 9216, 3072, 3000, 0}, {9, 64, 64, 200, 0, 0}, {5, 31, 77, 45, 30, 1}}) {
+        const Input<T> x(size_t(rows) * from_pitch, 1, shift);
+        const Input<float> factors(count + 1);
+        const Memory<T> y(size_t(rows) * to_pitch, shift), scaled(size_t(rows) * from_pitch, shift);
+        for (size_t i = 0; i < y.count; ++i) y[i] = rounded<T>(7);
+        on_cpu::launch({3}, 256, 0, [&, rows = rows, n = n, from_pitch = from_pitch, to_pitch = to_pitch] {
+            KERNEL(T, copy_columns)(x.data(), y.data(), rows, n, from_pitch, to_pitch);
+        });
+        on_cpu::launch({3}, 256, 0, [&, rows = rows, from_pitch = from_pitch, count = count] {
+            KERNEL(T, scale_columns)(x.data(), factors.data(), scaled.data(), rows, from_pitch, count);
+        });
+        std::vector<double> wanted(y.count, 7), products(x.count), within(y.count, 1e-300), p_within(x.count);
+        for (size_t row = 0; row < rows; ++row) {
+            for (unsigned i = 0; i < n; ++i) wanted[row * to_pitch + i] = x.exact[row * from_pitch + i];
+            for (unsigned i = 0; i < from_pitch; ++i) {
+                const double factor = i < count ? factors.exact[i] : 0;
+                products[row * from_pitch + i] = x.exact[row * from_pitch + i] * factor;
+                p_within[row * from_pitch + i] = summed(std::abs(products[row * from_pitch + i]), 1) + 1e-300;
+            }
+        }
+        judge_all(named<T>("copy_columns"), std::to_string(n) + " columns", y, wanted, within);
+        judge_all(named<T>("scale_columns"), std::to_string(n) + " columns", scaled, products, p_within);
+    }
+}
+
+template <typename T>
 void losses() {
     struct Case {
         unsigned rows, n, shift;
@@ -216,19 +262,20 @@ void losses() {
     };
     for (const auto& [rows, n, shift, size] :
          {Case{1, 1, 0, 1}, {5, 37, 0, 4}, {7, 5000, 0, 10}, {3, 4096, 1, 1}, {3, 2052, 0, 40}}) {
-        Input<float> logits(size_t(rows) * n, size, shift);
+        const float factor = 0.25;
+        Input<T> logits(size_t(rows) * n, size, shift);
         const Memory<unsigned> targets(rows);
         const Memory<float> found(rows);
         for (unsigned r = 0; r < rows; ++r) targets[r] = uniform(0, n - 1);
         // logits that a mask forbids, whole runs of them in front of the others
         for (size_t i = 0; i < logits.count; ++i) {
             if (n > 100 && i % n < n / 3 && targets[i / n] != i % n) {
-                logits[i] = -INFINITY;
+                logits[i] = rounded<T>(-INFINITY);
                 logits.exact[i] = -INFINITY;
             }
         }
         on_cpu::launch({2}, 512, 0, [&, rows = rows, n = n] {
-            cross_entropy(logits.data(), targets.data(), found.data(), rows, n);
+            KERNEL(T, cross_entropy)(logits.data(), targets.data(), found.data(), rows, n, factor);
         });
         std::vector<double> wanted(rows), within(rows), gradient(logits.count), gradient_within(logits.count);
         for (size_t r = 0; r < rows; ++r) {
@@ -241,14 +288,14 @@ void losses() {
             within[r] = summed(1, n) + V * 4 * (std::abs(top) + std::abs(x[targets[r]]) + std::log(sum));
             for (unsigned i = 0; i < n; ++i) {
                 const double p = std::exp(x[i] - top) / sum;
-                gradient[r * n + i] = p - (i == targets[r]);
+                gradient[r * n + i] = factor * (p - (i == targets[r]));
                 // x − top errs by its own size
                 const double error = p == 0 ? 0 : V * (8 + std::sqrt(n) + std::abs(x[i] - top)) * p;
                 gradient_within[r * n + i] = error + V * (i == targets[r]) + 4 * 0x1p-149;
             }
         }
-        judge_all("cross_entropy", std::to_string(n) + " logits", found, wanted, within);
-        judge_all("cross_entropy", std::to_string(n) + " logits, gradient", logits, gradient, gradient_within);
+        judge_all(named<T>("cross_entropy"), std::to_string(n) + " logits", found, wanted, within);
+        judge_all(named<T>("cross_entropy"), std::to_string(n) + " logits, gradient", logits, gradient, gradient_within);
     }
 }
 
@@ -322,6 +369,8 @@ void of_dtype() {
     gates<T>("gelu_tanh", gelu_tanh, KERNEL(T, gated_gelu_tanh), KERNEL(T, gated_back_gelu_tanh));
     gates<T>("gelu", gelu, KERNEL(T, gated_gelu), KERNEL(T, gated_back_gelu));
     products<T>();
+    columns<T>();
+    losses<T>();
 }
 
 }  // namespace
@@ -332,7 +381,6 @@ int main(int count, char** arguments) {
         of_dtype<__half>();
         of_dtype<__nv_bfloat16>();
         sums_of_rows();
-        losses();
         steps();
     });
 }

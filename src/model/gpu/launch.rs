@@ -5,13 +5,17 @@ use std::ffi::CString;
 use std::io::Read;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::cuda_backend::cudarc::cublas::result::gemm_ex;
+use candle_core::cuda_backend::cudarc::cublas::sys::{
+    cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t, cudaDataType,
+};
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, sys,
 };
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
-use candle_core::{CpuStorage, CudaDevice, CudaStorage, Device, InplaceOp1, Layout, Storage, Tensor, bail};
+use candle_core::{CudaDevice, DType, Device, Storage, Tensor, bail};
 use flate2::read::ZlibDecoder;
 
 use super::{Arg, Geometry};
@@ -103,7 +107,7 @@ pub fn launch(
     args: &[Arg],
 ) -> candle_core::Result<()> {
     let device = args.iter().find_map(|arg| match arg {
-        Arg::Tensor(tensor) => Some(tensor.device()),
+        Arg::Tensor(tensor) | Arg::Part(tensor) => Some(tensor.device()),
         _ => None,
     });
     let Some(Device::Cuda(device)) = device else {
@@ -120,7 +124,7 @@ pub fn launch(
     let mut words = Vec::with_capacity(args.len());
     for arg in args {
         words.push(match arg {
-            Arg::Tensor(tensor) => Word::Long(address(tensor, &stream)?),
+            Arg::Tensor(tensor) | Arg::Part(tensor) => Word::Long(address(tensor, &stream)?),
             Arg::Null => Word::Long(0),
             Arg::Size(size) => Word::Long(*size as u64),
             Arg::Count(count) => Word::U32(*count as u32),
@@ -182,35 +186,57 @@ fn address(tensor: &Tensor, stream: &CudaStream) -> candle_core::Result<u64> {
     })
 }
 
-/// Moves the numbers out of a tensor that nobody else holds, instead of copying them.
-pub fn steal(tensor: &Tensor) -> candle_core::Result<CudaStorage> {
-    struct Steal(Mutex<Option<CudaStorage>>);
-    impl InplaceOp1 for Steal {
-        fn name(&self) -> &'static str {
-            "steal"
-        }
-        fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
-            bail!("an attached output lies on the GPU")
-        }
-        fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> candle_core::Result<()> {
-            let device = storage.device.clone();
-            let husk = CudaStorage {
-                slice: CudaStorageSlice::U8(device.alloc_zeros::<u8>(1)?),
-                device,
-            };
-            let stolen = std::mem::replace(storage, husk);
-            *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(stolen);
-            Ok(())
-        }
+/// y += a·b through cuBLAS, which sums in f32: y (rows, n), a (rows, k), b (k, n), all dense and of one dtype.
+pub fn add_product(y: &Tensor, a: &Tensor, b: &Tensor) -> candle_core::Result<()> {
+    let Device::Cuda(device) = y.device() else {
+        bail!("cuBLAS multiplies tensors of a GPU");
+    };
+    let (rows, k) = a.dims2()?;
+    let n = b.dim(1)?;
+    if b.dim(0)? != k || y.dims() != [rows, n] {
+        bail!(
+            "{:?} is no product of {:?} and {:?}",
+            y.shape(),
+            a.shape(),
+            b.shape()
+        );
     }
-    if tensor.layout().start_offset() != 0 {
-        bail!("an attached output owns its storage");
+    let dtype = match y.dtype() {
+        DType::F16 => cudaDataType::CUDA_R_16F,
+        DType::BF16 => cudaDataType::CUDA_R_16BF,
+        _ => cudaDataType::CUDA_R_32F,
+    };
+    let stream = device.cuda_stream();
+    let at = |tensor: &Tensor| address(tensor, &stream);
+    let (to, left, right) = (at(y)?, at(a)?, at(b)?);
+    let side = |side: usize| i32::try_from(side).map_err(candle_core::Error::wrap);
+    let (rows, n, k) = (side(rows)?, side(n)?, side(k)?);
+    let one = 1f32;
+    let one = (&raw const one).cast();
+    let plain = cublasOperation_t::CUBLAS_OP_N;
+    // SAFETY: three tensors of the shapes checked above; cuBLAS counts by columns, and so multiplies the transposed ones.
+    unsafe {
+        gemm_ex(
+            *device.cublas_handle().handle(),
+            plain,
+            plain,
+            n,
+            rows,
+            k,
+            one,
+            right as *const _,
+            dtype,
+            n,
+            left as *const _,
+            dtype,
+            k,
+            one,
+            to as *mut _,
+            dtype,
+            n,
+            cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+        )
     }
-    let stolen = Steal(Mutex::default());
-    tensor.inplace_op1(&stolen)?;
-    let stolen = stolen.0.into_inner();
-    match stolen.unwrap_or_else(PoisonError::into_inner) {
-        Some(storage) => Ok(storage),
-        None => bail!("an attached output lies on the GPU"),
-    }
+    .w()
 }

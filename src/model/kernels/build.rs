@@ -25,7 +25,7 @@ mod cuda {
     pub fn compile() {
         println!("cargo::rerun-if-env-changed=CUDA_HOME");
         let mut modules: Vec<(String, &str, Vec<String>)> =
-            ["gated", "loss", "norm", "rope", "sigma"]
+            ["columns", "gated", "loss", "norm", "rope", "sigma"]
                 .map(|name| (name.to_string(), name, Vec::new()))
                 .into();
         for width in WIDTHS {

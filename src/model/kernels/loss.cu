@@ -31,19 +31,19 @@ __device__ Exponentials block_sum(Exponentials x) {
     return sum;
 }
 
-template <unsigned WIDTH>
-__device__ void row_loss(float* logits, unsigned target, float* loss, unsigned n) {
-    using P = Pack<float, WIDTH>;
-    const float wanted = logits[target];
+template <unsigned WIDTH, typename T>
+__device__ void row_loss(T* logits, unsigned target, float* loss, unsigned n, float factor) {
+    using P = Pack<T, WIDTH>;
+    const float wanted = widened(logits[target]);
     Exponentials all = {-INFINITY, 0};
     for (unsigned at = threadIdx.x * WIDTH; at < n; at += THREADS * WIDTH) {
         const P xs = P::load(logits + at);
-        float largest = xs.x[0];
-        for (unsigned i = 1; i < WIDTH; ++i) largest = fmaxf(largest, xs.x[i]);
+        float largest = widened(xs.x[0]);
+        for (unsigned i = 1; i < WIDTH; ++i) largest = fmaxf(largest, widened(xs.x[i]));
         // most often the largest so far stays, and nothing is scaled
         if (largest > all.largest) all.add({largest, 0});
         if (all.largest == -INFINITY) continue;
-        for (unsigned i = 0; i < WIDTH; ++i) all.sum += expf(xs.x[i] - all.largest);
+        for (unsigned i = 0; i < WIDTH; ++i) all.sum += expf(widened(xs.x[i]) - all.largest);
     }
     all = block_sum(all);
     if (threadIdx.x == 0) *loss = all.largest - wanted + logf(all.sum);
@@ -51,26 +51,37 @@ __device__ void row_loss(float* logits, unsigned target, float* loss, unsigned n
     for (unsigned at = threadIdx.x * WIDTH; at < n; at += THREADS * WIDTH) {
         P xs = P::load(logits + at);
         for (unsigned i = 0; i < WIDTH; ++i) {
-            xs.x[i] = expf(xs.x[i] - all.largest) * inverse - (at + i == target ? 1.f : 0.f);
+            const float p = expf(widened(xs.x[i]) - all.largest) * inverse;
+            xs.x[i] = rounded<T>(factor * (p - (at + i == target ? 1.f : 0.f)));
         }
         xs.store(logits + at);
     }
 }
 
-/// cross_entropy(logits, targets, losses, rows, n): losses[i] = −log softmax(logits[i])[targets[i]], and logits[i]
-/// becomes its gradient, softmax(logits[i]) − onehot(targets[i]).
+/// cross_entropy_T(logits, targets, losses, rows, n, factor): losses[i] = −log softmax(logits[i])[targets[i]], and
+/// logits[i] becomes the gradient of factor·losses[i], factor·(softmax(logits[i]) − onehot(targets[i])).
 ///
 /// logits (rows, n), targets and losses (rows), targets below n. A block of 512 threads takes a row, then the row
 /// gridDim.x further. A row is read twice and written once.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    cross_entropy(float* logits, const unsigned* targets, float* losses, unsigned rows, unsigned n) {
-    const bool packs = n % PACKED<float> == 0 && aligned(logits);
+template <typename T>
+__device__ void cross_entropy(
+    T* logits, const unsigned* targets, float* losses, unsigned rows, unsigned n, float factor) {
+    const bool packs = n % PACKED<T> == 0 && aligned(logits);
     for (unsigned row = blockIdx.x; row < rows; row += gridDim.x) {
-        float* const start = logits + size_t(row) * n;
+        T* const start = logits + size_t(row) * n;
         if (packs) {
-            row_loss<PACKED<float>>(start, targets[row], losses + row, n);
+            row_loss<PACKED<T>>(start, targets[row], losses + row, n, factor);
         } else {
-            row_loss<1>(start, targets[row], losses + row, n);
+            row_loss<1>(start, targets[row], losses + row, n, factor);
         }
     }
 }
+
+#define DEFINE(NAME, T)                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS) cross_entropy_##NAME(                    \
+        T* logits, const unsigned* targets, float* losses, unsigned rows, unsigned n,              \
+        float factor) {                                                                            \
+        cross_entropy<T>(logits, targets, losses, rows, n, factor);                                \
+    }
+FOR_DTYPES(DEFINE)
+#undef DEFINE
