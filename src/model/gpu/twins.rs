@@ -155,10 +155,9 @@ fn products_that_are_added() {
     for dtype in DTYPES {
         for (rows, k, n) in [(1, 8, 1), (37, 312, 129), (300, 16, 576)] {
             let held = || -> Result<()> {
-                let drawn = [[rows, n], [rows, k], [k, n]]
-                    .iter()
-                    .map(|shape| random(shape).to_dtype(dtype));
-                let drawn: Vec<Tensor> = drawn.collect::<Result<_>>()?;
+                let drawn: Vec<Tensor> = ([[rows, n], [rows, k], [k, n]].iter())
+                    .map(|shape| random(shape).to_dtype(dtype))
+                    .collect::<Result<_>>()?;
                 let (y, a) = (drawn[0].to_device(&gpu)?.copy()?, drawn[1].to_device(&gpu)?);
                 let factors = random(&[k - 3]);
                 let scaled = scale_columns(&a, &factors.to_device(&gpu)?)?.expect("a kernel");
