@@ -216,12 +216,10 @@ __device__ void attention(
     give<D>(ys, factors, qs + local * D, y + queries + mine * stride, stride, rows, sides.d);
 }
 
-/// p and ds in the place of q·k and dp. `lse`, in units of ln 2, and `dots` are functions of a place; `hide` makes −∞ of
-/// the scores of what is not seen.
-template <unsigned M, unsigned N, typename Lse, typename Dots, typename Hide>
-__device__ void slopes(
-    Sums<M, N>& ps, Sums<M, N>& ds, const MmaBend& bend, const Lse& lse, const Dots& dots, const Hide& hide) {
-    ds.each([&](unsigned m, unsigned n, unsigned i, float& x) { x -= dots(m, n, i); });
+/// p and ds in the place of q·k and dp − dots. `lse`, in units of ln 2, is a function of a place; `hide` makes −∞ of the
+/// scores of what is not seen.
+template <unsigned M, unsigned N, typename Lse, typename Hide>
+__device__ void slopes(Sums<M, N>& ps, Sums<M, N>& ds, const MmaBend& bend, const Lse& lse, const Hide& hide) {
     if (bend.bends) {
         ps.each([&](unsigned m, unsigned n, unsigned i, float& x) {
             float slope;
@@ -287,19 +285,12 @@ __device__ void attention_back_q(
             const T* const ks = stage(turn) + n * D;
             Sums<M, CHUNK / 8> ps, ds;
             ps.clear();
-            ds.clear();
+            const auto row = [&](unsigned m, unsigned i) { return local + 16 * m + ps.row(i); };
+            ds.each([&](unsigned m, unsigned, unsigned i, float& x) { x = -all_dots[row(m, i)]; });
             add_products<D>(ps, qs + local * D, ks);
             add_products<D>(ds, gs + local * D, ks + L::STEP * D);
-            float of_rows[2][M][2];
-#pragma unroll
-            for (unsigned i = 0; i < 2 * M; ++i) {
-                const unsigned row = local + i / 2 * 16 + ps.row(i % 2 * 2);
-                of_rows[0][i / 2][i % 2] = lses[row] * LOG2_E;
-                of_rows[1][i / 2][i % 2] = all_dots[row];
-            }
             slopes(
-                ps, ds, bend, [&](unsigned m, unsigned, unsigned i) { return of_rows[0][m][i / 2]; },
-                [&](unsigned m, unsigned, unsigned i) { return of_rows[1][m][i / 2]; },
+                ps, ds, bend, [&](unsigned m, unsigned, unsigned i) { return lses[row(m, i)] * LOG2_E; },
                 [&] {
                     if (!sight.every.covers(key + n, CHUNK)) hide(ps, seen, batch, mine, sides.t, key + n);
                 });
@@ -405,23 +396,16 @@ __device__ void attention_back_kv(
                 const auto& of = of_queries[turn];
                 Sums<M, N> ps, ds;
                 ps.clear();
-                ds.clear();
+                const auto column = [&](unsigned n, unsigned i) { return query + 8 * n + ps.column(i); };
+                ds.each([&](unsigned, unsigned n, unsigned i, float& x) { x = -of.dots[column(n, i)]; });
                 add_products<D>(ps, ks + local * D, qs);
                 if (sums_keys) add_products<D>(ds, vs + local * D, gs);
-                const unsigned column = query + ps.column(0);
-                Pack<float, 2> lses[N], all_dots[N];
-#pragma unroll
-                for (unsigned n = 0; n < N; ++n) {
-                    lses[n] = Pack<float, 2>::load(of.lse + column + 8 * n);
-                    all_dots[n] = Pack<float, 2>::load(of.dots + column + 8 * n);
-                }
                 slopes(
-                    ps, ds, bend, [&](unsigned, unsigned n, unsigned i) { return lses[n].x[i % 2] * LOG2_E; },
-                    [&](unsigned, unsigned n, unsigned i) { return all_dots[n].x[i % 2]; },
+                    ps, ds, bend, [&](unsigned, unsigned n, unsigned i) { return of.lse[column(n, i)] * LOG2_E; },
                     [&] {
                         if (all_seen) return;
                         ps.each([&](unsigned m, unsigned n, unsigned i, float& x) {
-                            const Run run = of.run(column + 8 * n + i % 2);
+                            const Run run = of.run(column(n, i));
                             if (!run.holds(mine + 16 * m + ps.row(i))) x = -INFINITY;
                         });
                     });

@@ -162,16 +162,16 @@ struct Rows {
         static_assert(STEP % 8 == 0 && PACKS % LANES == 0, "a thread's rows have one twist");
         if (aligned(head) && d % 8 == 0) {
             const unsigned first = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-            T* const place_of = to + place(first, lane);
-            const T* const from = head + size_t(start + first) * stride + lane * 8;
+            T* const room = to + place(first, lane);
+            // of a row that does not exist nothing is read, wherever it would be
+            const T* from = head + size_t(start + first) * stride + lane * 8;
 #pragma unroll
-            for (unsigned i = 0; i < COUNT; i += STEP) {
+            for (unsigned i = 0; i < COUNT; i += STEP, from += STEP * stride) {
                 if (COUNT % STEP != 0 && first + i >= COUNT) break;
 #pragma unroll
                 for (unsigned pack = 0; pack < PACKS; pack += LANES) {
                     const bool exists = start + first + i < n && (pack + lane) * 8 < d;
-                    const T* const source = exists ? from + i * stride + pack * 8 : head;
-                    copy_later<16>(place_of + i * D + pack * 8, source, exists);
+                    copy_later<16>(room + i * D + pack * 8, from + pack * 8, exists);
                 }
             }
         } else {
