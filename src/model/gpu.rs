@@ -469,7 +469,8 @@ impl Tiles {
         let width = self.width;
         let (rows, block, shared_bytes) = if self.halves() {
             let rows = if width == 256 { 64 } else { 128 };
-            let (step, block) = if width <= 64 { (64, 128) } else { (32, 256) };
+            let step = if width <= 96 { 64 } else { 32 };
+            let block = if width <= 64 { 128 } else { 256 };
             let shared_bytes = 4 * width * (rows + 2 * step) + 32 * step + 512;
             (rows, block, shared_bytes)
         } else {

@@ -7,7 +7,8 @@
 
 /// What a launch is made of; the table in attention.cu is this. A warp takes TILES·16 of the rows, so that what it loads
 /// of the other side serves TILES products: with one, shared memory is slower than the matrix unit.
-template <unsigned OF_ROWS, unsigned OF_STEP, unsigned OF_CHUNK, unsigned OF_WARPS, unsigned OF_PARTS = 1>
+template <unsigned OF_ROWS, unsigned OF_STEP, unsigned OF_CHUNK, unsigned OF_WARPS, unsigned OF_PARTS = 1,
+          bool DOES_KEEP = false>
 struct Tiling {
     static constexpr unsigned ROWS = OF_ROWS, STEP = OF_STEP;
     /// Columns of scores that a warp has in registers at once.
@@ -15,6 +16,8 @@ struct Tiling {
     static constexpr unsigned WARPS = OF_WARPS, THREADS = WARPS * WARP;
     /// Warps that share rows.
     static constexpr unsigned PARTS = OF_PARTS;
+    /// Whether there are registers for a warp's own rows.
+    static constexpr bool KEEPS = DOES_KEEP;
     static constexpr unsigned TILES = ROWS * PARTS / WARPS / 16;
     /// Blocks that a multiprocessor shall hold: eight warps, each with the most registers that a thread can have.
     static constexpr unsigned BLOCKS = 8 / WARPS;
@@ -26,7 +29,10 @@ struct MmaLaunches {
     using BackQ = std::conditional_t<
         D <= 64, Tiling<128, 64, 64, 4>, std::conditional_t<D <= 128, Tiling<128, 32, 32, 4>, Tiling<128, 16, 16, 8>>>;
     using BackKv = std::conditional_t<
-        D <= 64, Tiling<128, 64, 32, 4>, std::conditional_t<D <= 128, Tiling<128, 32, 32, 8>, Tiling<64, 32, 32, 8, 2>>>;
+        D <= 64, Tiling<128, 64, 32, 4>,
+        std::conditional_t<
+            D == 96, Tiling<128, 64, 32, 8, 1, true>,
+            std::conditional_t<D == 128, Tiling<128, 32, 32, 8>, Tiling<64, 32, 32, 8, 2>>>>;
 };
 
 /// From q·k to a score. Where that takes more than a factor above 0 it is done number by number.
@@ -139,6 +145,7 @@ __device__ void attention(
     const Run span = seen.template sight<L::ROWS>(batch, start, sides.t).some;
     const Sight sight = seen.template sight<16 * M>(batch, mine, sides.t);
     const MmaBend bend(scale, cap);
+    const LoadedRows<D, M, T> own(qs + local * D);
     float largest[M][2], sum[M][2];
 #pragma unroll
     for (unsigned i = 0; i < 2 * M; ++i) largest[i / 2][i % 2] = -INFINITY, sum[i / 2][i % 2] = 0;
@@ -156,7 +163,7 @@ __device__ void attention(
         const T* const ks = stage(turn);
         Sums<M, N> scores;
         scores.clear();
-        add_products<D>(scores, qs + local * D, ks);
+        add_products<D>(scores, own, ks);
         if (bend.bends) {
             float slope;
             scores.each([&](unsigned, unsigned, unsigned, float& x) { x = bend.score(x, slope); });
@@ -271,6 +278,7 @@ __device__ void attention_back_q(
     const Run span = seen.template sight<L::ROWS>(batch, start, sides.t).some;
     const Sight sight = seen.template sight<16 * M>(batch, mine, sides.t);
     const MmaBend bend(scale, cap);
+    const LoadedRows<D, M, T> own_q(qs + local * D), own_g(gs + local * D);
     Sums<M, D / 8> dqs;
     dqs.clear();
     unsigned key = span.first / L::STEP * L::STEP;
@@ -287,8 +295,8 @@ __device__ void attention_back_q(
             ps.clear();
             const auto row = [&](unsigned m, unsigned i) { return local + 16 * m + ps.row(i); };
             ds.each([&](unsigned m, unsigned, unsigned i, float& x) { x = -all_dots[row(m, i)]; });
-            add_products<D>(ps, qs + local * D, ks);
-            add_products<D>(ds, gs + local * D, ks + L::STEP * D);
+            add_products<D>(ps, own_q, ks);
+            add_products<D>(ds, own_g, ks + L::STEP * D);
             slopes(
                 ps, ds, bend, [&](unsigned m, unsigned, unsigned i) { return lses[row(m, i)] * LOG2_E; },
                 [&] {
@@ -364,6 +372,13 @@ __device__ void attention_back_kv(
     for (auto& one : sums) one.clear();
     auto &dks = sums[0], &dvs = sums[2 / L::PARTS - 1];
 
+    if constexpr (L::KEEPS) {
+        copies_arrive();
+        __syncthreads();
+    }
+    using Own = std::conditional_t<L::KEEPS, KeptRows<D, M>, LoadedRows<D, M, T>>;
+    const Own own_k(ks + local * D), own_v(vs + local * D);
+
     // what of the queries, if any, sees these keys: one step of them to a lane, many at once because nothing else goes
     // on meanwhile
     for (unsigned from = 0; from < sides.t; from += WARP * STEP) {
@@ -398,8 +413,8 @@ __device__ void attention_back_kv(
                 ps.clear();
                 const auto column = [&](unsigned n, unsigned i) { return query + 8 * n + ps.column(i); };
                 ds.each([&](unsigned, unsigned n, unsigned i, float& x) { x = -of.dots[column(n, i)]; });
-                add_products<D>(ps, ks + local * D, qs);
-                if (sums_keys) add_products<D>(ds, vs + local * D, gs);
+                add_products<D>(ps, own_k, qs);
+                if (sums_keys) add_products<D>(ds, own_v, gs);
                 slopes(
                     ps, ds, bend, [&](unsigned, unsigned n, unsigned i) { return of.lse[column(n, i)] * LOG2_E; },
                     [&] {

@@ -209,20 +209,51 @@ struct Corner {
     }
 };
 
+/// Rows of shared memory as left factors, loaded whenever they are used.
+template <unsigned D, unsigned M, typename T>
+struct LoadedRows {
+    const T* rows;
+    Corner<D, true> corner;
+
+    __device__ explicit LoadedRows(const T* rows) : rows(rows) {}
+
+    __device__ void factor(unsigned (&x)[4], unsigned m, unsigned k) const { load_four(x, corner.at(rows, m, k)); }
+};
+
+/// Rows of shared memory as left factors, loaded once: M·D/4 registers.
+template <unsigned D, unsigned M>
+struct KeptRows {
+    unsigned x[M][D / 16][4];
+
+    template <typename T>
+    __device__ explicit KeptRows(const T* rows) {
+        const Corner<D, true> corner;
+#pragma unroll
+        for (unsigned m = 0; m < M; ++m) {
+#pragma unroll
+            for (unsigned k = 0; k < D / 16; ++k) load_four(x[m][k], corner.at(rows, m, k));
+        }
+    }
+
+    __device__ void factor(unsigned (&to)[4], unsigned m, unsigned k) const {
+#pragma unroll
+        for (unsigned i = 0; i < 4; ++i) to[i] = x[m][k][i];
+    }
+};
+
 /// sums += left · rightᵀ for 16·M rows `left` and 8·N rows `right` of shared memory.
-template <unsigned D, unsigned M, unsigned N, typename T>
-__device__ void add_products(Sums<M, N>& sums, const T* left, const T* right) {
-    const Corner<D, true> left_corner;
-    const Corner<D, false> right_corner;
+template <unsigned D, unsigned M, unsigned N, typename LeftRows, typename T>
+__device__ void add_products(Sums<M, N>& sums, const LeftRows& left, const T* right) {
+    const Corner<D, false> corner;
 #pragma unroll
     for (unsigned k = 0; k < D / 16; ++k) {
         unsigned a[M][4];
 #pragma unroll
-        for (unsigned m = 0; m < M; ++m) load_four(a[m], left_corner.at(left, m, k));
+        for (unsigned m = 0; m < M; ++m) left.factor(a[m], m, k);
 #pragma unroll
         for (unsigned n = 0; n < N; n += 2) {
             unsigned b[4];
-            load_four(b, right_corner.at(right, n / 2, k));
+            load_four(b, corner.at(right, n / 2, k));
 #pragma unroll
             for (unsigned m = 0; m < M; ++m) {
                 multiply<T>(sums.x[m][n], a[m], b[0], b[1]);
