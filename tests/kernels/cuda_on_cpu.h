@@ -328,6 +328,16 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 
 inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
 
+inline unsigned __reduce_min_sync(unsigned, unsigned x) {
+    const uint32_t* const words = on_cpu_exchange(x);
+    return *std::min_element(words, words + on_cpu::WARP);
+}
+
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+    const uint32_t* const words = on_cpu_exchange(x);
+    return *std::max_element(words, words + on_cpu::WARP);
+}
+
 inline int __ffs(int x) { return std::countr_zero(unsigned(x)) % 32 + (x != 0); }
 
 inline float __fdividef(float a, float b) { return a / b; }

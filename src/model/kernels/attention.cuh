@@ -51,19 +51,27 @@ struct Seen {
     /// Of those of COUNT queries that exist; the whole warp asks.
     template <unsigned COUNT>
     __device__ Sight sight(unsigned batch, unsigned start, unsigned t) const {
+        return over_warp(share<COUNT>(batch, start, t));
+    }
+
+    /// A lane's share of the queries, and what the warp has of them together.
+    template <unsigned COUNT>
+    __device__ Sight share(unsigned batch, unsigned start, unsigned t) const {
         Sight sight = {{~0u, 0}, {0, ~0u}};
-        for (unsigned i = threadIdx.x % WARP; i < COUNT && start + i < t; i += WARP) {
-            const Run run = of(batch, start + i, t);
+#pragma unroll
+        for (unsigned i = 0; i < COUNT; i += WARP) {
+            const unsigned query = start + i + threadIdx.x % WARP;
+            if (threadIdx.x % WARP >= COUNT || query >= t) continue;
+            const Run run = of(batch, query, t);
             sight.some = {min(sight.some.first, run.first), max(sight.some.end, run.end)};
             sight.every = {max(sight.every.first, run.first), min(sight.every.end, run.end)};
         }
-        for (unsigned step = WARP / 2; step > 0; step /= 2) {
-            sight.some.first = min(sight.some.first, __shfl_xor_sync(ALL, sight.some.first, step));
-            sight.some.end = max(sight.some.end, __shfl_xor_sync(ALL, sight.some.end, step));
-            sight.every.first = max(sight.every.first, __shfl_xor_sync(ALL, sight.every.first, step));
-            sight.every.end = min(sight.every.end, __shfl_xor_sync(ALL, sight.every.end, step));
-        }
         return sight;
+    }
+    __device__ static Sight over_warp(const Sight& share) {
+        return {
+            {__reduce_min_sync(ALL, share.some.first), __reduce_max_sync(ALL, share.some.end)},
+            {__reduce_max_sync(ALL, share.every.first), __reduce_min_sync(ALL, share.every.end)}};
     }
 };
 

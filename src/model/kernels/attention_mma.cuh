@@ -383,9 +383,16 @@ __device__ void attention_back_kv(
     // on meanwhile
     for (unsigned from = 0; from < sides.t; from += WARP * STEP) {
         __syncthreads();
-        for (unsigned i = warp; i < WARP; i += L::WARPS) {
-            const Sight sight = seen.template sight<STEP>(batch, from + i * STEP, sides.t);
-            if (threadIdx.x % WARP == 0) sights[i] = sight;
+        constexpr unsigned STEPS = WARP / L::WARPS;
+        Sight shares[STEPS];
+#pragma unroll
+        for (unsigned i = 0; i < STEPS; ++i) {
+            shares[i] = seen.template share<STEP>(batch, from + (warp * STEPS + i) * STEP, sides.t);
+        }
+#pragma unroll
+        for (unsigned i = 0; i < STEPS; ++i) {
+            const Sight sight = Seen::over_warp(shares[i]);
+            if (threadIdx.x % WARP == 0) sights[warp * STEPS + i] = sight;
         }
         __syncthreads();
         unsigned steps = __ballot_sync(ALL, sights[threadIdx.x % WARP].some.meets(start, L::ROWS));
