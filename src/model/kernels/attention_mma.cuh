@@ -117,8 +117,11 @@ __device__ void give(
     }
 }
 
-/// A block takes 128 queries of a head; keys pass by `step` at a time. A row's sums are relative to the largest score so
-/// far, and are scaled down when a larger one comes.
+/// By how much, in powers of two, a score may be above what its row's sums are relative to.
+constexpr float SLACK = 8;
+
+/// A block takes 128 queries of a head; keys pass by `step` at a time. A row's sums are relative to one of its scores,
+/// and are scaled down when one comes that is larger by more than the slack: most steps then leave them as they are.
 template <unsigned D, typename T>
 __device__ void attention(
     const T* q, const T* k, const T* v, Seen seen, T* y, float* lse, Sides sides, float scale, float cap) {
@@ -146,9 +149,9 @@ __device__ void attention(
     const Sight sight = seen.template sight<16 * M>(batch, mine, sides.t);
     const MmaBend bend(scale, cap);
     const LoadedRows<D, M, T> own(qs + local * D);
-    float largest[M][2], sum[M][2];
+    float shifts[M][2], sum[M][2];
 #pragma unroll
-    for (unsigned i = 0; i < 2 * M; ++i) largest[i / 2][i % 2] = -INFINITY, sum[i / 2][i % 2] = 0;
+    for (unsigned i = 0; i < 2 * M; ++i) shifts[i / 2][i % 2] = -INFINITY, sum[i / 2][i % 2] = 0;
     Sums<M, D / 8> ys;
     ys.clear();
 
@@ -169,37 +172,40 @@ __device__ void attention(
             scores.each([&](unsigned, unsigned, unsigned, float& x) { x = bend.score(x, slope); });
         }
         if (!sight.every.covers(key, L::STEP)) hide(scores, seen, batch, mine, sides.t, key);
+        float factors[M][2];
+        bool changes = false;
 #pragma unroll
         for (unsigned m = 0; m < M; ++m) {
 #pragma unroll
             for (unsigned half = 0; half < 2; ++half) {
-                float top = largest[m][half];
+                float top = -INFINITY;
 #pragma unroll
                 for (unsigned n = 0; n < N; ++n) {
                     const float* const pair = scores.x[m][n] + 2 * half;
                     top = fmaxf(top, fmaxf(pair[0], pair[1]));
                 }
-                top = over_row(top, [](float a, float b) { return fmaxf(a, b); });
+                top = over_row(top, [](float a, float b) { return fmaxf(a, b); }) * bend.unit;
+                float& shift = shifts[m][half];
+                const float before = shift;
+                if (top > shift + SLACK) shift = top;
                 // a row that has seen nothing yet: −∞ − −∞ would be NaN
-                const float shift = top == -INFINITY ? 0 : top * bend.unit;
-                const float factor = power_of_two(largest[m][half] * bend.unit - shift);
+                const float from = shift == -INFINITY ? 0 : shift;
+                factors[m][half] = power_of_two(before - from);
+                changes |= shift != before;
                 float added = 0;
 #pragma unroll
                 for (unsigned n = 0; n < N; ++n) {
 #pragma unroll
                     for (unsigned i = 0; i < 2; ++i) {
                         float& x = scores.x[m][n][2 * half + i];
-                        added += x = power_of_two(x * bend.unit - shift);
+                        added += x = power_of_two(x * bend.unit - from);
                     }
                 }
-                sum[m][half] = sum[m][half] * factor + added;
-                largest[m][half] = top;
-#pragma unroll
-                for (unsigned n = 0; n < D / 8; ++n) {
-                    ys.x[m][n][2 * half] *= factor;
-                    ys.x[m][n][2 * half + 1] *= factor;
-                }
+                sum[m][half] = sum[m][half] * factors[m][half] + added;
             }
+        }
+        if (__any_sync(ALL, changes)) {
+            ys.each([&](unsigned m, unsigned, unsigned i, float& x) { x *= factors[m][i / 2]; });
         }
         add_rows<D>(ys, as_left<T>(scores), ks + L::STEP * D);
     }
@@ -214,7 +220,7 @@ __device__ void attention(
             const unsigned query = mine + 16 * m + ys.row(2 * half);
             if (query < sides.t && threadIdx.x % 4 == 0) {
                 const size_t at = (size_t(batch) * sides.h + head) * sides.t + query;
-                lse[at] = (largest[m][half] * bend.unit + log2f(total)) * LN_2;
+                lse[at] = (shifts[m][half] + log2f(total)) * LN_2;
             }
         }
     }
