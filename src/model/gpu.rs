@@ -574,67 +574,81 @@ struct Sides {
     d: usize,
 }
 
-/// How attention is launched, as `attention.cu` says: a block writes `rows` of its tensor, and holds `step` rows of the
-/// other side at once.
+const WARP: usize = 32;
+
+/// How attention is launched, as `attention.cu` says.
 #[derive(Debug, Clone, Copy)]
 struct Tiles {
     /// The width that a kernel is compiled for: the next above d.
     width: usize,
     /// Bytes of a number.
     size: usize,
-    rows: usize,
-    step: usize,
 }
-
-const WARP: usize = 32;
 
 impl Tiles {
     fn of(d: usize, size: usize) -> Option<Self> {
         let width = [32, 64, 96, 128, 256]
             .into_iter()
             .find(|&width| d <= width)?;
-        Some(Self {
-            width,
-            size,
-            rows: if size == 2 { 64 } else { 32 },
-            step: if size == 2 && width <= 128 { 64 } else { 32 },
-        })
+        Some(Self { width, size })
     }
 
-    fn warps(&self) -> usize {
-        self.rows / 16
+    /// Whether the kernels are those of 16 bits on the matrix unit.
+    fn halves(&self) -> bool {
+        self.size == 2
     }
 
-    /// Bytes of a row in shared memory.
-    fn pitch(&self) -> usize {
-        self.size * self.width + 16
+    /// For kernels whose blocks write `rows` queries of a head each.
+    fn by_queries(&self, sides: &Sides, rows: usize, shared_bytes: usize) -> Geometry {
+        Geometry {
+            grid: [sides.t.div_ceil(rows), sides.h, sides.b],
+            block: match (self.halves(), self.width) {
+                (false, _) => 64,
+                (true, 256) => 256,
+                (true, _) => 128,
+            },
+            shared_bytes,
+        }
     }
 
     fn forward(&self, sides: &Sides) -> Geometry {
-        Geometry {
-            grid: [sides.t.div_ceil(self.rows), sides.h, sides.b],
-            block: WARP * self.warps(),
-            shared_bytes: self.pitch() * (self.rows + 2 * self.step)
-                + 4 * self.rows * (self.step + 8),
+        let width = self.width;
+        if !self.halves() {
+            return self.by_queries(sides, 32, 384 * (width + 4) + 5120);
         }
+        let step = if width <= 96 { 64 } else { 32 };
+        self.by_queries(sides, 128, 2 * width * (128 + 4 * step))
     }
 
     fn back_q(&self, sides: &Sides) -> Geometry {
-        Geometry {
-            grid: [sides.t.div_ceil(self.rows), sides.h, sides.b],
-            block: WARP * self.warps(),
-            shared_bytes: self.pitch() * 2 * (self.rows + self.step) + 2560 * self.warps(),
+        let width = self.width;
+        if !self.halves() {
+            return self.by_queries(sides, 32, 512 * (width + 4) + 5120);
         }
+        let step = match width {
+            0..=64 => 64,
+            256 => 16,
+            _ => 32,
+        };
+        self.by_queries(sides, 128, 4 * width * (128 + 2 * step) + 8 * 128)
     }
 
     fn back_kv(&self, sides: &Sides) -> Geometry {
-        let warps = self.warps() * if self.width == 256 { 2 } else { 1 };
+        let width = self.width;
+        let (rows, block, shared_bytes) = if self.halves() {
+            let rows = if width == 256 { 64 } else { 128 };
+            let step = if width <= 96 { 64 } else { 32 };
+            let block = if width <= 64 { 128 } else { 256 };
+            let shared_bytes = 4 * width * (rows + 2 * step) + 32 * step + 512;
+            (rows, block, shared_bytes)
+        } else {
+            let block = if width == 256 { 128 } else { 64 };
+            (32, block, 512 * (width + 4) + 80 * block + 512)
+        };
         Geometry {
-            grid: [sides.s.div_ceil(self.rows), sides.kv, sides.b],
-            block: WARP * warps,
-            shared_bytes: self.pitch() * 2 * (self.rows + self.step)
-                + 2560 * warps
-                + 16 * self.step,
+            grid: [sides.s.div_ceil(rows), sides.kv, sides.b],
+            block,
+            shared_bytes,
         }
     }
 }
@@ -769,11 +783,8 @@ mod tests {
                 let sides = Sides { b, t, s, h, kv, d };
                 for size in [2, 4] {
                     let tiles = Tiles::of(d, size).expect("a width");
-                    let most = if tiles.width == 256 {
-                        144 << 10
-                    } else {
-                        99 << 10
-                    };
+                    // what an A100 has, and what smaller cards have
+                    let most = if tiles.width == 256 { 163 } else { 99 } << 10;
                     for geometry in [
                         tiles.forward(&sides),
                         tiles.back_q(&sides),

@@ -138,16 +138,29 @@ struct Reference {
 
 /// The launch geometry, as attention.cu documents it.
 struct Geometry {
-    unsigned rows, step, warps, pitch;
-    size_t size;
+    /// Rows of the queries, and of the keys, that a block writes.
+    unsigned rows, kv_rows, threads, kv_threads;
+    size_t forward, back_q, back_kv;
 
-    Geometry(size_t size, unsigned width)
-        : rows(size == 2 ? 64 : 32), step(size == 2 && width <= 128 ? 64 : 32), warps(rows / 16),
-          pitch(width + 16 / unsigned(size)), size(size) {}
-
-    size_t forward() const { return size * pitch * (rows + 2 * step) + 4 * rows * (step + 8); }
-    size_t back_q(unsigned threads) const { return 2 * size * pitch * (rows + step) + 80 * threads; }
-    size_t back_kv(unsigned threads) const { return back_q(threads) + 16 * step; }
+    Geometry(size_t size, unsigned width) {
+        if (size == 4) {
+            rows = kv_rows = 32;
+            threads = 64;
+            kv_threads = width == 256 ? 128 : 64;
+            forward = 384 * (width + 4) + 5120;
+            back_q = 512 * (width + 4) + 5120;
+            back_kv = 512 * (width + 4) + 80 * kv_threads + 512;
+        } else {
+            rows = 128;
+            kv_rows = width == 256 ? 64 : 128;
+            threads = width == 256 ? 256 : 128;
+            kv_threads = width <= 64 ? 128 : 256;
+            const unsigned step = width <= 96 ? 64 : 32, q_step = width <= 64 ? 64 : width == 256 ? 16 : 32;
+            forward = 2 * width * (rows + 4 * step);
+            back_q = 4 * width * (rows + 2 * q_step) + 8 * rows;
+            back_kv = 4 * width * (kv_rows + 2 * step) + 32 * step + 512;
+        }
+    }
 };
 
 #define BY_WIDTH(NAME, DTYPE)                                                                                     \
@@ -173,7 +186,7 @@ void hold(const Case& c) {
     unsigned width = 256;
     for (const unsigned smaller : {128, 96, 64, 32}) width = d <= smaller ? smaller : width;
     const Geometry geometry(sizeof(T), width);
-    const unsigned threads = 32 * geometry.warps, kv_threads = threads * (width == 256 ? 2 : 1);
+    const unsigned threads = geometry.threads;
     const float scale = float(2 / std::sqrt(d));
 
     const Runs seen = runs(c);
@@ -188,10 +201,10 @@ void hold(const Case& c) {
         c, seen, scale, rounds ? Dtype<T>::UNIT : 0, Dtype<T>::TINY, q.exact, k.exact, v.exact, g.exact);
 
     const unsigned query_blocks = (t + geometry.rows - 1) / geometry.rows;
-    const unsigned key_blocks = (s + geometry.rows - 1) / geometry.rows;
+    const unsigned key_blocks = (s + geometry.kv_rows - 1) / geometry.kv_rows;
     const Memory<T> y(q.count, shift);
     const Memory<float> lse(wanted.lse.size()), dots(wanted.dots.size());
-    on_cpu::launch({query_blocks, h, b}, threads, geometry.forward(), [&] {
+    on_cpu::launch({query_blocks, h, b}, threads, geometry.forward, [&] {
         KERNEL(attention)(q.data(), k.data(), v.data(), first.data(), end.data(), rows, y.data(), lse.data(), b, t, s,
                           h, kv, d, scale, float(cap));
     });
@@ -200,11 +213,11 @@ void hold(const Case& c) {
     // the gradients are held against the reference by themselves
     const Input<float> exact_lse(wanted.lse), exact_dots(wanted.dots);
     const Memory<T> dq(q.count, shift), dk(k.count, shift), dv(k.count, shift);
-    on_cpu::launch({query_blocks, h, b}, threads, geometry.back_q(threads), [&] {
+    on_cpu::launch({query_blocks, h, b}, threads, geometry.back_q, [&] {
         KERNEL(attention_back_q)(q.data(), k.data(), v.data(), g.data(), exact_lse.data(), exact_dots.data(),
                                  first.data(), end.data(), rows, dq.data(), b, t, s, h, kv, d, scale, float(cap));
     });
-    on_cpu::launch({key_blocks, kv, b}, kv_threads, geometry.back_kv(kv_threads), [&] {
+    on_cpu::launch({key_blocks, kv, b}, geometry.kv_threads, geometry.back_kv, [&] {
         KERNEL(attention_back_kv)(q.data(), k.data(), v.data(), g.data(), exact_lse.data(), exact_dots.data(),
                                   first.data(), end.data(), rows, dk.data(), dv.data(), b, t, s, h, kv, d, scale,
                                   float(cap));

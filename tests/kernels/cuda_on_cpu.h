@@ -2,11 +2,12 @@
 //
 // A block runs on one thread of the system; each of its CUDA threads is a fiber there, resumed in an order drawn anew
 // after each barrier, so that a missing one shows as a wrong number. Shared memory is `thread_local`, hence the block's
-// own. Blocks run side by side on as many threads as there are cores. A fragment of a matrix is spread over the lanes
-// of a warp as on an SM 8.0, so that nothing may be assumed about which lane holds what.
+// own. Blocks run side by side on as many threads as there are cores. Factors and sums of the matrix unit are spread over
+// the lanes of a warp as the PTX ISA says. A copy in the background is made at once or when its thread waits for it, as
+// chance has it, so that a missing wait shows as a wrong number as well.
 //
-// Here, unlike on a GPU, these end the program: a barrier that not every thread reaches, an address or a pitch that the
-// matrix unit does not take, dynamic shared memory that is written behind its end.
+// Here, unlike on a GPU, these end the program: a barrier that not every thread reaches, an address that a load of a
+// matrix or a copy does not take, a copy that nobody waits for, dynamic shared memory that is written behind its end.
 #pragma once
 
 #include <setjmp.h>
@@ -144,7 +145,23 @@ struct Meeting {
 struct Warp {
     Meeting meeting;
     uint32_t words[2][WARP];
-    float a[2][256], b[2][256];
+    float a[2][16][16], b[2][16][8];
+    uint16_t rows[2][WARP][8];
+};
+
+/// A copy that is still to be made; zeros where there is no source.
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+
+    void make() const {
+        if (from == nullptr) {
+            std::memset(to, 0, bytes);
+        } else {
+            std::memcpy(to, from, bytes);
+        }
+    }
 };
 
 /// One block at a time, all its threads as fibers.
@@ -153,6 +170,7 @@ struct Block {
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<Warp> warps;
     std::vector<unsigned> turns;  // of each thread: how often its warp has met
+    std::vector<std::vector<Copy>> copies;  // of each thread
     std::vector<unsigned> ready;
     Meeting meeting;
     unsigned current = 0, done = 0;
@@ -166,6 +184,7 @@ struct Block {
         warps.resize((threads + WARP - 1) / WARP);
         for (unsigned i = 0; i < warps.size(); ++i) warps[i].meeting.members = std::min(WARP, threads - i * WARP);
         turns.assign(threads, 0);
+        copies.resize(threads);
         meeting.members = threads;
         done = 0;
         for (unsigned i = 0; i < threads; ++i) meeting.waiting.push_back(i);
@@ -178,6 +197,9 @@ struct Block {
             resume(*fibers[current]);
         }
         if (done != threads) die("threads wait at a barrier that others never reach");
+        for (const auto& of_thread : copies) {
+            if (!of_thread.empty()) die("nobody waits for a copy");
+        }
         if (!room.intact()) die("dynamic shared memory is written behind its end");
     }
 
@@ -297,85 +319,108 @@ T __shfl_sync(unsigned, T x, unsigned lane) {
     return std::bit_cast<T>(on_cpu_exchange(std::bit_cast<uint32_t>(x))[lane % on_cpu::WARP]);
 }
 
-inline bool __any_sync(unsigned, bool x) {
+inline unsigned __ballot_sync(unsigned, bool x) {
     const uint32_t* const words = on_cpu_exchange(x);
-    return std::any_of(words, words + on_cpu::WARP, [](uint32_t word) { return word != 0; });
+    unsigned ballot = 0;
+    for (unsigned lane = 0; lane < on_cpu::WARP; ++lane) ballot |= words[lane] << lane;
+    return ballot;
 }
 
-namespace nvcuda::wmma {
+inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
 
-struct matrix_a {};
-struct matrix_b {};
-struct accumulator {};
-struct row_major {};
-struct col_major {};
-enum layout_t { mem_row_major, mem_col_major };
-
-template <typename Use, int M, int N, int K, typename T, typename Layout = void>
-struct fragment {
-    static_assert(M == 16 && N == 16 && K == 16);
-    static constexpr int num_elements = 8;
-    T x[num_elements];
-
-    static unsigned row(unsigned lane, unsigned i) { return lane / 4 + i / 2 % 2 * 8; }
-    static unsigned column(unsigned lane, unsigned i) { return lane % 4 * 2 + i % 2 + i / 4 * 8; }
-};
-
-template <typename F, typename T>
-void fill_fragment(F& fragment, T value) {
-    for (auto& x : fragment.x) x = value;
+inline unsigned __reduce_min_sync(unsigned, unsigned x) {
+    const uint32_t* const words = on_cpu_exchange(x);
+    return *std::min_element(words, words + on_cpu::WARP);
 }
 
-/// Calls `f` with a fragment's elements of this lane and their places in memory.
-template <typename F, typename T, typename Each>
-void each(F& fragment, T* memory, unsigned pitch, bool rows, Each f) {
-    if (reinterpret_cast<uintptr_t>(memory) % 32 != 0) on_cpu::die("a matrix starts at a multiple of 32 bytes");
-    if (pitch * sizeof(T) % 16 != 0) on_cpu::die("a pitch is a multiple of 16 bytes");
-    const unsigned lane = threadIdx.x % on_cpu::WARP;
-    for (unsigned i = 0; i < F::num_elements; ++i) {
-        const unsigned row = F::row(lane, i), column = F::column(lane, i);
-        f(fragment.x[i], memory[rows ? row * pitch + column : column * pitch + row]);
-    }
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+    const uint32_t* const words = on_cpu_exchange(x);
+    return *std::max_element(words, words + on_cpu::WARP);
 }
 
-template <typename Use, typename T, typename Layout>
-void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& to, const T* from, unsigned pitch) {
-    each(to, from, pitch, std::is_same_v<Layout, row_major>, [](T& x, const T& memory) { x = memory; });
+inline int __ffs(int x) { return std::countr_zero(unsigned(x)) % 32 + (x != 0); }
+
+inline float __fdividef(float a, float b) { return a / b; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What mma.cuh says in PTX.
+
+inline float power_of_two(float x) { return std::exp2(x); }
+
+inline float on_cpu_wide(__half x) { return __half2float(x); }
+inline float on_cpu_wide(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+unsigned rounded_pair(float low, float high) {
+    if constexpr (std::is_same_v<T, __half>) return __float2half_rn(low).bits | __float2half_rn(high).bits << 16;
+    else return __float2bfloat16_rn(low).bits | __float2bfloat16_rn(high).bits << 16;
 }
 
-inline void load_matrix_sync(
-    fragment<accumulator, 16, 16, 16, float>& to, const float* from, unsigned pitch, layout_t layout) {
-    each(to, from, pitch, layout == mem_row_major, [](float& x, const float& memory) { x = memory; });
-}
-
-inline void store_matrix_sync(
-    float* to, const fragment<accumulator, 16, 16, 16, float>& from, unsigned pitch, layout_t layout) {
-    each(from, to, pitch, layout == mem_row_major, [](const float& x, float& memory) { memory = x; });
-}
-
-inline float wide(__half x) { return __half2float(x); }
-inline float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T, typename LayoutA, typename LayoutB>
-void mma_sync(
-    fragment<accumulator, 16, 16, 16, float>& d, const fragment<matrix_a, 16, 16, 16, T, LayoutA>& a,
-    const fragment<matrix_b, 16, 16, 16, T, LayoutB>& b, const fragment<accumulator, 16, 16, 16, float>& c) {
+template <typename T>
+void multiply(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     on_cpu::Block& block = on_cpu::block();
     on_cpu::Warp& warp = block.warp();
-    const unsigned turn = block.turn(), lane = threadIdx.x % on_cpu::WARP;
-    for (unsigned i = 0; i < a.num_elements; ++i) {
-        const unsigned row = a.row(lane, i), column = a.column(lane, i);
-        warp.a[turn][16 * row + column] = wide(a.x[i]);
-        warp.b[turn][16 * row + column] = wide(b.x[i]);
+    const unsigned turn = block.turn(), row = threadIdx.x % on_cpu::WARP / 4, column = threadIdx.x % 4 * 2;
+    for (unsigned i = 0; i < 8; ++i) {
+        const T x = {uint16_t(a[i / 2] >> 16 * (i % 2))};
+        warp.a[turn][row + i / 2 % 2 * 8][column + i % 2 + i / 4 * 8] = on_cpu_wide(x);
+    }
+    for (unsigned i = 0; i < 4; ++i) {
+        const T x = {uint16_t((i < 2 ? b0 : b1) >> 16 * (i % 2))};
+        warp.b[turn][column + i % 2 + i / 2 * 8][row] = on_cpu_wide(x);
     }
     block.meet(warp.meeting);
-    for (unsigned i = 0; i < d.num_elements; ++i) {
-        const float* const left = warp.a[turn] + 16 * d.row(lane, i);
-        const float* const right = warp.b[turn] + d.column(lane, i);
-        float sum = c.x[i];
-        for (unsigned k = 0; k < 16; ++k) sum += left[k] * right[16 * k];
-        d.x[i] = sum;
+    for (unsigned i = 0; i < 4; ++i) {
+        for (unsigned k = 0; k < 16; ++k) {
+            sums[i] += warp.a[turn][row + i / 2 * 8][k] * warp.b[turn][k][column + i % 2];
+        }
     }
 }
 
-}  // namespace nvcuda::wmma
+/// Shows the lane's row of eight to the warp; returns all lanes' rows.
+inline const uint16_t (*on_cpu_rows(const void* row))[8] {
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) on_cpu::die("a row of a matrix starts at a multiple of 16 bytes");
+    on_cpu::Block& block = on_cpu::block();
+    on_cpu::Warp& warp = block.warp();
+    const unsigned turn = block.turn();
+    std::memcpy(warp.rows[turn][threadIdx.x % on_cpu::WARP], row, 16);
+    block.meet(warp.meeting);
+    return warp.rows[turn];
+}
+
+inline void load_four(unsigned (&x)[4], const void* row) {
+    const auto rows = on_cpu_rows(row);
+    const unsigned lane = threadIdx.x % on_cpu::WARP;
+    for (unsigned i = 0; i < 4; ++i) {
+        const uint16_t* const pair = rows[8 * i + lane / 4] + lane % 4 * 2;
+        x[i] = pair[0] | unsigned(pair[1]) << 16;
+    }
+}
+
+inline void load_four_turned(unsigned (&x)[4], const void* row) {
+    const auto rows = on_cpu_rows(row);
+    const unsigned lane = threadIdx.x % on_cpu::WARP;
+    for (unsigned i = 0; i < 4; ++i) {
+        const auto pair = rows + 8 * i + lane % 4 * 2;
+        x[i] = pair[0][lane / 4] | unsigned(pair[1][lane / 4]) << 16;
+    }
+}
+
+template <unsigned BYTES>
+void copy_later(void* to, const void* from, bool exists) {
+    const auto start = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % BYTES; };
+    if (start(to) != 0 || start(from) != 0) on_cpu::die("a copy goes from and to a multiple of its size");
+    on_cpu::Block& block = on_cpu::block();
+    const on_cpu::Copy copy = {to, exists ? from : nullptr, BYTES};
+    if (block.order() % 2 == 0) {
+        copy.make();
+    } else {
+        block.copies[threadIdx.x].push_back(copy);
+    }
+}
+
+inline void copies_arrive() {
+    auto& copies = on_cpu::block().copies[threadIdx.x];
+    for (const on_cpu::Copy& copy : copies) copy.make();
+    copies.clear();
+}

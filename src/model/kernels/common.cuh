@@ -10,10 +10,9 @@
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <mma.h>
 
 /// The shared memory whose size the launch gives.
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(32) unsigned char name[]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
 
 /// Calls `DEFINE(suffix, type)` for every dtype.
