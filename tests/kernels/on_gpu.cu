@@ -188,7 +188,7 @@ struct Geometry {
             kv_threads = width <= 64 ? 128 : 256;
             const unsigned step = width <= 96 ? 64 : 32, q_step = width <= 64 ? 64 : width == 256 ? 16 : 32;
             forward = 2 * width * (rows + 4 * step);
-            back_q = 4 * width * (rows + 2 * q_step) + 8 * rows;
+            back_q = 4 * width * (rows + 2 * q_step) + 8 * rows + 128;
             back_kv = 4 * width * (kv_rows + 2 * step) + 32 * step + 512;
         }
     }

@@ -26,7 +26,7 @@
 //                      rows          step                    threads       bytes of dynamic shared memory
 //   attention          128           D ≤ 96: 64, else 32     D = 256: 256, 2·D·(rows + 4·step)
 //                                                            else 128
-//   attention_back_q   128           D ≤ 64: 64, D = 256:    D = 256: 256, 4·D·(rows + 2·step) + 8·rows
+//   attention_back_q   128           D ≤ 64: 64, D = 256:    D = 256: 256, 4·D·(rows + 2·step) + 8·rows + 128
 //                                    16, else 32             else 128
 //   attention_back_kv  D = 256: 64,  D ≤ 64: 64, else 32     D ≤ 64: 128,  4·D·(rows + 2·step) + 32·step + 512
 //                      else 128                              else 256
