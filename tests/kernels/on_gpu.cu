@@ -446,6 +446,7 @@ int main() {
     hold<bf16>({2, 140, 300, 4, 2, 33, 0, 0}, Mask::Causal, 6e-3);
     hold<bf16>({2, 140, 140, 4, 2, 32, 0, 3}, Mask::Window, 6e-3);
     hold<bf16>({1, 1000, 1000, 2, 1, 64, 0, 0}, Mask::Window, 6e-3);
+    hold<bf16>({1, 2100, 2100, 2, 1, 64, 0, 0}, Mask::Causal, 6e-3);
     hold<__half>({2, 300, 300, 4, 2, 80, 0, 0}, Mask::Packed, 1e-3);
     hold<__half>({1, 257, 257, 4, 2, 64, 0, 5}, Mask::Causal, 1e-3);
     hold<float>({1, 129, 140, 4, 2, 80, 0, 5}, Mask::Packed, 1e-5);
