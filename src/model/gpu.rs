@@ -630,7 +630,7 @@ impl Tiles {
             256 => 16,
             _ => 32,
         };
-        self.by_queries(sides, 128, 4 * width * (128 + 2 * step) + 8 * 128)
+        self.by_queries(sides, 128, 4 * width * (128 + 2 * step) + 8 * 128 + 128)
     }
 
     fn back_kv(&self, sides: &Sides) -> Geometry {

@@ -157,7 +157,7 @@ struct Geometry {
             kv_threads = width <= 64 ? 128 : 256;
             const unsigned step = width <= 96 ? 64 : 32, q_step = width <= 64 ? 64 : width == 256 ? 16 : 32;
             forward = 2 * width * (rows + 4 * step);
-            back_q = 4 * width * (rows + 2 * q_step) + 8 * rows;
+            back_q = 4 * width * (rows + 2 * q_step) + 8 * rows + 128;
             back_kv = 4 * width * (kv_rows + 2 * step) + 32 * step + 512;
         }
     }
@@ -251,6 +251,9 @@ void of_dtype() {
              {1, 1, 65, 2, 1, 128, Mask::All, 0},
              {2, 65, 70, 2, 1, 256, Mask::Causal, 0},
              {1, 37, 37, 2, 2, 200, Mask::Packed, 5},
+             // more queries than attention_back_kv looks at together
+             {1, 2100, 2100, 2, 1, 8, Mask::Window, 0},
+             {1, 1060, 1060, 1, 1, 128, Mask::Window, 0},
          }) {
         hold<T>(c);
     }

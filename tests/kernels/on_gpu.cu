@@ -188,7 +188,7 @@ struct Geometry {
             kv_threads = width <= 64 ? 128 : 256;
             const unsigned step = width <= 96 ? 64 : 32, q_step = width <= 64 ? 64 : width == 256 ? 16 : 32;
             forward = 2 * width * (rows + 4 * step);
-            back_q = 4 * width * (rows + 2 * q_step) + 8 * rows;
+            back_q = 4 * width * (rows + 2 * q_step) + 8 * rows + 128;
             back_kv = 4 * width * (kv_rows + 2 * step) + 32 * step + 512;
         }
     }
@@ -446,6 +446,7 @@ int main() {
     hold<bf16>({2, 140, 300, 4, 2, 33, 0, 0}, Mask::Causal, 6e-3);
     hold<bf16>({2, 140, 140, 4, 2, 32, 0, 3}, Mask::Window, 6e-3);
     hold<bf16>({1, 1000, 1000, 2, 1, 64, 0, 0}, Mask::Window, 6e-3);
+    hold<bf16>({1, 2100, 2100, 2, 1, 64, 0, 0}, Mask::Causal, 6e-3);
     hold<__half>({2, 300, 300, 4, 2, 80, 0, 0}, Mask::Packed, 1e-3);
     hold<__half>({1, 257, 257, 4, 2, 64, 0, 5}, Mask::Causal, 1e-3);
     hold<float>({1, 129, 140, 4, 2, 80, 0, 5}, Mask::Packed, 1e-5);

@@ -12,29 +12,30 @@
 //
 // Launches. A kernel is compiled for a head's width D of 32, 64, 96, 128 or 256; the caller takes the smallest that is
 // not below d, and the rest is zero in shared memory. -DATTENTION_WIDTH=D compiles one of them: a driver that must
-// compile all of the PTX for its device takes many times as long.
+// compile all of the PTX for its device takes some 9 seconds, for one width 2.
 //
-//                      grid               f32: rows 32, step 32; bytes of dynamic shared memory, and threads
-//   attention          (⌈t/rows⌉, h, b)   384·(D + 4) + 5120                64
-//   attention_back_q   (⌈t/rows⌉, h, b)   512·(D + 4) + 5120                64
-//   attention_back_kv  (⌈s/rows⌉, kv, b)  512·(D + 4) + 80·threads + 512    64, for D = 256 128
-//   attention_dots     any                0                                 256
+//   attention, attention_back_q   grid (⌈t/rows⌉, h, b)
+//   attention_back_kv             grid (⌈s/rows⌉, kv, b)
+//   attention_dots                any grid, 256 threads, no shared memory
 //
-// f16 and bf16, on the same grids; a block writes `rows` rows of its tensor, and has two times `step` rows of the other
-// side in shared memory:
+// `rows` are those of the tensor that a block writes, `step` those of the other side that it works on at once; with 16
+// bits it has two times as many, since the next arrive meanwhile.
 //
-//                      rows          step                    threads       bytes of dynamic shared memory
-//   attention          128           D ≤ 96: 64, else 32     D = 256: 256, 2·D·(rows + 4·step)
-//                                                            else 128
-//   attention_back_q   128           D ≤ 64: 64, D = 256:    D = 256: 256, 4·D·(rows + 2·step) + 8·rows
-//                                    16, else 32             else 128
-//   attention_back_kv  D = 256: 64,  D ≤ 64: 64, else 32     D ≤ 64: 128,  4·D·(rows + 2·step) + 32·step + 512
-//                      else 128                              else 256
-//   attention_dots     any                                   256           0
+//   16 bits            rows              step for D = 32 … 256   threads for D = 32 … 256   dynamic shared memory, bytes
+//   attention          128               64, 64, 64, 32, 32      128, 128, 128, 128, 256    2·D·(rows + 4·step)
+//   attention_back_q   128               64, 64, 32, 32, 16      128, 128, 128, 128, 256    4·D·(rows + 2·step) +
+//                                                                                           8·rows + 128
+//   attention_back_kv  128, D = 256: 64  64, 64, 64, 32, 32      128, 128, 256, 256, 256    4·D·(rows + 2·step) +
+//                                                                                           32·step + 512
+//   f32
+//   attention          32                32                      64                         384·(D + 4) + 5120
+//   attention_back_q   32                32                      64                         512·(D + 4) + 5120
+//   attention_back_kv  32                32                      64, D = 256: 128           512·(D + 4) + 512 +
+//                                                                                           80·threads
 //
-// That is at most 98 KiB for D ≤ 128 and 141 KiB for D = 256, 160 KiB in back_q of 16 bits. A launch must first be
-// allowed what is above 48 KiB (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES). h, kv and b are at most 65535, what a
-// grid holds.
+// That is at most 99 KiB for D ≤ 128, what smaller cards have, and 162 KiB for D = 256, what an A100 has. A launch must
+// first be allowed what is above 48 KiB (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES). h, kv and b are at most
+// 65535, what a grid holds.
 #include "attention_mma.cuh"
 #include "attention_plain.cuh"
 

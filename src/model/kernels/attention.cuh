@@ -9,8 +9,8 @@ constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 struct Sides {
     unsigned b, t, s, h, kv, d;
 
-    /// From one row of a head to its next, among so many heads.
-    __device__ size_t stride(unsigned heads) const { return size_t(heads) * d; }
+    /// From one row of a head to its next, among so many heads: 2¹⁶ of 2⁸ at most.
+    __device__ unsigned stride(unsigned heads) const { return heads * d; }
 
     /// Where a head starts in (b, n, heads, d).
     __device__ size_t head(unsigned batch, unsigned n, unsigned heads, unsigned head) const {

@@ -133,7 +133,7 @@ __device__ void attention(
 
     // under a causal mask the last queries see most: they go first
     const unsigned start = (gridDim.x - 1 - blockIdx.x) * L::ROWS, head = blockIdx.y, batch = blockIdx.z;
-    const size_t stride = sides.stride(sides.h), kv_stride = sides.stride(sides.kv);
+    const unsigned stride = sides.stride(sides.h), kv_stride = sides.stride(sides.kv);
     const size_t queries = sides.head(batch, sides.t, sides.h, head);
     const size_t keys = sides.head(batch, sides.s, sides.kv, head / (sides.h / sides.kv));
     Rows<D>::template fetch<L::ROWS, L::THREADS>(qs, q + queries, stride, start, sides.t, sides.d);
@@ -226,7 +226,7 @@ __device__ void attention(
     }
     // nobody else reads this warp's queries: their place is free
     const unsigned rows = mine < sides.t ? sides.t - mine : 0;
-    give<D>(ys, factors, qs + local * D, y + queries + mine * stride, stride, rows, sides.d);
+    give<D>(ys, factors, qs + local * D, y + queries + size_t(mine) * stride, stride, rows, sides.d);
 }
 
 /// p and ds in the place of q·k and dp − dots. `lse`, in units of ln 2, is a function of a place; `hide` makes −∞ of the
@@ -262,7 +262,7 @@ __device__ void attention_back_q(
     float* const all_dots = lses + L::ROWS;
 
     const unsigned start = (gridDim.x - 1 - blockIdx.x) * L::ROWS, head = blockIdx.y, batch = blockIdx.z;
-    const size_t stride = sides.stride(sides.h), kv_stride = sides.stride(sides.kv);
+    const unsigned stride = sides.stride(sides.h), kv_stride = sides.stride(sides.kv);
     const size_t queries = sides.head(batch, sides.t, sides.h, head);
     const size_t keys = sides.head(batch, sides.s, sides.kv, head / (sides.h / sides.kv));
     Rows<D>::template fetch<L::ROWS, L::THREADS>(qs, q + queries, stride, start, sides.t, sides.d);
@@ -282,7 +282,10 @@ __device__ void attention_back_q(
 
     const unsigned local = threadIdx.x / WARP * 16 * M, mine = start + local;
     const Run span = seen.template sight<L::ROWS>(batch, start, sides.t).some;
-    const Sight sight = seen.template sight<16 * M>(batch, mine, sides.t);
+    // a warp asks for its sight once a step, and has no registers to spare
+    Sight* const sights = reinterpret_cast<Sight*>(all_dots + L::ROWS);
+    const Sight& sight = sights[threadIdx.x / WARP];
+    sights[threadIdx.x / WARP] = seen.template sight<16 * M>(batch, mine, sides.t);
     const MmaBend bend(scale, cap);
     const LoadedRows<D, M, T> own_q(qs + local * D), own_g(gs + local * D);
     Sums<M, D / 8> dqs;
@@ -317,7 +320,7 @@ __device__ void attention_back_q(
     float factors[M][2];
 #pragma unroll
     for (unsigned i = 0; i < 2 * M; ++i) factors[i / 2][i % 2] = scale;
-    give<D>(dqs, factors, qs + local * D, dq + queries + mine * stride, stride, rows, sides.d);
+    give<D>(dqs, factors, qs + local * D, dq + queries + size_t(mine) * stride, stride, rows, sides.d);
 }
 
 /// What attention_back_kv shares of the queries that it holds.
@@ -347,7 +350,7 @@ __device__ void attention_back_kv(
 
     const unsigned start = blockIdx.x * L::ROWS, shared = blockIdx.y, batch = blockIdx.z;
     const unsigned group = sides.h / sides.kv;
-    const size_t stride = sides.stride(sides.h), kv_stride = sides.stride(sides.kv);
+    const unsigned stride = sides.stride(sides.h), kv_stride = sides.stride(sides.kv);
     const size_t keys = sides.head(batch, sides.s, sides.kv, shared);
     Rows<D>::template fetch<L::ROWS, L::THREADS>(ks, k + keys, kv_stride, start, sides.s, sides.d);
     Rows<D>::template fetch<L::ROWS, L::THREADS>(vs, v + keys, kv_stride, start, sides.s, sides.d);
@@ -447,7 +450,7 @@ __device__ void attention_back_kv(
     copies_arrive();
     __syncthreads();
     const unsigned rows = mine < sides.s ? sides.s - mine : 0;
-    const size_t to = keys + mine * kv_stride;
+    const size_t to = keys + size_t(mine) * kv_stride;
     float key_factors[M][2], value_factors[M][2];
 #pragma unroll
     for (unsigned i = 0; i < 2 * M; ++i) key_factors[i / 2][i % 2] = scale, value_factors[i / 2][i % 2] = 1;

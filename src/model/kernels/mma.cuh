@@ -156,7 +156,7 @@ struct Rows {
     /// Copies COUNT rows of one head, from row `start` of n, by THREADS threads; zeros beyond n and beyond d. They are
     /// there after copies_arrive() and a barrier.
     template <unsigned COUNT, unsigned THREADS, typename T>
-    __device__ static void fetch(T* to, const T* head, size_t stride, unsigned start, unsigned n, unsigned d) {
+    __device__ static void fetch(T* to, const T* head, unsigned stride, unsigned start, unsigned n, unsigned d) {
         // as many threads to a row as packs change places: each thread's twist is always the same
         constexpr unsigned LANES = TWIST + 1, STEP = THREADS / LANES;
         static_assert(STEP % 8 == 0 && PACKS % LANES == 0, "a thread's rows have one twist");
