@@ -49,9 +49,11 @@ impl Decoder {
             }
             self.mean_loss(&x, ids, segments)
         })?;
+        // the loss is read when a GPU has all of its work
+        let mut gradients = tape.back(&loss, loss.ones_like()?)?;
         let mut found = Gradients::of(&loss)?;
         if found.loss.is_finite() {
-            found.take(self, &mut tape.back(&loss, loss.ones_like()?)?)?;
+            found.take(self, &mut gradients)?;
         }
         Ok(found)
     }

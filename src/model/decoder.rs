@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor, Var};
 
@@ -54,6 +55,7 @@ pub struct Decoder {
     /// Everything that training moves: of linear layers under the names of [`super::method`], norms and the embedding
     /// under their own. All f32.
     pub variables: BTreeMap<String, Var>,
+    kept: Mutex<Option<(Segments, Arc<Pass>)>>,
 }
 
 struct Block {
@@ -160,6 +162,7 @@ impl Decoder {
             norm,
             head,
             variables: loader.variables,
+            kept: Mutex::default(),
         })
     }
 
@@ -184,8 +187,20 @@ impl Decoder {
         self.norm.forward(&x)
     }
 
-    /// What all blocks read beside their input.
-    pub(super) fn pass(&self, ids: &Tensor, segments: &Segments) -> candle_core::Result<Pass> {
+    /// What all blocks read beside their input: that of the last segments is kept, because steps are most often alike.
+    pub(super) fn pass(&self, ids: &Tensor, segments: &Segments) -> candle_core::Result<Arc<Pass>> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of, pass)) = &*kept
+            && of == segments
+        {
+            return Ok(pass.clone());
+        }
+        let pass = Arc::new(self.new_pass(ids, segments)?);
+        *kept = Some((segments.clone(), pass.clone()));
+        Ok(pass)
+    }
+
+    fn new_pass(&self, ids: &Tensor, segments: &Segments) -> candle_core::Result<Pass> {
         let (_, t) = ids.dims2()?;
         let (positions, shape) = segments.positions();
         let angles = (self.config.ropes.iter())
@@ -376,12 +391,15 @@ impl Block {
         past: Option<&mut Option<(Tensor, Tensor)>>,
     ) -> candle_core::Result<Tensor> {
         let [before_attention, after_attention, before_mlp, after_mlp] = &self.norms;
-        let attended =
-            self.attention(config, &normed(before_attention, x)?, angles, sight, past)?;
+        let (x, read) = beside(before_attention, x, None)?;
+        let attended = self.attention(config, &read, angles, sight, past)?;
         let attended = normed(after_attention, &attended)?;
-        let y = ops::add(x, &ops::scaled(&attended, config.residual_scale)?)?;
-        let read = if config.parallel { x } else { &y };
-        let mixed = self.mlp(config, &normed(before_mlp, read)?)?;
+        let attended = ops::scaled(&attended, config.residual_scale)?;
+        let (y, read) = match config.parallel {
+            true => (ops::add(&x, &attended)?, normed(before_mlp, &x)?),
+            false => beside(before_mlp, &x, Some(&attended))?,
+        };
+        let mixed = self.mlp(config, &read)?;
         let mixed = normed(after_mlp, &mixed)?;
         ops::add(&y, &ops::scaled(&mixed, config.residual_scale)?)
     }
@@ -466,6 +484,22 @@ fn joined(
         *past = Some((seen(&k)?, seen(&v)?));
     }
     Ok((k, v))
+}
+
+/// s = x + added, or x itself, and what a norm makes of s.
+fn beside(
+    norm: &Option<Norm>,
+    x: &Tensor,
+    added: Option<&Tensor>,
+) -> candle_core::Result<(Tensor, Tensor)> {
+    if let Some(norm) = norm {
+        return norm.beside(x, added);
+    }
+    let sum = match added {
+        Some(added) => ops::add(x, added)?,
+        None => x.clone(),
+    };
+    Ok((sum.clone(), sum))
 }
 
 fn normed(norm: &Option<Norm>, x: &Tensor) -> candle_core::Result<Tensor> {

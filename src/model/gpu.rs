@@ -148,47 +148,81 @@ fn sum_rows(partial: &Tensor) -> Result<Tensor> {
     Ok(sum)
 }
 
-/// x / √(mean x² + ε) ∘ w over the last side.
-pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Option<Tensor>> {
-    let Some(kind) = kind(&[x, w]) else {
+/// a + b
+pub fn add(a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
+    let Some(kind) = kind(&[a, b]).filter(|_| a.shape() == b.shape()) else {
+        return Ok(None);
+    };
+    let y = room(a.shape(), a.dtype(), a)?;
+    let count = a.elem_count();
+    run(
+        "columns",
+        &format!("add_{kind}"),
+        Geometry::blocks(count.div_ceil(8 * BLOCK).min(MOST_BLOCKS), 1),
+        &[
+            Arg::Tensor(a),
+            Arg::Tensor(b),
+            Arg::Tensor(&y),
+            Arg::Size(count),
+        ],
+    )?;
+    Ok(Some(y))
+}
+
+/// s and s / √(mean s² + ε) ∘ w over the last side, where s = x + added, or x itself.
+pub fn rms_norm(
+    x: &Tensor,
+    added: Option<&Tensor>,
+    w: &Tensor,
+    eps: f64,
+) -> Result<Option<(Tensor, Tensor)>> {
+    let (Some(kind), Some(_)) = (kind(&[x, w]), kind(&[x, added.unwrap_or(x)])) else {
         return Ok(None);
     };
     let n = x.dim(D::Minus1)?;
     let rows = x.elem_count() / n;
     let y = room(x.shape(), x.dtype(), x)?;
+    let sum = match added {
+        Some(_) => room(x.shape(), x.dtype(), x)?,
+        None => x.clone(),
+    };
     run(
         "norm",
         &format!("rms_norm_{kind}"),
-        Geometry::blocks(rows.min(MOST_BLOCKS), 1),
+        by_rows(rows),
         &[
             Arg::Tensor(x),
+            added.map_or(Arg::Null, Arg::Tensor),
             Arg::Tensor(w),
+            added.map_or(Arg::Null, |_| Arg::Tensor(&sum)),
             Arg::Tensor(&y),
             Arg::Count(rows),
             Arg::Count(n),
             Arg::F32(eps as f32),
         ],
     )?;
-    Ok(Some(y))
+    Ok(Some((sum, y)))
 }
 
 /// Blocks of kernels that go through their rows in strides.
 const MOST_BLOCKS: usize = 1 << 16;
 
-/// dx and, if wanted, dw of [`rms_norm`] from the gradient of its output.
+/// dx, plus what is `added` to it, and if wanted dw of [`rms_norm`] from the gradient of its output.
 pub fn rms_norm_gradient(
     x: &Tensor,
     w: &Tensor,
     g: &Tensor,
+    added: Option<&Tensor>,
     eps: f64,
     wants_weight: bool,
 ) -> Result<Option<(Tensor, Option<Tensor>)>> {
-    let Some(kind) = kind(&[x, w, g]) else {
+    let (Some(kind), Some(_)) = (kind(&[x, w, g]), kind(&[x, added.unwrap_or(x)])) else {
         return Ok(None);
     };
     let n = x.dim(D::Minus1)?;
     let rows = x.elem_count() / n;
-    let blocks = rows.min(BLOCKS);
+    // a sum of dw each, which are added up
+    let blocks = rows.min(if wants_weight { BLOCKS } else { MOST_BLOCKS });
     let dx = room(x.shape(), x.dtype(), x)?;
     let partial = match wants_weight {
         true => Some(room((blocks, n), DType::F32, x)?),
@@ -198,7 +232,6 @@ pub fn rms_norm_gradient(
         "norm",
         &format!("rms_norm_back_{kind}"),
         Geometry {
-            // its own sum of dw
             shared_bytes: if wants_weight { 4 * n } else { 0 },
             ..Geometry::blocks(blocks, 1)
         },
@@ -206,6 +239,7 @@ pub fn rms_norm_gradient(
             Arg::Tensor(x),
             Arg::Tensor(w),
             Arg::Tensor(g),
+            added.map_or(Arg::Null, Arg::Tensor),
             Arg::Tensor(&dx),
             partial.as_ref().map_or(Arg::Null, Arg::Tensor),
             Arg::Count(rows),
@@ -414,7 +448,10 @@ fn copy_columns(
     run(
         "columns",
         &format!("copy_columns_{kind}"),
-        by_rows(rows),
+        Geometry::blocks(
+            rows.min(MOST_BLOCKS),
+            (dims[dim] * behind).div_ceil(8 * BLOCK).min(1 << 12),
+        ),
         &[
             Arg::Part(from),
             Arg::Part(to),
@@ -459,9 +496,9 @@ pub fn add_product(y: &Tensor, a: &Tensor, b: &Tensor) -> Result<bool> {
     Ok(true)
 }
 
-/// Σ −log softmax(row) at each row's target, over rows of logits, which become factor·(softmax − onehot), its gradient
-/// times a factor.
-pub fn cross_entropy(logits: &Tensor, targets: &Tensor, factor: f64) -> Result<Option<f64>> {
+/// −log softmax(row) at each row's target (rows,), over rows of logits, which become factor·(softmax − onehot), the gradient
+/// of their sum times a factor.
+pub fn cross_entropy(logits: &Tensor, targets: &Tensor, factor: f64) -> Result<Option<Tensor>> {
     let Some(kind) = kind(&[logits]) else {
         return Ok(None);
     };
@@ -483,8 +520,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor, factor: f64) -> Result<O
             Arg::F32(factor as f32),
         ],
     )?;
-    let losses = losses.to_vec1::<f32>()?;
-    Ok(Some(losses.into_iter().map(f64::from).sum()))
+    Ok(Some(losses))
 }
 
 /// Σ over the rows of a ∘ b, both (rows, q), in f32 whatever their dtype: ∂L/∂σ of a layer.

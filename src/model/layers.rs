@@ -1,8 +1,10 @@
 //! The layers that own weights: a linear one with what training adds to it, and a norm.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
-use super::ops::{capped, cast, layer_norm, rms_norm, rows, shifted, wide, wider};
+use super::ops::{
+    add, capped, cast, layer_norm, rms_norm, rms_norm_beside, rows, shifted, wide, wider,
+};
 use super::product::{self, Thin, like, outer, times};
 use super::tape::{attach, tracked};
 use super::{fused, gpu};
@@ -254,7 +256,7 @@ impl Head {
         let total = x.dim(0)?;
         let inputs = self.linear.inputs(x);
         let wanted: Vec<bool> = inputs.iter().map(|input| tracked(input)).collect();
-        let mut loss = 0f64;
+        let mut losses = Vec::new();
         let mut dx = Vec::new();
         // of what is trained in the layer: sums over the chunks
         let mut sums: Vec<Option<Tensor>> = vec![None; inputs.len()];
@@ -269,7 +271,7 @@ impl Head {
             let target = targets.narrow(0, start, n)?.unsqueeze(1)?.contiguous()?;
             let (y, read) = self.linear.apply(&chunk)?;
             let (sum, d_linear) = self.loss_and_gradient(y, &target, factor)?;
-            loss += sum;
+            losses.push(sum);
             if !wanted.contains(&true) {
                 continue;
             }
@@ -283,40 +285,69 @@ impl Head {
                 }
             }
         }
-        let loss = Tensor::new(&[(factor * loss) as f32], x.device())?;
+        let loss = Losses::total(losses, factor, x.device())?;
         if wanted[0] {
             sums[0] = Some(Tensor::cat(&dx, 0)?);
         }
         attach(&inputs, loss, move |g| {
-            let scaled = |gradient: &Option<Tensor>| -> Result<Option<Tensor>> {
-                gradient
-                    .as_ref()
-                    .map(|t| t.broadcast_mul(&g.to_dtype(t.dtype())?))
-                    .transpose()
-            };
-            sums.iter().map(scaled).collect()
+            // a loss is most often the end, and its gradient one
+            let g = f64::from(g.to_dtype(DType::F32)?.to_vec1::<f32>()?[0]);
+            if g == 1.0 {
+                return Ok(sums);
+            }
+            let scaled = |t: Option<Tensor>| t.map(|t| t * g).transpose();
+            sums.into_iter().map(scaled).collect()
         })
     }
 }
 
+/// Losses of rows, where they were computed: a GPU is not asked for them before it has all its work.
+enum Losses {
+    Sum(f64),
+    Each(Tensor),
+}
+
+impl Losses {
+    /// factor·Σ, (1,)
+    fn total(all: Vec<Self>, factor: f64, device: &Device) -> Result<Tensor> {
+        let mut sum = 0.0;
+        let mut each = Vec::new();
+        for losses in all {
+            match losses {
+                Self::Sum(of_rows) => sum += of_rows,
+                Self::Each(of_rows) => each.push(of_rows),
+            }
+        }
+        match each.is_empty() {
+            true => Tensor::new(&[(factor * sum) as f32], device),
+            false => Tensor::cat(&each, 0)?.sum_keepdim(0)? * factor,
+        }
+    }
+}
+
 impl Head {
-    /// Σ of the losses of what the layer gave, and the gradient of a factor times that sum, in its place where that goes.
-    fn loss_and_gradient(&self, y: Tensor, targets: &Tensor, factor: f64) -> Result<(f64, Tensor)> {
+    /// The losses of what the layer gave, and the gradient of a factor times their sum, in its place where that goes.
+    fn loss_and_gradient(
+        &self,
+        y: Tensor,
+        targets: &Tensor,
+        factor: f64,
+    ) -> Result<(Losses, Tensor)> {
         let straight = self.cap.is_none() && self.divisor == 1.0;
-        if straight && let Some(sum) = gpu::cross_entropy(&y, targets, factor)? {
-            return Ok((sum, y));
+        if straight && let Some(each) = gpu::cross_entropy(&y, targets, factor)? {
+            return Ok((Losses::Each(each), y));
         }
         let dtype = y.dtype();
         let (logits, slope) = self.bent(&y)?;
         drop(y);
         let factor = factor / self.divisor;
         let (sum, gradient) = if let Some(sum) = fused::cross_entropy(&logits, targets, factor)? {
-            (sum, logits)
-        } else if let Some(sum) = gpu::cross_entropy(&logits, targets, factor)? {
-            (sum, logits)
+            (Losses::Sum(sum), logits)
+        } else if let Some(each) = gpu::cross_entropy(&logits, targets, factor)? {
+            (Losses::Each(each), logits)
         } else {
             let (sum, gradient) = composed_cross_entropy(&logits, targets)?;
-            (sum, (gradient * factor)?)
+            (Losses::Sum(sum), (gradient * factor)?)
         };
         let gradient = match slope {
             Some(slope) => (gradient * slope)?,
@@ -371,6 +402,20 @@ impl Norm {
             offset: 0.0,
             bias: Some(bias),
         }
+    }
+
+    /// s = x + added, or x itself, and the norm of s.
+    pub fn beside(&self, x: &Tensor, added: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+        if self.offset == 0.0 && self.bias.is_none() {
+            let weight = cast(&self.weight, x.dtype())?;
+            return rms_norm_beside(x, added, &weight, self.eps);
+        }
+        let sum = match added {
+            Some(added) => add(x, added)?,
+            None => x.clone(),
+        };
+        let y = self.forward(&sum)?;
+        Ok((sum, y))
     }
 
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {

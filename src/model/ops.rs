@@ -40,9 +40,17 @@ pub fn wider(x: &Tensor) -> DType {
     }
 }
 
+/// a + b, without a gradient.
+pub fn plus(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    match gpu::add(a, b)? {
+        Some(y) => Ok(y),
+        None => a.detach() + b.detach(),
+    }
+}
+
 /// a + b
 pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    attach(&[a, b], (a.detach() + b.detach())?, |g| {
+    attach(&[a, b], plus(a, b)?, |g| {
         Ok(vec![Some(g.clone()), Some(g.clone())])
     })
 }
@@ -141,14 +149,14 @@ pub fn embed(embedding: &Tensor, ids: &Tensor) -> Result<Tensor> {
 /// `x (…, n), w (n,) → (…, n)`
 pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let (xd, wd) = (x.detach().contiguous()?, w.detach());
-    let y = match gpu::rms_norm(&xd, &wd, eps)? {
-        Some(y) => y,
+    let y = match gpu::rms_norm(&xd, None, &wd, eps)? {
+        Some((_, y)) => y,
         None => candle_nn::ops::rms_norm(&xd, &wd, eps as f32)?,
     };
     let wants_weight = tracked(w);
     attach(&[x, w], y, move |g| {
         let g = &g.contiguous()?;
-        if let Some((dx, dw)) = gpu::rms_norm_gradient(&xd, &wd, g, eps, wants_weight)? {
+        if let Some((dx, dw)) = gpu::rms_norm_gradient(&xd, &wd, g, None, eps, wants_weight)? {
             return Ok(vec![Some(dx), dw]);
         }
         let dtype = xd.dtype();
@@ -171,6 +179,43 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
         let dx = (gw - normed.broadcast_mul(&along)?)?.broadcast_mul(&inverse)?;
         Ok(vec![Some(dx.to_dtype(dtype)?), dw])
     })
+}
+
+/// s = x + added, or x itself, and the [`rms_norm`] of s: what a residual stream goes on with, and what is made of it.
+///
+/// On a GPU the sum costs no pass of its own, neither forward nor, where both come back, that of their gradients.
+pub fn rms_norm_beside(
+    x: &Tensor,
+    added: Option<&Tensor>,
+    w: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
+    let (xd, wd) = (x.detach().contiguous()?, w.detach());
+    let other = added.map(|added| added.detach().contiguous()).transpose()?;
+    let Some((sum, y)) = gpu::rms_norm(&xd, other.as_ref(), &wd, eps)? else {
+        let sum = match added {
+            Some(added) => add(x, added)?,
+            None => x.clone(),
+        };
+        let y = rms_norm(&sum, w, eps)?;
+        return Ok((sum, y));
+    };
+    // another tensor of the same memory: x itself has a gradient already
+    let sum = sum.reshape(x.shape())?;
+    let (kept, wants_weight) = (sum.clone(), tracked(w));
+    let inputs = [[x, w].as_slice(), added.as_slice()].concat();
+    let mut both = attach_many(&inputs, vec![sum, y], move |gradients| {
+        let along = gradients[0].as_ref();
+        let Some(g) = &gradients[1] else {
+            return Ok(vec![along.cloned(), None, along.cloned()]);
+        };
+        let g = g.contiguous()?;
+        let made = gpu::rms_norm_gradient(&kept, &wd, &g, along, eps, wants_weight)?;
+        let (dx, dw) = made.expect("invariant: a kernel gave y");
+        Ok(vec![Some(dx.clone()), dw, Some(dx)])
+    })?;
+    let y = both.remove(1);
+    Ok((both.remove(0), y))
 }
 
 /// Layer norm over the last side (Ba, Kiros & Hinton 2016): y = (x − mean x) / √(var x + ε) ∘ w + b.

@@ -13,6 +13,8 @@ use std::collections::{HashMap, HashSet};
 
 use candle_core::{Result, Tensor, TensorId};
 
+use super::ops::plus;
+
 /// dL/dy of each output → dL/dx of each input, `None` where there is none. Captures what it needs.
 type Pullback = Box<dyn FnOnce(&[Option<Tensor>]) -> Result<Vec<Option<Tensor>>>>;
 
@@ -111,7 +113,7 @@ impl Gradients {
 
     fn add(&mut self, to: TensorId, gradient: Tensor) -> Result<()> {
         let sum = match self.0.remove(&to) {
-            Some(sum) => (sum + gradient)?,
+            Some(sum) => plus(&sum, &gradient)?,
             None => gradient,
         };
         self.0.insert(to, sum);

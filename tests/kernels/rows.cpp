@@ -68,17 +68,29 @@ void norms() {
     for (const auto& [rows, n, blocks, shift] : {Case{1, 5, 1, 0}, {37, 129, 4, 0}, {9, 2048, 5, 0}, {6, 2048, 9, 1}}) {
         const double eps = 1e-2;
         const Input<T> x(size_t(rows) * n, 0.3, shift), w(n), g(size_t(rows) * n);
-        const Memory<T> y(x.count, shift), dx(x.count, shift), dx_alone(x.count);
+        const Input<T> added(x.count, 1, shift);
+        const Memory<T> y(x.count, shift), dx(x.count, shift), dx_alone(x.count), sum(x.count, shift), both(x.count);
         const Memory<float> partial(size_t(blocks) * n), dw(n);
         on_cpu::launch({blocks}, 256, 0, [&, rows = rows, n = n] {
-            KERNEL(T, rms_norm)(x.data(), w.data(), y.data(), rows, n, float(eps));
+            KERNEL(T, rms_norm)(x.data(), nullptr, w.data(), nullptr, y.data(), rows, n, float(eps));
         });
-        on_cpu::launch({blocks}, 256, 4 * n, [&, rows = rows, n = n] {
-            KERNEL(T, rms_norm_back)(x.data(), w.data(), g.data(), dx.data(), partial.data(), rows, n, float(eps));
+        // the sum, and the norm of what it was rounded to
+        const Memory<T> y_of_sum(x.count), y_again(x.count);
+        on_cpu::launch({blocks}, 256, 0, [&, rows = rows, n = n] {
+            KERNEL(T, rms_norm)(x.data(), added.data(), w.data(), sum.data(), y_of_sum.data(), rows, n, float(eps));
         });
         on_cpu::launch({blocks}, 256, 0, [&, rows = rows, n = n] {
-            KERNEL(T, rms_norm_back)(x.data(), w.data(), g.data(), dx_alone.data(), nullptr, rows, n, float(eps));
+            KERNEL(T, rms_norm)(sum.data(), nullptr, w.data(), nullptr, y_again.data(), rows, n, float(eps));
         });
+        on_cpu::launch({blocks}, 256, 4 * n, [&, rows = rows, n = n] {
+            KERNEL(T, rms_norm_back)(
+                x.data(), w.data(), g.data(), added.data(), dx.data(), partial.data(), rows, n, float(eps));
+        });
+        on_cpu::launch({blocks}, 256, 0, [&, rows = rows, n = n] {
+            KERNEL(T, rms_norm_back)(
+                x.data(), w.data(), g.data(), nullptr, dx_alone.data(), nullptr, rows, n, float(eps));
+        });
+        on_cpu::launch({blocks}, 256, 0, [&] { KERNEL(T, add)(x.data(), added.data(), both.data(), x.count); });
         on_cpu::launch({(n + 255) / 256}, 256, 0, [&, n = n, blocks = blocks] {
             sum_rows(partial.data(), dw.data(), blocks, n);
         });
@@ -107,8 +119,19 @@ void norms() {
         }
         const std::string about = std::to_string(rows) + " rows of " + std::to_string(n);
         judge_all(named<T>("rms_norm"), about, y, ys, y_within);
-        judge_all(named<T>("rms_norm_back"), about + ", dx", dx, dxs, dx_within);
         judge_all(named<T>("rms_norm_back"), about + ", dx alone", dx_alone, dxs, dx_within);
+        std::vector<double> sums(x.count), again(x.count), exactly(x.count, 1e-300), s_within(x.count);
+        for (size_t i = 0; i < x.count; ++i) {
+            sums[i] = x.exact[i] + added.exact[i];
+            s_within[i] = summed(std::abs(x.exact[i]) + std::abs(added.exact[i]), 1);
+            dxs[i] += added.exact[i];
+            dx_within[i] += V * std::abs(added.exact[i]);
+            again[i] = widened(y_again[i]);
+        }
+        judge_all(named<T>("rms_norm_back"), about + ", dx", dx, dxs, dx_within);
+        judge_all(named<T>("rms_norm"), about + ", sum", sum, sums, s_within);
+        judge_all(named<T>("rms_norm"), about + ", of the sum", y_of_sum, again, exactly);
+        judge_all(named<T>("add"), about, both, sums, s_within);
         judge_all(named<T>("rms_norm_back"), about + ", dw", dw, dws, dw_within);
     }
 }
@@ -234,7 +257,7 @@ void columns() {
         const Input<float> factors(count + 1);
         const Memory<T> y(size_t(rows) * to_pitch, shift), scaled(size_t(rows) * from_pitch, shift);
         for (size_t i = 0; i < y.count; ++i) y[i] = rounded<T>(7);
-        on_cpu::launch({3}, 256, 0, [&, rows = rows, n = n, from_pitch = from_pitch, to_pitch = to_pitch] {
+        on_cpu::launch({3, 2}, 256, 0, [&, rows = rows, n = n, from_pitch = from_pitch, to_pitch = to_pitch] {
             KERNEL(T, copy_columns)(x.data(), y.data(), rows, n, from_pitch, to_pitch);
         });
         on_cpu::launch({3}, 256, 0, [&, rows = rows, from_pitch = from_pitch, count = count] {
@@ -263,6 +286,8 @@ void losses() {
     for (const auto& [rows, n, shift, size] :
          {Case{1, 1, 0, 1}, {5, 37, 0, 4}, {7, 5000, 0, 10}, {3, 4096, 1, 1}, {3, 2052, 0, 40}}) {
         const float factor = 0.25;
+        // half the smallest bf16, and some of the smallest f32
+        const double least = std::is_same_v<T, __nv_bfloat16> ? 0x1p-134 : 4 * 0x1p-149;
         Input<T> logits(size_t(rows) * n, size, shift);
         const Memory<unsigned> targets(rows);
         const Memory<float> found(rows);
@@ -291,7 +316,7 @@ void losses() {
                 gradient[r * n + i] = factor * (p - (i == targets[r]));
                 // x − top errs by its own size
                 const double error = p == 0 ? 0 : V * (8 + std::sqrt(n) + std::abs(x[i] - top)) * p;
-                gradient_within[r * n + i] = error + V * (i == targets[r]) + 4 * 0x1p-149;
+                gradient_within[r * n + i] = error + V * (i == targets[r]) + least;
             }
         }
         judge_all(named<T>("cross_entropy"), std::to_string(n) + " logits", found, wanted, within);

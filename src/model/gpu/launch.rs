@@ -1,6 +1,7 @@
 //! CUDA: opening a device, loading kernels, and running them on its stream.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::CString;
 use std::io::Read;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +15,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute_enum::CU
 use candle_core::cuda_backend::cudarc::driver::{
     CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, sys,
 };
-use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+use candle_core::cuda_backend::{CudaFunc, CudaStorageSlice, DeviceId, WrapErr};
 use candle_core::{CudaDevice, DType, Device, Storage, Tensor, bail};
 use flate2::read::ZlibDecoder;
 
@@ -114,13 +115,7 @@ pub fn launch(
         bail!("{name} runs on tensors of a GPU");
     };
     let stream = device.cuda_stream();
-    let function = device.get_or_load_custom_func(name, module, &ptx(module)?)?;
-    if geometry.shared_bytes > DEFAULT_SHARED_BYTES {
-        let most = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        function
-            .set_attribute(most, geometry.shared_bytes as i32)
-            .w()?;
-    }
+    let function = loaded(device, module, name, geometry.shared_bytes)?;
     let mut words = Vec::with_capacity(args.len());
     for arg in args {
         words.push(match arg {
@@ -154,6 +149,43 @@ pub fn launch(
 
 /// More than this, and a kernel has to ask for it.
 const DEFAULT_SHARED_BYTES: usize = 48 << 10;
+
+/// A kernel that may share so many bytes in a block: it is looked up once, because a small model's step launches thousands.
+fn loaded(
+    device: &CudaDevice,
+    module: &str,
+    name: &str,
+    shared_bytes: usize,
+) -> candle_core::Result<CudaFunc> {
+    struct Loaded {
+        device: DeviceId,
+        function: CudaFunc,
+        shared_bytes: usize,
+    }
+    thread_local! {
+        static LOADED: RefCell<HashMap<String, Loaded>> = RefCell::default();
+    }
+    LOADED.with_borrow_mut(|all| {
+        let known = all.get(name);
+        let fits =
+            |known: &&Loaded| known.device == device.id() && known.shared_bytes >= shared_bytes;
+        if let Some(known) = known.filter(fits) {
+            return Ok(known.function.clone());
+        }
+        let function = device.get_or_load_custom_func(name, module, &ptx(module)?)?;
+        if shared_bytes > DEFAULT_SHARED_BYTES {
+            let most = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(most, shared_bytes as i32).w()?;
+        }
+        let loaded = Loaded {
+            device: device.id(),
+            function: function.clone(),
+            shared_bytes: shared_bytes.max(DEFAULT_SHARED_BYTES),
+        };
+        all.insert(name.into(), loaded);
+        Ok(function)
+    })
+}
 
 /// An argument as the kernel takes it.
 enum Word {
