@@ -111,7 +111,7 @@ constexpr unsigned char POISON = 0xff;  // NaN in every dtype
     std::_Exit(1);
 }
 
-/// Memory of a block whose rows may be read 32 bytes at a time.
+/// Memory of a block, from a multiple of 128 bytes on.
 struct Room {
     std::unique_ptr<unsigned char[]> memory;
     size_t size = 0, capacity = 0;

@@ -36,7 +36,7 @@ public:
         NEED(cudaMemcpy(data(), from.data(), count * sizeof(T), cudaMemcpyHostToDevice));
     }
     Memory(const Memory&) = delete;
-    ~Memory() { cudaFree(memory); }
+    ~Memory() { NEED(cudaFree(memory)); }
 
     void poison() { NEED(cudaMemset(memory, 0xff, bytes)); }
     T* data() const { return reinterpret_cast<T*>(memory + ZONE); }

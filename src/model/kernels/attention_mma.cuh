@@ -7,8 +7,9 @@
 
 /// What a launch is made of; the table in attention.cu is this. A warp takes TILES·16 of the rows, so that what it loads
 /// of the other side serves TILES products: with one, shared memory is slower than the matrix unit.
-template <unsigned OF_ROWS, unsigned OF_STEP, unsigned OF_CHUNK, unsigned OF_WARPS, unsigned OF_PARTS = 1,
-          bool DOES_KEEP = false>
+template <
+    unsigned OF_ROWS, unsigned OF_STEP, unsigned OF_CHUNK, unsigned OF_WARPS, unsigned OF_PARTS = 1,
+    bool DOES_KEEP = false>
 struct Tiling {
     static constexpr unsigned ROWS = OF_ROWS, STEP = OF_STEP;
     /// Columns of scores that a warp has in registers at once.
@@ -16,7 +17,7 @@ struct Tiling {
     static constexpr unsigned WARPS = OF_WARPS, THREADS = WARPS * WARP;
     /// Warps that share rows.
     static constexpr unsigned PARTS = OF_PARTS;
-    /// Whether there are registers for a warp's own rows.
+    /// Whether a warp has registers for its own rows as factors: the next best where there is one tile of them.
     static constexpr bool KEEPS = DOES_KEEP;
     static constexpr unsigned TILES = ROWS * PARTS / WARPS / 16;
     /// Blocks that a multiprocessor shall hold: eight warps, each with the most registers that a thread can have.
@@ -96,7 +97,8 @@ __device__ void give(
                 const auto& x = sums.x[m][n];
                 const float factor = factors[m][half];
                 const unsigned pair = rounded_pair<T>(x[2 * half] * factor, x[2 * half + 1] * factor);
-                memcpy(room + Rows<D>::place(16 * m + sums.row(2 * half), n) + sums.column(0), &pair, sizeof pair);
+                T* const place = room + Rows<D>::place(16 * m + sums.row(2 * half), n) + sums.column(0);
+                *reinterpret_cast<unsigned*>(place) = pair;
             }
         }
     }

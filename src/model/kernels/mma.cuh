@@ -18,11 +18,6 @@ template <unsigned M, unsigned N>
 struct Sums {
     float x[M][N][4];
 
-    __device__ void clear() {
-#pragma unroll
-        for (unsigned i = 0; i < M * N * 4; ++i) x[i / 4 / N][i / 4 % N][i % 4] = 0;
-    }
-
     /// Of element i of a tile, counted from the tile's corner.
     __device__ static unsigned row(unsigned i) { return threadIdx.x % WARP / 4 + i / 2 * 8; }
     __device__ static unsigned column(unsigned i) { return threadIdx.x % 4 * 2 + i % 2; }
@@ -38,6 +33,10 @@ struct Sums {
                 for (unsigned i = 0; i < 4; ++i) f(m, n, i, x[m][n][i]);
             }
         }
+    }
+
+    __device__ void clear() {
+        each([](unsigned, unsigned, unsigned, float& sum) { sum = 0; });
     }
 };
 
