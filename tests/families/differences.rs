@@ -15,7 +15,7 @@ use crate::memory::Memory;
 use crate::transformers::{golden, ids, model};
 
 /// Decomposes for real; Δσ is not zero, so that a forward pass that forgets it is seen.
-fn decomposed(module: &str, stored: &Elements) -> (Factors, Vec<f32>) {
+pub fn decomposed(module: &str, stored: &Elements) -> (Factors, Vec<f32>) {
     let shape = (stored.shape[0], stored.shape[1]);
     let matrix = ndarray::Array2::from_shape_vec(shape, stored.to_f32()).expect("the shape fits");
     let q = ((0.4 * shape.0.min(shape.1) as f64) as usize).max(1);
@@ -140,13 +140,13 @@ fn assert_recomputed(decoder: &Decoder, ids: &Tensor) {
 }
 
 /// Moves what begins at zero, where a gradient is not seen or a factor forgotten.
-fn move_from_zero(decoder: &Decoder) {
+pub fn move_from_zero(decoder: &Decoder) {
     for (at, variable) in decoder.variables.values().enumerate() {
         let values = variable.flatten_all().and_then(|v| v.to_vec1::<f32>());
         let values = values.expect("values").into_iter().enumerate();
         // up to 0.15, and no two neighbours alike
         let moved = values.map(|(i, x)| x + 0.05 * (((7 * i + 3 * at) % 13) as f32 / 2.0 - 3.0));
-        let moved = Tensor::from_vec(moved.collect(), variable.dims(), &Device::Cpu);
+        let moved = Tensor::from_vec(moved.collect(), variable.dims(), variable.device());
         variable.set(&moved.expect("values")).expect("sets");
     }
 }

@@ -3,6 +3,7 @@
 mod candle;
 mod differences;
 mod generation;
+mod gpu;
 mod memory;
 mod refused;
 mod round_trip;

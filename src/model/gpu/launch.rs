@@ -13,9 +13,9 @@ use candle_core::cuda_backend::cudarc::cublas::sys::{
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, sys,
+    CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, sys,
 };
-use candle_core::cuda_backend::{CudaFunc, CudaStorageSlice, DeviceId, WrapErr};
+use candle_core::cuda_backend::{CudaStorageSlice, DeviceId, WrapErr};
 use candle_core::{CudaDevice, DType, Device, Storage, Tensor, bail};
 use flate2::read::ZlibDecoder;
 
@@ -127,7 +127,7 @@ pub fn launch(
             Arg::F64(number) => Word::F64(*number),
         });
     }
-    let mut builder = function.builder();
+    let mut builder = stream.launch_builder(&function);
     for word in &words {
         match word {
             Word::Long(word) => builder.arg(word),
@@ -156,10 +156,10 @@ fn loaded(
     module: &str,
     name: &str,
     shared_bytes: usize,
-) -> candle_core::Result<CudaFunc> {
+) -> candle_core::Result<CudaFunction> {
     struct Loaded {
         device: DeviceId,
-        function: CudaFunc,
+        function: CudaFunction,
         shared_bytes: usize,
     }
     thread_local! {
@@ -173,6 +173,7 @@ fn loaded(
             return Ok(known.function.clone());
         }
         let function = device.get_or_load_custom_func(name, module, &ptx(module)?)?;
+        let function = function.into_cuda_function();
         if shared_bytes > DEFAULT_SHARED_BYTES {
             let most = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function.set_attribute(most, shared_bytes as i32).w()?;
