@@ -137,7 +137,7 @@ fn sum_rows(partial: &Tensor) -> Result<Tensor> {
     run(
         "norm",
         "sum_rows",
-        Geometry::blocks(n.div_ceil(BLOCK), 1),
+        Geometry::blocks(n.div_ceil(WARP), 1),
         &[
             Arg::Tensor(partial),
             Arg::Tensor(&sum),
@@ -158,7 +158,7 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
     run(
         "columns",
         &format!("add_{kind}"),
-        Geometry::blocks(count.div_ceil(8 * BLOCK).min(MOST_BLOCKS), 1),
+        by_elements(count),
         &[
             Arg::Tensor(a),
             Arg::Tensor(b),
@@ -189,7 +189,10 @@ pub fn rms_norm(
     run(
         "norm",
         &format!("rms_norm_{kind}"),
-        by_rows(rows),
+        Geometry {
+            block: threads_for(n),
+            ..by_rows(rows)
+        },
         &[
             Arg::Tensor(x),
             added.map_or(Arg::Null, Arg::Tensor),
@@ -232,6 +235,7 @@ pub fn rms_norm_gradient(
         "norm",
         &format!("rms_norm_back_{kind}"),
         Geometry {
+            block: threads_for(n),
             shared_bytes: if wants_weight { 4 * n } else { 0 },
             ..Geometry::blocks(blocks, 1)
         },
@@ -266,7 +270,10 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, back: bool) -> Result<Opti
     run(
         "rope",
         &format!("rotate_{kind}"),
-        Geometry::blocks((b * t).min(MOST_BLOCKS), 1),
+        Geometry {
+            block: threads_for(h * (d - half)),
+            ..by_rows(b * t)
+        },
         &[
             Arg::Tensor(x),
             Arg::Tensor(cos),
@@ -387,6 +394,19 @@ fn alike(tensors: &[&Tensor]) -> Option<(usize, usize, usize)> {
     first.filter(|_| tensors.iter().all(|t| pitched(t) == first))
 }
 
+/// Of kernels whose threads take eight numbers at a time, in strides.
+fn by_elements(count: usize) -> Geometry {
+    Geometry::blocks(count.div_ceil(8 * BLOCK).min(MOST_BLOCKS), 1)
+}
+
+/// Threads for so many numbers, eight for each at once: no more than have work, in whole warps.
+fn threads_for(numbers: usize) -> usize {
+    numbers
+        .div_ceil(8)
+        .next_multiple_of(WARP)
+        .clamp(WARP, BLOCK)
+}
+
 /// Of kernels whose blocks take a row at a time, in strides.
 fn by_rows(rows: usize) -> Geometry {
     Geometry::blocks(rows.min(MOST_BLOCKS), 1)
@@ -474,7 +494,7 @@ pub fn scale_columns(x: &Tensor, factors: &Tensor) -> Result<Option<Tensor>> {
     run(
         "columns",
         &format!("scale_columns_{kind}"),
-        by_rows(rows),
+        by_elements(x.elem_count()),
         &[
             Arg::Tensor(x),
             Arg::Tensor(factors),
@@ -834,7 +854,9 @@ mod tests {
         }
         assert!(Tiles::of(257, 2).is_none());
         let rows = 1 << 24;
-        assert!(by_rows(rows).fits() && Geometry::blocks(rows, 1).fits());
+        assert!(by_rows(rows).fits() && by_elements(rows * 8192).fits());
+        assert!(Geometry::blocks(rows, 1).fits());
+        assert_eq!([1, 576, 3072].map(threads_for), [32, 96, 256]);
         assert!(!Geometry::blocks(0, 1).fits() && !Geometry::blocks(1, 1 << 16).fits());
     }
 

@@ -151,7 +151,10 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let (xd, wd) = (x.detach().contiguous()?, w.detach());
     let y = match gpu::rms_norm(&xd, None, &wd, eps)? {
         Some((_, y)) => y,
-        None => candle_nn::ops::rms_norm(&xd, &wd, eps as f32)?,
+        // candle rounds the length of a row to the row's dtype
+        None => {
+            candle_nn::ops::rms_norm(&wide(&xd)?, &wide(&wd)?, eps as f32)?.to_dtype(xd.dtype())?
+        }
     };
     let wants_weight = tracked(w);
     attach(&[x, w], y, move |g| {
@@ -223,7 +226,8 @@ pub fn rms_norm_beside(
 /// `x (…, n), w and b (n,) → (…, n)`; b gets no gradient.
 pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
     let (xd, wd) = (x.detach().contiguous()?, w.detach());
-    let y = candle_nn::ops::layer_norm(&xd, &wd, &b.detach(), eps as f32)?;
+    let (xw, ww, bw) = (wide(&xd)?, wide(&wd)?, wide(&b.detach())?);
+    let y = candle_nn::ops::layer_norm(&xw, &ww, &bw, eps as f32)?.to_dtype(xd.dtype())?;
     let wants_weight = tracked(w);
     attach(&[x, w], y, move |g| {
         let dtype = xd.dtype();

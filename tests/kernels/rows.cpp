@@ -71,7 +71,7 @@ void norms() {
         const Input<T> added(x.count, 1, shift);
         const Memory<T> y(x.count, shift), dx(x.count, shift), dx_alone(x.count), sum(x.count, shift), both(x.count);
         const Memory<float> partial(size_t(blocks) * n), dw(n);
-        on_cpu::launch({blocks}, 256, 0, [&, rows = rows, n = n] {
+        on_cpu::launch({blocks}, 96, 0, [&, rows = rows, n = n] {
             KERNEL(T, rms_norm)(x.data(), nullptr, w.data(), nullptr, y.data(), rows, n, float(eps));
         });
         // the sum, and the norm of what it was rounded to
@@ -86,7 +86,7 @@ void norms() {
             KERNEL(T, rms_norm_back)(
                 x.data(), w.data(), g.data(), added.data(), dx.data(), partial.data(), rows, n, float(eps));
         });
-        on_cpu::launch({blocks}, 256, 0, [&, rows = rows, n = n] {
+        on_cpu::launch({blocks}, 64, 0, [&, rows = rows, n = n] {
             KERNEL(T, rms_norm_back)(
                 x.data(), w.data(), g.data(), nullptr, dx_alone.data(), nullptr, rows, n, float(eps));
         });
@@ -165,7 +165,7 @@ void rotations() {
         const Input<float> cos(size_t(rows) * half), sin(size_t(rows) * half);
         for (const float sign : {1.f, -1.f}) {
             const Memory<T> y(x.count, shift);
-            on_cpu::launch({5}, 256, 0, [&, b = b, t = t, h = h, d = d, half = half] {
+            on_cpu::launch({5}, sign > 0 ? 256 : 32, 0, [&, b = b, t = t, h = h, d = d, half = half] {
                 KERNEL(T, rotate)(x.data(), cos.data(), sin.data(), y.data(), b, t, h, d, half, rows, sign);
             });
             std::vector<double> wanted(x.exact), within(x.count);

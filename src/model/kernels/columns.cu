@@ -26,22 +26,23 @@ __device__ void copy_columns(const T* from, T* to, unsigned rows, unsigned n, un
 
 /// scale_columns_T(x, factors, y, rows, n, count): y = x·diag(factors), zero from column `count` on. x and y (rows, n).
 ///
-/// Blocks of 256 threads, any number of them: each takes a row, then the row gridDim.x further.
+/// Any number of blocks of 256 threads: rows are often short.
 template <typename T>
 __device__ void scale_columns(const T* x, const float* factors, T* y, unsigned rows, unsigned n, unsigned count) {
     const bool packs = aligned(x) && aligned(y) && n % PACKED<T> == 0;
-    const auto factor = [&](unsigned column) { return column < count ? factors[column] : 0.f; };
-    for (size_t row = blockIdx.x; row < rows; row += gridDim.x) {
-        const T* const source = x + row * n;
-        T* const target = y + row * n;
+    const size_t all = size_t(rows) * n, width = packs ? PACKED<T> : 1;
+    const size_t thread = size_t(blockIdx.x) * THREADS + threadIdx.x, threads = size_t(gridDim.x) * THREADS;
+    const auto scaled = [&](T number, unsigned column) {
+        return rounded<T>(widened(number) * (column < count ? factors[column] : 0.f));
+    };
+    for (size_t i = thread * width; i < all; i += threads * width) {
+        const unsigned column = i % n;
         if (packs) {
-            for (unsigned i = threadIdx.x * PACKED<T>; i < n; i += THREADS * PACKED<T>) {
-                auto xs = Pack<T>::load(source + i);
-                for (unsigned j = 0; j < PACKED<T>; ++j) xs.x[j] = rounded<T>(widened(xs.x[j]) * factor(i + j));
-                xs.store(target + i);
-            }
+            auto xs = Pack<T>::load(x + i);
+            for (unsigned j = 0; j < PACKED<T>; ++j) xs.x[j] = scaled(xs.x[j], column + j);
+            xs.store(y + i);
         } else {
-            for (unsigned i = threadIdx.x; i < n; i += THREADS) target[i] = rounded<T>(widened(source[i]) * factor(i));
+            y[i] = scaled(x[i], column);
         }
     }
 }

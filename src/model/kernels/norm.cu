@@ -1,7 +1,8 @@
 // Root mean square norm (Zhang & Sennrich 2019), y = x / √(mean x² + ε) ∘ w, and its gradient; sums of rows.
 //
 // x, g, y, dx (rows, n), w (n). Around a residual sum both come with it: the norm of x + added, the gradient with what
-// reaches x on another way. Blocks of 256 threads, any number of them.
+// reaches x on another way. Any number of blocks, of as many threads as a row has packs of 16 bytes, rounded up to whole
+// warps, 256 at most.
 #include "common.cuh"
 
 constexpr unsigned THREADS = 256;
@@ -9,7 +10,7 @@ constexpr unsigned THREADS = 256;
 /// Calls `f(at)` with WIDTH = 16 bytes or one number, so that the block covers a row of n.
 template <unsigned WIDTH, typename F>
 __device__ void along(unsigned n, F f) {
-    for (unsigned at = threadIdx.x * WIDTH; at < n; at += THREADS * WIDTH) f(at);
+    for (unsigned at = threadIdx.x * WIDTH; at < n; at += blockDim.x * WIDTH) f(at);
 }
 
 /// sum = x + added over a row; a thread reads from it later what it wrote itself.
@@ -148,15 +149,29 @@ __device__ void rms_norm_back(
 FOR_DTYPES(DEFINE)
 #undef DEFINE
 
-/// sum_rows(partial, out, rows, n): out[j] = Σ_i partial[i][j], from the first row to the last.
+/// sum_rows(partial, out, rows, n): out[j] = Σ_i partial[i][j].
 ///
-/// A thread takes a column: ⌈n/256⌉ blocks of 256, or fewer.
+/// ⌈n/32⌉ blocks of 256 threads, or fewer: a lane takes a column, and each of the 8 warps every eighth row of it; their
+/// sums are added from the first warp to the last.
 extern "C" __global__ void __launch_bounds__(THREADS)
     sum_rows(const float* partial, float* out, unsigned rows, unsigned n) {
-    for (unsigned column = blockIdx.x * THREADS + threadIdx.x; column < n; column += gridDim.x * THREADS) {
+    constexpr unsigned WARPS = THREADS / WARP;
+    __shared__ float sums[WARPS][WARP];
+    const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    for (unsigned start = blockIdx.x * WARP; start < n; start += gridDim.x * WARP) {
+        const unsigned column = start + lane;
         float sum = 0;
+        if (column < n) {
 #pragma unroll 8
-        for (unsigned row = 0; row < rows; ++row) sum += partial[size_t(row) * n + column];
-        out[column] = sum;
+            for (unsigned row = warp; row < rows; row += WARPS) sum += partial[size_t(row) * n + column];
+        }
+        sums[warp][lane] = sum;
+        __syncthreads();
+        if (warp == 0 && column < n) {
+            for (unsigned other = 1; other < WARPS; ++other) sum += sums[other][lane];
+            out[column] = sum;
+        }
+        // the next columns are written where these are read
+        __syncthreads();
     }
 }

@@ -10,7 +10,7 @@ __device__ void turn(
     const T* x, const float* cos, const float* sin, T* y, unsigned h, unsigned d, unsigned half, float sign) {
     using P = Pack<T, WIDTH>;
     const unsigned per_head = (d - half) / WIDTH;
-    for (unsigned i = threadIdx.x; i < h * per_head; i += THREADS) {
+    for (unsigned i = threadIdx.x; i < h * per_head; i += blockDim.x) {
         const unsigned at = i % per_head * WIDTH;
         const size_t start = size_t(i / per_head) * d;
         const P right = P::load(x + start + half + at);
@@ -35,7 +35,7 @@ __device__ void turn(
 /// yᵢ = xᵢ·cosᵢ − xᵢ₊ₕ·sinᵢ and yᵢ₊ₕ = xᵢ·sinᵢ + xᵢ₊ₕ·cosᵢ with h = half; elements from 2·half on are copied.
 ///
 /// x, y (b, t, h, d); cos, sin (rows, half) with rows = t, shared by the batch, or b·t. sign −1 rotates back, which is
-/// the gradient. A block of 256 threads takes a token, then the token gridDim.x further.
+/// the gradient. A block of at most 256 threads takes a token, then the token gridDim.x further.
 template <typename T>
 __device__ void rotate(
     const T* x, const float* cos, const float* sin, T* y, unsigned b, unsigned t, unsigned h, unsigned d,
