@@ -3,6 +3,7 @@
 mod algorithm;
 mod certificate;
 mod exact;
+mod filtered;
 mod halves;
 mod krylov;
 mod lapack;

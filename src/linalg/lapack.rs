@@ -591,7 +591,7 @@ pub fn cholesky_rows(a: &mut Array2<f32>, pivot_min: f32) -> Option<Array2<f32>>
 }
 
 /// x ← l⁻¹·x for a lower triangular l: halves solved in turn, so that nearly all of it is products.
-fn solve_lower(l: ArrayView2<f32>, mut x: ndarray::ArrayViewMut2<f32>) {
+pub fn solve_lower<T: Real>(l: ArrayView2<T>, mut x: ndarray::ArrayViewMut2<T>) {
     const DIRECT: usize = 16;
     let side = l.nrows();
     if side <= DIRECT {
@@ -601,7 +601,8 @@ fn solve_lower(l: ArrayView2<f32>, mut x: ndarray::ArrayViewMut2<f32>) {
             for (j, solved) in done.rows().into_iter().enumerate() {
                 row.scaled_add(-l[(i, j)], &solved);
             }
-            row /= l[(i, i)];
+            let pivot = l[(i, i)];
+            row.mapv_inplace(|x| x / pivot);
         }
         return;
     }
@@ -610,9 +611,9 @@ fn solve_lower(l: ArrayView2<f32>, mut x: ndarray::ArrayViewMut2<f32>) {
     solve_lower(l.slice(s![..half, ..half]), top.view_mut());
     multiply(
         &mut bottom,
-        1.0,
+        T::ONE,
         l.slice(s![half.., ..half]),
-        -1.0,
+        -T::ONE,
         top.view(),
     );
     solve_lower(l.slice(s![half.., half..]), bottom);
