@@ -337,6 +337,7 @@ fn planned(source: &Source, options: &Options) -> Option<Training> {
         batch: options.batch / options.group.size(),
         length: options.length,
         recompute: options.recompute,
+        number_bytes: if options.device.is_cuda() { 2 } else { 4 },
     };
     plan.with_training(&config, &step, wanted.storing.factors)
         .training

@@ -18,6 +18,8 @@ pub struct Step {
     /// Tokens per window.
     pub length: usize,
     pub recompute: bool,
+    /// Of what is computed: 4, and 2 on a GPU.
+    pub number_bytes: usize,
 }
 
 /// A stored matrix of the model.
@@ -114,7 +116,7 @@ pub fn training(
         });
     }
     let at_once = Sizes::of(config, step);
-    let activations = NUMBER * at_once.kept(config, step.recompute);
+    let activations = step.number_bytes as u128 * at_once.kept(config, step.recompute);
     let moments = NUMBER * 2 * moving;
     let before = NUMBER * at_once.logits(config, matrices, step);
     let after = NUMBER * (moving + at_once.gradients(config, step));
@@ -190,27 +192,18 @@ impl Sizes {
         }
     }
 
-    /// Numbers of one block: every tensor that an operation of it reads, or gives.
+    /// Numbers of one block: every tensor that a pullback of it reads.
     fn block(&self, config: &ModelConfig) -> u128 {
         let (h, i, q, k) = (self.hidden, self.intermediate, self.query, self.key);
         let norms = config.norm_places.modules().into_iter().flatten().count() as u128;
-        // norms, what attention and MLP add, and both sums
-        let mut each = (norms + 4) * h;
-        if config.residual_scale != 1.0 {
-            each += 2 * h;
-        }
-        // projected and turned, and what was attended
-        each += 3 * q + 3 * k;
-        if !matches!(config.names.query_key_value, Projections::Apart(_)) {
-            each += q + 2 * k;
-        }
+        // what norms read, and what attention and MLP do
+        let mut each = (norms + 2) * h;
+        // turned queries and keys, values, and what was attended
+        each += 2 * q + 2 * k;
         if config.query_key_norm != QueryKeyNorm::None {
             each += q + k;
         }
         each += if config.gated { 3 * i } else { 2 * i };
-        if config.gated && !matches!(config.names.gate_up, Projections::Apart(_)) {
-            each += 2 * i;
-        }
         self.tokens * each
     }
 
@@ -242,15 +235,15 @@ impl Sizes {
     /// Numbers of the gradients that are alive at once, beside those of what moves: in one block, or of the embedding.
     fn gradients(&self, config: &ModelConfig, step: &Step) -> u128 {
         let (h, i, q, k) = (self.hidden, self.intermediate, self.query, self.key);
-        // candle adds each gradient to zeros: two more of its size
-        let cut = match config.names.gate_up {
+        // cut out of one matrix, both gradients are put together again
+        let joined = match config.names.gate_up {
             Projections::Apart(_) => 0,
-            _ if config.gated => 4 * i,
+            _ if config.gated => 2 * i,
             _ => 0,
         };
-        let mlp = self.tokens * (5 * i + 5 * h + cut);
+        let mlp = self.tokens * (3 * i + 3 * h + joined);
         // each query head has gradients of its own keys and values before they are added; scores are a few at a time
-        let attention = self.tokens * (6 * q + 4 * k + 3 * h);
+        let attention = self.tokens * (5 * q + 2 * k + 2 * h);
         let embedding = match step.embeddings {
             true => 3 * config.vocabulary as u128 * h,
             false => 0,

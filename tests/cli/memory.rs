@@ -82,6 +82,7 @@ fn training_takes_the_memory_that_the_plan_foretells() {
             .spawn();
         let measured = peak_bytes(child.expect("starts")) as f64;
         let off = planned / measured;
+        eprintln!("{options:?}: planned {off:.2} of what was measured");
         assert!(
             (0.8..1.2).contains(&off),
             "{options:?}: planned {:.0} MB, measured {:.0} MB",
