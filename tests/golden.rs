@@ -183,13 +183,11 @@ fn first_ten_steps_match_pytorch() {
     }
 }
 
-/// Ten steps on windows of equal length: losses, and Δσ after them.
-fn ten_steps(
-    source: &Source,
-    batches: &Value,
-    device: &Device,
-    dtype: DType,
-) -> (Vec<f64>, BTreeMap<String, Vec<f64>>) {
+/// The losses of ten steps, and Δσ by module after them.
+type TenSteps = (Vec<f64>, BTreeMap<String, Vec<f64>>);
+
+/// Ten steps on windows of equal length.
+fn ten_steps(source: &Source, batches: &Value, device: &Device, dtype: DType) -> TenSteps {
     let golden = golden("sigma_training.json");
     let trained = Trained {
         linear: Some(Method::default()),
@@ -247,7 +245,7 @@ fn strays_no_further(source: &Source, device: &Device, place: &str) {
     let runs = golden("sigma_training_bf16.json");
     let runs = runs.as_array().expect("runs");
     // of losses, and of Δσ
-    let distance = |found: &dyn Fn(&Value) -> (Vec<f64>, BTreeMap<String, Vec<f64>>)| {
+    let distance = |found: &dyn Fn(&Value) -> TenSteps| {
         let (mut off, mut all) = ([0.0; 2], [0.0; 2]);
         for run in runs {
             let (losses, moved) = found(run);

@@ -51,7 +51,7 @@ impl Algorithm {
 pub enum Route {
     /// A block Krylov space of the Gram matrix, not grown until convergence: asked for by [`Algorithm::fast`].
     Fast,
-    /// A block Krylov space of the Gram matrix in f32.
+    /// A block Krylov space of the Gram matrix in f32, or on a GPU a block filtered by polynomials of it in f64.
     Krylov,
     /// The same, after the values that dwarf the rest were taken out.
     DeflatedKrylov,
@@ -70,8 +70,8 @@ impl Route {
     pub fn describe(self) -> &'static str {
         match self {
             Self::Fast => "a small Krylov space",
-            Self::Krylov => "a Krylov space in f32",
-            Self::DeflatedKrylov => "a Krylov space in f32 without the largest values",
+            Self::Krylov => "a Krylov space",
+            Self::DeflatedKrylov => "a Krylov space without the largest values",
             Self::GramF32 => "the Gram matrix in f32",
             Self::DeflatedGramF32 => "the Gram matrix in f32 without the largest values",
             Self::GramF64 => "the Gram matrix in f64",

@@ -49,11 +49,10 @@ pub fn leading(g: &Tensor, q: usize, residual: f64, seed: u64) -> Result<Option<
     for _ in 0..ROUNDS {
         let residuals = ritz.residuals()?;
         // a NaN is no convergence
-        let keep_worse = |worst: f64, &x: &f64| if x <= worst { worst } else { x };
-        let worst = residuals[..q].iter().fold(0.0, keep_worse);
-        if worst <= residual {
+        if residuals[..q].iter().all(|&x| x <= residual) {
             return ritz.first(q).map(Some);
         }
+        let worst = residuals[..q].iter().fold(0f64, |worst, x| worst.max(*x));
         let done = residuals[..q - 1].iter().take_while(|&&x| x <= LOCKED);
         let locked = done.count();
         let Some(degree) = ritz.degree(locked, q, worst / residual) else {

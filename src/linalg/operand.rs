@@ -171,7 +171,7 @@ fn multiplies_double(device: &Device) -> bool {
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => {
             let capability = device.cuda_stream().context().compute_capability();
-            matches!(capability, Ok((8 | 9 | 10, 0)))
+            matches!(capability, Ok((8..=10, 0)))
         }
         _ => false,
     }

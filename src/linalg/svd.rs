@@ -302,13 +302,9 @@ impl Problem<'_> {
         if let Wanted::Triplets(q) = wanted {
             let q = q - large.sigma.len();
             if !algorithm.fast
-                && filtered::suits(side, q)
-                && let Some(gram) = short.gram_f64_there()?
+                && let Some(pairs) = self.filtered(short, q)?
             {
-                let found = filtered::leading(&gram, q, 0.2 * self.residual(), algorithm.seed)?;
-                if let Some(pairs) = found {
-                    return Ok(Some((Route::Krylov, pairs)));
-                }
+                return Ok(Some((Route::Krylov, pairs)));
             }
             if let Some(growth) = self.growth(q) {
                 let route = if growth.residual.is_none() {
@@ -357,6 +353,22 @@ impl Problem<'_> {
             }
         };
         Ok(Some((Route::GramF32, reduced.leading(q)?)))
+    }
+
+    /// Pairs from a device that multiplies in double precision, where it has room for that.
+    fn filtered(&self, short: &Operand, q: usize) -> Result<Option<Pairs>> {
+        if !filtered::suits(short.dim().0, q) {
+            return Ok(None);
+        }
+        let found = || match short.gram_f64_there()? {
+            // not near the tolerance: a little more of it costs little
+            Some(gram) => filtered::leading(&gram, q, 0.2 * self.residual(), self.algorithm.seed),
+            None => Ok(None),
+        };
+        match found() {
+            Err(error) if error.is_out_of_device_memory() => Ok(None),
+            found => found,
+        }
     }
 
     /// How a Krylov space for q pairs should grow, where one is worth it.

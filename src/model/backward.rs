@@ -50,8 +50,8 @@ impl Decoder {
             self.mean_loss(&x, ids, segments)
         })?;
         // the loss is read when a GPU has all of its work
-        let mut gradients = tape.back(&loss, loss.ones_like()?)?;
-        let mut found = Gradients::of(&loss)?;
+        let mut gradients = tape.back_from(loss.gradients)?;
+        let mut found = Gradients::of(&loss.value)?;
         if found.loss.is_finite() {
             found.take(self, &mut gradients)?;
         }
@@ -68,11 +68,11 @@ impl Decoder {
         let mut next = || read.pop().expect("one for each block and the head");
         let top = next();
         let (loss, tape) = record(&[&top], || self.mean_loss(&top, ids, segments))?;
-        let mut found = Gradients::of(&loss)?;
+        let mut found = Gradients::of(&loss.value)?;
         if !found.loss.is_finite() {
             return Ok(found);
         }
-        let mut gradients = tape.back(&loss, loss.ones_like()?)?;
+        let mut gradients = tape.back_from(loss.gradients)?;
         let mut due = gradients.take(&top);
         drop(top);
         found.take(self, &mut gradients)?;

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use super::config::{Attention, ModelConfig, Scaling};
 use super::family::{self, Activation, NormKind, QueryKeyNorm, Scores};
-use super::layers::{Head, Linear, Norm};
+use super::layers::{Head, Linear, Loss, Norm};
 use super::method::{self, LowRank, Method, Place, Updates};
 use super::ops;
 use super::rope::Angles;
@@ -293,7 +293,7 @@ impl Decoder {
     pub fn loss_of(&self, ids: &Tensor, segments: &Segments) -> Result<(Tensor, usize)> {
         let (predicting, targets) = self.predicting(&self.hidden(ids, segments)?, ids, segments)?;
         let sum = self.head.cross_entropy(&predicting, &targets, 1.0)?;
-        Ok((sum, targets.elem_count()))
+        Ok((sum.value, targets.elem_count()))
     }
 
     /// The mean of the losses from the stream behind the last block, `x (b, t, hidden)`.
@@ -302,7 +302,7 @@ impl Decoder {
         x: &Tensor,
         ids: &Tensor,
         segments: &Segments,
-    ) -> candle_core::Result<Tensor> {
+    ) -> candle_core::Result<Loss> {
         let (predicting, targets) = self.predicting(&self.norm.forward(x)?, ids, segments)?;
         let share = (targets.elem_count() as f64).recip();
         self.head.cross_entropy(&predicting, &targets, share)

@@ -250,9 +250,9 @@ impl Head {
 
     /// A factor times Σ over rows of −log softmax at the row's target, without ever holding all logits.
     ///
-    /// `x (rows, n), targets (rows,) u32 → (1,)`. Gradients are formed in the forward pass, chunk by chunk, while the
-    /// logits are there.
-    pub fn cross_entropy(&self, x: &Tensor, targets: &Tensor, factor: f64) -> Result<Tensor> {
+    /// `x (rows, n), targets (rows,) u32`. Gradients are formed in the forward pass, chunk by chunk, while the logits are
+    /// there.
+    pub fn cross_entropy(&self, x: &Tensor, targets: &Tensor, factor: f64) -> Result<Loss> {
         let total = x.dim(0)?;
         let inputs = self.linear.inputs(x);
         let wanted: Vec<bool> = inputs.iter().map(|input| tracked(input)).collect();
@@ -260,11 +260,7 @@ impl Head {
         let mut dx = Vec::new();
         // of what is trained in the layer: sums over the chunks
         let mut sums: Vec<Option<Tensor>> = vec![None; inputs.len()];
-        // a GPU is idle between chunks, while each is asked for its loss
-        let most = match x.device().is_cuda() {
-            true => 16 * CHUNK_ROWS,
-            false => CHUNK_ROWS,
-        };
+        let most = chunk_rows(x.device().is_cuda(), self.is_straight());
         for start in (0..total).step_by(most) {
             let n = most.min(total - start);
             let chunk = x.detach().narrow(0, start, n)?.contiguous()?;
@@ -285,20 +281,29 @@ impl Head {
                 }
             }
         }
-        let loss = Losses::total(losses, factor, x.device())?;
         if wanted[0] {
             sums[0] = Some(Tensor::cat(&dx, 0)?);
         }
-        attach(&inputs, loss, move |g| {
-            // a loss is most often the end, and its gradient one
-            let g = f64::from(g.to_dtype(DType::F32)?.to_vec1::<f32>()?[0]);
-            if g == 1.0 {
-                return Ok(sums);
-            }
-            let scaled = |t: Option<Tensor>| t.map(|t| t * g).transpose();
-            sums.into_iter().map(scaled).collect()
+        let found = inputs.into_iter().zip(sums);
+        Ok(Loss {
+            value: Losses::total(losses, factor, x.device())?,
+            gradients: found
+                .filter_map(|(input, gradient)| Some((input.clone(), gradient?)))
+                .collect(),
         })
     }
+
+    /// Whether logits are what the layer gives.
+    fn is_straight(&self) -> bool {
+        self.cap.is_none() && self.divisor == 1.0
+    }
+}
+
+/// A loss, the end of a computation, and its gradients with respect to what it was made of and is tracked.
+pub struct Loss {
+    /// (1,)
+    pub value: Tensor,
+    pub gradients: Vec<(Tensor, Tensor)>,
 }
 
 /// Losses of rows, where they were computed: a GPU is not asked for them before it has all its work.
@@ -333,8 +338,9 @@ impl Head {
         targets: &Tensor,
         factor: f64,
     ) -> Result<(Losses, Tensor)> {
-        let straight = self.cap.is_none() && self.divisor == 1.0;
-        if straight && let Some(each) = gpu::cross_entropy(&y, targets, factor)? {
+        if self.is_straight()
+            && let Some(each) = gpu::cross_entropy(&y, targets, factor)?
+        {
             return Ok((Losses::Each(each), y));
         }
         let dtype = y.dtype();
@@ -358,7 +364,17 @@ impl Head {
 }
 
 /// Rows of logits that are alive at once in [`Head::cross_entropy`].
-pub const CHUNK_ROWS: usize = 256;
+///
+/// A GPU wants many; where the logits are bent, some of them in f32.
+pub fn chunk_rows(on_gpu: bool, is_straight: bool) -> usize {
+    match (on_gpu, is_straight) {
+        (true, true) => 16 * CHUNK_ROWS,
+        (true, false) => 4 * CHUNK_ROWS,
+        (false, _) => CHUNK_ROWS,
+    }
+}
+
+const CHUNK_ROWS: usize = 256;
 
 /// Σ −log softmax(logits) at `wanted (rows, 1)`, and its gradient, from tensor operations.
 fn composed_cross_entropy(logits: &Tensor, wanted: &Tensor) -> Result<(f64, Tensor)> {
@@ -591,7 +607,13 @@ mod tests {
                     divisor,
                     cap,
                 };
-                head.cross_entropy(&t[0], &targets, 0.3)
+                let Loss { value, gradients } = head.cross_entropy(&t[0], &targets, 0.3)?;
+                let (inputs, gradients): (Vec<_>, Vec<_>) = gradients.into_iter().unzip();
+                let inputs: Vec<&Tensor> = inputs.iter().collect();
+                attach(&inputs, value, move |g| {
+                    let g = f64::from(g.to_vec1::<f32>()?[0]);
+                    gradients.into_iter().map(|t| Ok(Some((t * g)?))).collect()
+                })
             };
             // the loss comes back in f32, and bends: a wider step errs by more than its rounding
             assert_gradient(&inputs, loss, 4e-3, 1e-3);

@@ -1,10 +1,10 @@
-//! The memory that training takes on a CPU, foreseen: a count of the tensors that [`super::decoder`] and its layers hold.
+//! The memory that training takes, foreseen: a count of the tensors that [`super::decoder`] and its layers hold.
 
 use serde::Serialize;
 
 use super::config::ModelConfig;
 use super::family::{Projections, QueryKeyNorm};
-use super::layers::CHUNK_ROWS;
+use super::layers::chunk_rows;
 use super::method::Method;
 
 /// What is trained, and how much at a time.
@@ -20,6 +20,12 @@ pub struct Step {
     pub recompute: bool,
     /// Of what is computed: 4, and 2 on a GPU.
     pub number_bytes: usize,
+}
+
+impl Step {
+    fn on_gpu(&self) -> bool {
+        self.number_bytes < 4
+    }
 }
 
 /// A stored matrix of the model.
@@ -89,7 +95,7 @@ pub fn training(
     let mut weights = NUMBER * u128::from(others);
     let mut moving = if step.norms { norms.into() } else { 0 };
     // the largest that is loaded, and what it is loaded from
-    let mut loading = 0;
+    let (mut loading, mut rows) = (0, 0);
     for matrix in matrices {
         let (m, n) = (matrix.m as u128, matrix.n as u128);
         let stored = matrix.width as u128 * m * n;
@@ -102,6 +108,7 @@ pub fn training(
                 let (vectors, moves) = layer(step.method, m, n, q.map(|q| q as u128));
                 weights += matrix.vector_width as u128 * vectors;
                 moving += moves;
+                rows += vectors / (m + n);
                 let whole = step.method == Method::Full;
                 weights += if whole { 0 } else { NUMBER * moves };
                 (whole, q)
@@ -116,10 +123,17 @@ pub fn training(
         });
     }
     let at_once = Sizes::of(config, step);
-    let activations = step.number_bytes as u128 * at_once.kept(config, step.recompute);
+    let number = step.number_bytes as u128;
+    // x times the right factor of each layer, which a GPU keeps for the gradients
+    let read = if step.on_gpu() && !step.recompute {
+        at_once.tokens * rows
+    } else {
+        0
+    };
+    let activations = number * (at_once.kept(config, step.recompute) + read);
     let moments = NUMBER * 2 * moving;
-    let before = NUMBER * at_once.logits(config, matrices, step);
-    let after = NUMBER * (moving + at_once.gradients(config, step));
+    let before = number * at_once.logits(config, matrices, step);
+    let after = NUMBER * moving + number * at_once.gradients(config, step);
     let computing = weights + moments + activations + before.max(after);
     let peak = computing.max(weights + loading);
     Training {
@@ -209,7 +223,9 @@ impl Sizes {
 
     /// Numbers that the head computes for one chunk of rows, with the gradient of what moves in it.
     fn logits(&self, config: &ModelConfig, matrices: &[Matrix], step: &Step) -> u128 {
-        let rows = self.tokens.min(CHUNK_ROWS as u128);
+        let bent = config.logits_cap.is_some() || config.logits_divisor != 1.0;
+        let most = chunk_rows(step.on_gpu(), !bent);
+        let rows = self.tokens.min(most as u128);
         let vocabulary = config.vocabulary as u128;
         let head = matrices.iter().find_map(|matrix| match matrix.part {
             Part::Head { q } => Some(q),
@@ -218,6 +234,10 @@ impl Sizes {
         let mut alive = 1;
         if config.logits_cap.is_some() {
             alive += 3;
+        }
+        if bent && step.on_gpu() {
+            // all but the first in f32
+            alive = 1 + 2 * alive;
         }
         let whole = match head {
             Some(_) => step.method == Method::Full,

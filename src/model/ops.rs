@@ -10,7 +10,7 @@ use super::fused;
 use super::gpu;
 use super::rope::Angles;
 use super::segments::Sight;
-use super::tape::{attach, attach_many, tracked};
+use super::tape::{attach, attach_many, plus, tracked};
 
 /// Rows in front of the last side: (…, n) → (rows, n).
 pub fn rows(x: &Tensor) -> Result<Tensor> {
@@ -37,14 +37,6 @@ pub fn wider(x: &Tensor) -> DType {
     match x.dtype() {
         DType::F16 | DType::BF16 => DType::F32,
         dtype => dtype,
-    }
-}
-
-/// a + b, without a gradient.
-pub fn plus(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    match gpu::add(a, b)? {
-        Some(y) => Ok(y),
-        None => a.detach() + b.detach(),
     }
 }
 
@@ -208,12 +200,13 @@ pub fn rms_norm_beside(
     let (kept, wants_weight) = (sum.clone(), tracked(w));
     let inputs = [[x, w].as_slice(), added.as_slice()].concat();
     let mut both = attach_many(&inputs, vec![sum, y], move |gradients| {
-        let along = gradients[0].as_ref();
+        let along = gradients[0].as_ref().map(Tensor::contiguous);
+        let along = along.transpose()?;
         let Some(g) = &gradients[1] else {
-            return Ok(vec![along.cloned(), None, along.cloned()]);
+            return Ok(vec![along.clone(), None, along]);
         };
         let g = g.contiguous()?;
-        let made = gpu::rms_norm_gradient(&kept, &wd, &g, along, eps, wants_weight)?;
+        let made = gpu::rms_norm_gradient(&kept, &wd, &g, along.as_ref(), eps, wants_weight)?;
         let (dx, dw) = made.expect("invariant: a kernel gave y");
         Ok(vec![Some(dx.clone()), dw, Some(dx)])
     })?;

@@ -13,7 +13,7 @@ use std::collections::{HashMap, HashSet};
 
 use candle_core::{Result, Tensor, TensorId};
 
-use super::ops::plus;
+use super::gpu;
 
 /// dL/dy of each output → dL/dx of each input, `None` where there is none. Captures what it needs.
 type Pullback = Box<dyn FnOnce(&[Option<Tensor>]) -> Result<Vec<Option<Tensor>>>>;
@@ -45,10 +45,18 @@ pub fn record<T, E>(
         nodes: Vec::new(),
         tracked: leaves.iter().map(|leaf| leaf.id()).collect(),
     };
-    let outer = TAPE.replace(Some(tape));
-    let result = f();
-    let tape = TAPE.replace(outer).unwrap_or_default();
-    Ok((result?, tape))
+    // also where f panics: a thread that goes on would record for ever
+    struct Restored(Option<Tape>);
+    impl Drop for Restored {
+        fn drop(&mut self) {
+            TAPE.set(self.0.take());
+        }
+    }
+    let outer = Restored(TAPE.replace(Some(tape)));
+    let result = f()?;
+    let tape = TAPE.take().unwrap_or_default();
+    drop(outer);
+    Ok((result, tape))
 }
 
 /// Whether a gradient of this tensor is wanted.
@@ -102,6 +110,14 @@ pub fn attach_many(
     Ok(outputs)
 }
 
+/// a + b, without a gradient.
+pub fn plus(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    match gpu::add(a, b)? {
+        Some(y) => Ok(y),
+        None => a.detach() + b.detach(),
+    }
+}
+
 /// dL/dx of what was not made of anything recorded: variables and leaves.
 #[derive(Default)]
 pub struct Gradients(HashMap<TensorId, Tensor>);
@@ -127,10 +143,17 @@ impl Tape {
         self.nodes.is_empty()
     }
 
-    /// The gradients of L from dL/dy of one recorded tensor. What a step needed is dropped with it.
+    /// The gradients of L from dL/dy of one recorded tensor.
     pub fn back(self, y: &Tensor, gradient: Tensor) -> Result<Gradients> {
+        self.back_from(vec![(y.clone(), gradient)])
+    }
+
+    /// The gradients of L from those of some tensors, recorded ones or variables. What a step needed is dropped with it.
+    pub fn back_from(self, known: Vec<(Tensor, Tensor)>) -> Result<Gradients> {
         let mut gradients = Gradients::default();
-        gradients.add(y.id(), gradient)?;
+        for (y, gradient) in known {
+            gradients.add(y.id(), gradient)?;
+        }
         for node in self.nodes.into_iter().rev() {
             let of_outputs: Vec<Option<Tensor>> = (node.outputs.iter())
                 .map(|output| gradients.0.remove(output))

@@ -28,11 +28,18 @@ pub fn name(number: usize) -> Result<String> {
 pub fn output_and_peak(command: &mut Command, number: usize) -> Result<(String, u64)> {
     let taken = || -> Result<u64> { Ok(ask(number, "memory.used")?.parse::<u64>()? << 20) };
     let before = taken()?;
-    let (most, ended) = (AtomicU64::new(before), AtomicBool::new(false));
+    let (most, looks, ended) = (
+        AtomicU64::new(before),
+        AtomicU64::new(0),
+        AtomicBool::new(false),
+    );
     let output = thread::scope(|scope| {
         scope.spawn(|| {
             while !ended.load(Ordering::Relaxed) {
-                most.fetch_max(taken().unwrap_or(0), Ordering::Relaxed);
+                if let Ok(taken) = taken() {
+                    most.fetch_max(taken, Ordering::Relaxed);
+                    looks.fetch_add(1, Ordering::Relaxed);
+                }
                 thread::sleep(Duration::from_millis(50));
             }
         });
@@ -40,5 +47,8 @@ pub fn output_and_peak(command: &mut Command, number: usize) -> Result<(String, 
         ended.store(true, Ordering::Relaxed);
         output
     });
+    if looks.into_inner() == 0 {
+        return Err("nvidia-smi did not say how much memory was taken".into());
+    }
     Ok((output?.0, most.into_inner() - before))
 }

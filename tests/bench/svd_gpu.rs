@@ -17,6 +17,7 @@ mod start;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
@@ -123,6 +124,9 @@ fn run(args: &Args) -> Result<bool> {
         "", "ours ms", "torch ms", "ratio", "our error", "torch's"
     );
     let (mut ours_all, mut theirs_all, mut right) = (0.0, 0.0, true);
+    if told.lines().count() != sources.len() {
+        return Err("the peer did not answer for every matrix".into());
+    }
     for (source, line) in sources.iter().zip(told.lines()) {
         let peer: Peer = serde_json::from_str(line)?;
         let matrix = source.read(folder.path())?.values;
@@ -132,7 +136,9 @@ fn run(args: &Args) -> Result<bool> {
             let off = sigma
                 .zip(&peer.reference)
                 .map(|(x, exact)| (x / exact - 1.0).abs());
-            off.fold(0.0, f64::max)
+            // a NaN is an error without a bound
+            let bounded = off.map(|x| if x.is_nan() { f64::INFINITY } else { x });
+            bounded.fold(0.0, f64::max)
         };
         let our_error = error(&mut sigma.iter().map(|&x| f64::from(x)));
         println!(
@@ -167,18 +173,25 @@ fn ours(args: &Args, device: &Backend, matrix: &Array2<f32>) -> Result<(f64, Vec
         decompose_on(device, "x", matrix.view(), Wanted::Triplets(q), &algorithm)
     };
     let first = one()?;
+    if first.sigma.len() != q {
+        return Err(format!("{} values of {q}", first.sigma.len()).into());
+    }
+    let failed = Mutex::new(None);
     let (started, next) = (Instant::now(), AtomicUsize::new(0));
     thread::scope(|scope| {
         for _ in 0..args.threads {
             scope.spawn(|| {
                 while next.fetch_add(1, Ordering::Relaxed) < args.copies {
-                    if let Err(error) = one() {
-                        loudly(&error.to_string());
+                    if let (Err(error), Ok(mut failed)) = (one(), failed.lock()) {
+                        *failed = Some(error);
                     }
                 }
             });
         }
     });
     let seconds = started.elapsed().as_secs_f64() / args.copies as f64;
+    if let Some(error) = failed.into_inner()? {
+        return Err(error.into());
+    }
     Ok((seconds, first.sigma.to_vec(), first.route))
 }

@@ -141,7 +141,8 @@ impl Args {
 struct Peer {
     name: &'static str,
     shown: &'static str,
-    on_cpu: Wanted,
+    /// `None` where it would be another one again.
+    on_cpu: Option<Wanted>,
     on_gpu: Wanted,
 }
 
@@ -168,23 +169,29 @@ impl Wanted {
     }
 }
 
-const PEERS: [Peer; 4] = [
+const PEERS: [Peer; 5] = [
     Peer {
         name: "peft-lora-8",
         shown: "PyTorch + PEFT, LoRA rank 8",
-        on_cpu: Wanted::both(1.3, 0.5),
+        on_cpu: Some(Wanted::both(1.3, 0.5)),
+        on_gpu: Wanted::both(1.0, 1.0),
+    },
+    Peer {
+        name: "peft-lora-8-16-bits",
+        shown: "the same, B and A in bf16",
+        on_cpu: None,
         on_gpu: Wanted::both(1.0, 1.0),
     },
     Peer {
         name: "peft-lora-8-checkpointing",
         shown: "the same, with checkpointing",
-        on_cpu: Wanted::NOTHING,
+        on_cpu: Some(Wanted::NOTHING),
         on_gpu: Wanted::NOTHING,
     },
     Peer {
         name: "svd-training",
         shown: "svd-training, Σ",
-        on_cpu: Wanted::both(1.8, 0.5),
+        on_cpu: Some(Wanted::both(1.8, 0.5)),
         on_gpu: Wanted {
             speed: Some(3.0),
             memory: None,
@@ -193,7 +200,7 @@ const PEERS: [Peer; 4] = [
     Peer {
         name: "full",
         shown: "PyTorch, all weights",
-        on_cpu: Wanted::NOTHING,
+        on_cpu: Some(Wanted::NOTHING),
         on_gpu: Wanted::NOTHING,
     },
 ];
@@ -295,7 +302,10 @@ fn run(args: &Args) -> Result<bool> {
 
     // of a GPU the peers share a process, which tells the memory of each: a start takes longer than the steps
     let at_once: Vec<Vec<&Peer>> = match args.device.gpu {
-        None => PEERS.iter().map(|peer| vec![peer]).collect(),
+        None => {
+            let peers = PEERS.iter().filter(|peer| peer.on_cpu.is_some());
+            peers.map(|peer| vec![peer]).collect()
+        }
         Some(_) => vec![PEERS.iter().collect()],
     };
     let mut commands = vec![(vec!["svdhub, Σ"], alone(args, "--ours", &artifact)?)];
@@ -539,12 +549,16 @@ fn floor(args: &Args, model: &Path) -> Result<f64> {
             // not ones: numbers that toggle no bits are multiplied faster
             let drawn = |rows| Tensor::randn(0f32, 1.0, (rows, n), &device)?.to_dtype(dtype);
             let (x, w) = (drawn(tokens)?, drawn(m)?);
+            // several, so that a GPU is not waited for after each
+            const TIMES: usize = 4;
             device.synchronize()?;
             let started = Instant::now();
-            let y = x.matmul(&w.t()?)?;
-            y.matmul(&w)?;
+            for _ in 0..TIMES {
+                let y = x.matmul(&w.t()?)?;
+                y.matmul(&w)?;
+            }
             device.synchronize()?;
-            sum += started.elapsed().as_secs_f64();
+            sum += started.elapsed().as_secs_f64() / TIMES as f64;
         }
         seconds.push(sum);
     }
@@ -615,8 +629,9 @@ fn missed(args: &Args, sides: &[Side]) -> Vec<String> {
     for peer in &PEERS {
         let wanted = match args.device.gpu {
             None => peer.on_cpu,
-            Some(_) => peer.on_gpu,
+            Some(_) => Some(peer.on_gpu),
         };
+        let Some(wanted) = wanted else { continue };
         let side = sides.iter().find(|side| side.name == peer.shown);
         let speed = side
             .and_then(|side| side.speed_ratio.as_ref())

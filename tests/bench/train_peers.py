@@ -32,10 +32,11 @@ ON_GPU = DEVICE != "cpu"
 RANDOM = not any(Path(MODEL).glob("*.safetensors"))
 
 
-def lora(model):
+def lora(model, **options):
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config, **options)
 
 
 def lora_checkpointing(model):
@@ -56,7 +57,8 @@ def svd_training(model):
 
 
 METHODS = {
-    "peft-lora-8": lora,
+    "peft-lora-8": lora,  # B and A in f32, as PEFT has it
+    "peft-lora-8-16-bits": lambda model: lora(model, autocast_adapter_dtype=False),
     "peft-lora-8-checkpointing": lora_checkpointing,
     "svd-training": svd_training,
     "full": lambda model: model,

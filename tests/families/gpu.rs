@@ -84,6 +84,10 @@ fn found(name: &str, method: Method, device: &Device, dtype: DType) -> Found {
         .gradients_of(&ids, &segments, true)
         .expect("gradients");
     assert_eq!(kept.loss.to_bits(), again.loss.to_bits());
+    for (name, gradient) in &kept.tensors {
+        let off = distance(&again.tensors[name], gradient);
+        assert!(off == 0.0, "{name} by blocks computed again: {off:.1e} off");
+    }
     let packed = decoder.logits_of(&ids, &segments).expect("logits");
     let mut cache = Cache::default();
     let read = |cache: &mut Cache, from: usize, count: usize| {

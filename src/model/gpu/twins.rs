@@ -279,33 +279,45 @@ fn attention() {
 #[test]
 fn cross_entropy_and_its_gradient() {
     let Some(gpu) = gpu() else { return };
-    for (rows, n) in [(1, 1), (7, 100), (33, 49_153)] {
-        let held = || -> Result<()> {
-            let logits = (random(&[rows, n]) * 4.0)?;
-            let targets: Vec<u32> = (0..rows).map(|row| (row * 7919 % n) as u32).collect();
-            let targets = Tensor::from_vec(targets, (rows, 1), &Device::Cpu)?;
-            let there = logits.to_device(&gpu)?.copy()?;
-            let loss = cross_entropy(&there, &targets.to_device(&gpu)?, 0.25)?;
-            let loss = loss.expect("a kernel").to_vec1::<f32>()?;
-            let loss: f64 = loss.into_iter().map(f64::from).sum();
-            let logits = Var::from_tensor(&logits.to_dtype(DType::F64)?)?;
-            let highest = logits.detach().max_keepdim(1)?;
-            let sums = logits.broadcast_sub(&highest)?.exp()?.sum_keepdim(1)?;
-            let wanted = ((sums.log()? + highest)? - logits.gather(&targets, 1)?)?.sum_all()?;
-            let gradients = wanted.backward()?;
-            let wanted = wanted.to_scalar::<f64>()?;
-            assert!(
-                (loss - wanted).abs() <= 1e-5 * wanted.abs() + 1e-6,
-                "{loss} for {wanted}"
-            );
-            if n > 1 {
-                let wanted = (gradients.get(&logits).expect("a gradient") * 0.25)?;
-                let far = distance(&there, &wanted)?;
-                assert!(far <= 1e-5, "gradient: off by {far:.2e}");
-            }
-            Ok(())
-        };
-        held().unwrap_or_else(|error| panic!("{rows} × {n}: {error}"));
+    for dtype in DTYPES {
+        for (rows, n) in [(1, 1), (7, 100), (33, 49_153), (5, 49_152)] {
+            let held = || -> Result<()> {
+                let logits = (random(&[rows, n]) * 4.0)?.to_dtype(dtype)?;
+                let targets: Vec<u32> = (0..rows).map(|row| (row * 7919 % n) as u32).collect();
+                let targets = Tensor::from_vec(targets, (rows, 1), &Device::Cpu)?;
+                let there = logits.to_device(&gpu)?.copy()?;
+                let loss = cross_entropy(&there, &targets.to_device(&gpu)?, 0.25)?;
+                let loss = loss.expect("a kernel").to_vec1::<f32>()?;
+                let loss: f64 = loss.into_iter().map(f64::from).sum();
+                let logits = Var::from_tensor(&logits.to_dtype(DType::F64)?)?;
+                let highest = logits.detach().max_keepdim(1)?;
+                let sums = logits.broadcast_sub(&highest)?.exp()?.sum_keepdim(1)?;
+                let each = ((sums.log()? + highest)? - logits.gather(&targets, 1)?)?;
+                let wanted = each.sum_all()?;
+                let gradients = wanted.backward()?;
+                let wanted = wanted.to_scalar::<f64>()?;
+                assert!(
+                    (loss - wanted).abs() <= 1e-5 * wanted.abs() + 1e-6,
+                    "{loss} for {wanted}"
+                );
+                if n > 1 {
+                    // of p beside the target's 1 − p: numbers of another size, held apart
+                    let wanted = (gradients.get(&logits).expect("a gradient") * 0.25)?;
+                    let zeros = wanted.zeros_like()?;
+                    let others = wanted.ge(0.0)?;
+                    for part in [others.clone(), others.eq(0u8)?] {
+                        let found = there.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+                        let found = part.where_cond(&found, &zeros)?;
+                        let wanted = part.where_cond(&wanted, &zeros)?;
+                        let norm = |x: &Tensor| x.sqr()?.sum_all()?.to_scalar::<f64>();
+                        let far = (norm(&(found - &wanted)?)? / norm(&wanted)?).sqrt();
+                        assert!(far <= tolerance(dtype), "gradient: off by {far:.2e}");
+                    }
+                }
+                Ok(())
+            };
+            held().unwrap_or_else(|error| panic!("{dtype:?} {rows} × {n}: {error}"));
+        }
     }
 }
 

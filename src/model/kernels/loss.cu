@@ -42,7 +42,8 @@ __device__ void row_loss(T* logits, unsigned target, float* loss, unsigned n, fl
         for (unsigned i = 1; i < WIDTH; ++i) largest = fmaxf(largest, widened(xs.x[i]));
         // most often the largest so far stays, and nothing is scaled
         if (largest > all.largest) all.add({largest, 0});
-        if (all.largest == -INFINITY) continue;
+        // what is not −∞ here is NaN, and shall be seen
+        if (all.largest == -INFINITY && largest == -INFINITY) continue;
         for (unsigned i = 0; i < WIDTH; ++i) all.sum += expf(widened(xs.x[i]) - all.largest);
     }
     all = block_sum(all);
