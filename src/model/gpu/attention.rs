@@ -1,0 +1,242 @@
+//! Launches of attention: [`super::super::attention`]'s twin on a GPU.
+
+use candle_core::{DType, Result, Tensor, bail};
+
+use super::super::family::Scores;
+use super::super::segments::Sight;
+use super::{Arg, BLOCK, Geometry, MOST_BLOCKS, WARP, kind, room, run};
+
+/// Sides of q (b, t, h, d), and of k and v (b, s, kv, d).
+#[derive(Debug, Clone, Copy)]
+struct Sides {
+    b: usize,
+    t: usize,
+    s: usize,
+    h: usize,
+    kv: usize,
+    d: usize,
+}
+
+/// How attention is launched, as `attention.cu` says.
+#[derive(Debug, Clone, Copy)]
+struct Tiles {
+    /// The width that a kernel is compiled for: the next above d.
+    width: usize,
+    /// Bytes of a number.
+    size: usize,
+}
+
+impl Tiles {
+    fn of(d: usize, size: usize) -> Option<Self> {
+        let width = [32, 64, 96, 128, 256]
+            .into_iter()
+            .find(|&width| d <= width)?;
+        Some(Self { width, size })
+    }
+
+    /// Whether the kernels are those of 16 bits on the matrix unit.
+    fn halves(&self) -> bool {
+        self.size == 2
+    }
+
+    /// For kernels whose blocks write `rows` queries of a head each.
+    fn by_queries(&self, sides: &Sides, rows: usize, shared_bytes: usize) -> Geometry {
+        Geometry {
+            grid: [sides.t.div_ceil(rows), sides.h, sides.b],
+            block: match (self.halves(), self.width) {
+                (false, _) => 64,
+                (true, 256) => 256,
+                (true, _) => 128,
+            },
+            shared_bytes,
+        }
+    }
+
+    fn forward(&self, sides: &Sides) -> Geometry {
+        let width = self.width;
+        if !self.halves() {
+            return self.by_queries(sides, 32, 384 * (width + 4) + 5120);
+        }
+        let step = if width <= 96 { 64 } else { 32 };
+        self.by_queries(sides, 128, 2 * width * (128 + 4 * step))
+    }
+
+    fn back_q(&self, sides: &Sides) -> Geometry {
+        let width = self.width;
+        if !self.halves() {
+            return self.by_queries(sides, 32, 512 * (width + 4) + 5120);
+        }
+        let step = match width {
+            0..=64 => 64,
+            256 => 16,
+            _ => 32,
+        };
+        self.by_queries(sides, 128, 4 * width * (128 + 2 * step) + 8 * 128 + 128)
+    }
+
+    fn back_kv(&self, sides: &Sides) -> Geometry {
+        let width = self.width;
+        let (rows, block, shared_bytes) = if self.halves() {
+            let rows = if width == 256 { 64 } else { 128 };
+            let step = if width <= 96 { 64 } else { 32 };
+            let block = if width <= 64 { 128 } else { 256 };
+            let shared_bytes = 4 * width * (rows + 2 * step) + 32 * step + 512;
+            (rows, block, shared_bytes)
+        } else {
+            let block = if width == 256 { 128 } else { 64 };
+            (32, block, 512 * (width + 4) + 80 * block + 512)
+        };
+        Geometry {
+            grid: [sides.s.div_ceil(rows), sides.kv, sides.b],
+            block,
+            shared_bytes,
+        }
+    }
+}
+
+/// Attention between given tensors.
+pub struct Attention<'a> {
+    kind: &'static str,
+    q: &'a Tensor,
+    k: &'a Tensor,
+    v: &'a Tensor,
+    sight: &'a Sight,
+    scores: Scores,
+    sides: Sides,
+    tiles: Tiles,
+}
+
+impl<'a> Attention<'a> {
+    /// `q (b, t, h, d), k and v (b, s, kv, d)`
+    pub fn of(
+        q: &'a Tensor,
+        k: &'a Tensor,
+        v: &'a Tensor,
+        sight: &'a Sight,
+        scores: Scores,
+    ) -> Result<Option<Self>> {
+        let Some(kind) = kind(&[q, k, v]) else {
+            return Ok(None);
+        };
+        let (b, t, h, d) = q.dims4()?;
+        let (_, s, kv, _) = k.dims4()?;
+        let tiles = Tiles::of(d, q.dtype().size_in_bytes());
+        Ok(tiles.map(|tiles| Self {
+            kind,
+            q,
+            k,
+            v,
+            sight,
+            scores,
+            sides: Sides { b, t, s, h, kv, d },
+            tiles,
+        }))
+    }
+
+    fn run(
+        &self,
+        verb: &str,
+        geometry: Geometry,
+        given: &[&Tensor],
+        made: &[&Tensor],
+    ) -> Result<()> {
+        let Some([first, end]) = self.sight.bounds() else {
+            bail!("what attention sees lies on its GPU");
+        };
+        let Sides { b, t, s, h, kv, d } = self.sides;
+        let name = format!("attention{verb}_{}_d{}", self.kind, self.tiles.width);
+        let tensors = [self.q, self.k, self.v]
+            .into_iter()
+            .chain(given.iter().copied());
+        let mut args: Vec<Arg> = tensors.map(Arg::Tensor).collect();
+        args.extend([Arg::Tensor(first), Arg::Tensor(end)]);
+        args.push(Arg::Count(self.sight.runs().len()));
+        args.extend(made.iter().map(|tensor| Arg::Tensor(tensor)));
+        args.extend([b, t, s, h, kv, d].map(Arg::Count));
+        args.push(Arg::F32(self.scores.scale as f32));
+        args.push(Arg::F32(self.scores.cap.unwrap_or(0.0) as f32));
+        run(&self.module(), &name, geometry, &args)
+    }
+
+    /// Each width has its own: a driver need not compile them all.
+    fn module(&self) -> String {
+        format!("attention_{}", self.tiles.width)
+    }
+
+    /// y (b, t, h, d), and the logarithm of each query's sum, (b, h, t) in f32, for the gradients.
+    pub fn forward(&self) -> Result<(Tensor, Tensor)> {
+        let Sides { b, t, h, .. } = self.sides;
+        let y = room(self.q.shape(), self.q.dtype(), self.q)?;
+        let lse = room((b, h, t), DType::F32, self.q)?;
+        self.run("", self.tiles.forward(&self.sides), &[], &[&y, &lse])?;
+        Ok((y, lse))
+    }
+
+    /// (dq, dk, dv) from what [`Self::forward`] gave and the gradient of y.
+    pub fn gradients(&self, y: &Tensor, lse: &Tensor, g: &Tensor) -> Result<[Tensor; 3]> {
+        let Sides { b, t, h, d, .. } = self.sides;
+        let dots = room((b, h, t), DType::F32, self.q)?;
+        let sides = [b, t, h, d].map(Arg::Count);
+        let args = [[y, g, &dots].map(Arg::Tensor).as_slice(), &sides].concat();
+        let blocks = (b * t * h * WARP).div_ceil(BLOCK).min(MOST_BLOCKS);
+        let dots_name = format!("attention_dots_{}", self.kind);
+        run(
+            &self.module(),
+            &dots_name,
+            Geometry::blocks(blocks, 1),
+            &args,
+        )?;
+        let like = |x: &Tensor| room(x.shape(), x.dtype(), x);
+        let [dq, dk, dv] = [like(self.q)?, like(self.k)?, like(self.v)?];
+        let given = [g, lse, &dots];
+        self.run("_back_q", self.tiles.back_q(&self.sides), &given, &[&dq])?;
+        self.run(
+            "_back_kv",
+            self.tiles.back_kv(&self.sides),
+            &given,
+            &[&dk, &dv],
+        )?;
+        Ok([dq, dk, dv])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn launches_of_common_models_are_within_what_a_gpu_takes() {
+        // heads, key-value heads and their width: Phi-3-mini, Llama 3.2 1B, SmolLM2-135M, Llama 3.1 405B, Gemma 2, tiny
+        for (h, kv, d) in [
+            (32, 32, 96),
+            (32, 8, 64),
+            (9, 3, 64),
+            (128, 8, 128),
+            (8, 4, 256),
+            (1, 1, 8),
+        ] {
+            for (b, t, s) in [
+                (1, 1, 1),
+                (8, 2048, 2048),
+                (1, 131_072, 131_072),
+                (64, 1, 37),
+            ] {
+                let sides = Sides { b, t, s, h, kv, d };
+                for size in [2, 4] {
+                    let tiles = Tiles::of(d, size).expect("a width");
+                    // what an A100 has, and what smaller cards have
+                    let most = if tiles.width == 256 { 163 } else { 99 } << 10;
+                    for geometry in [
+                        tiles.forward(&sides),
+                        tiles.back_q(&sides),
+                        tiles.back_kv(&sides),
+                    ] {
+                        assert!(geometry.fits(), "{geometry:?} of {sides:?}");
+                        assert!(geometry.shared_bytes <= most, "{geometry:?} of {sides:?}");
+                    }
+                }
+            }
+        }
+        assert!(Tiles::of(257, 2).is_none());
+    }
+}
