@@ -10,6 +10,7 @@ mod lapack;
 mod operand;
 mod outliers;
 mod product;
+mod real;
 mod rows;
 pub mod svd;
 

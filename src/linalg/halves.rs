@@ -7,8 +7,8 @@ use std::ops::Range;
 
 use ndarray::{Array2, s};
 
-use super::lapack::Real;
-use super::product::{multiply, zeros};
+use super::product::multiply;
+use super::real::{Real, zeros};
 use crate::error::Result;
 
 /// T = diag(T₁, T₂) + ρ·u·uᵀ, with T₁ = q₁ᵀ·diag(d₁)·q₁ and T₂ likewise: D + ρ·z·zᵀ in the basis of q₁ and q₂.

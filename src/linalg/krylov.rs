@@ -6,7 +6,8 @@
 use ndarray::{Array2, ArrayView2, s};
 
 use super::lapack::{Tridiagonal, cholesky_rows};
-use super::product::{gemm, multiply, zeros};
+use super::product::{gemm, multiply};
+use super::real::zeros;
 use super::rows;
 use crate::error::Result;
 use crate::random::normal;

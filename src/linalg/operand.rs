@@ -6,7 +6,8 @@
 use candle_core::{DType, Device, Tensor};
 use ndarray::{Array2, ArrayView2, CowArray, Ix2};
 
-use super::product::{gemm, gram, multiply, zeros};
+use super::product::{gemm, gram, multiply};
+use super::real::zeros;
 use crate::error::Result;
 
 /// Where products with a whole matrix are computed.

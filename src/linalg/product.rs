@@ -5,7 +5,7 @@
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2, s};
 
-use super::lapack::Real;
+use super::real::{Real, zeros};
 
 /// Blocks of a triangle that are computed whole: small enough to waste little, large enough for the kernels.
 const TRIANGLE_BLOCK: usize = 320;
@@ -57,24 +57,6 @@ pub fn multiply<T: Real>(
             gemm::Parallelism::None,
         );
     }
-}
-
-/// (rows, columns) of zeros; large ones on huge pages.
-///
-/// With small pages, every fresh Gram matrix costs thousands of page faults, for which the workers of a process queue: a
-/// tenth of the time of one worker, a third of that of two (Linux 6, glibc 2.36, 2026-11).
-pub fn zeros<T: Real>(rows: usize, columns: usize) -> Array2<T> {
-    const HUGE: usize = 2 << 20;
-    let mut zeros = Array2::from_elem((rows, columns), T::default());
-    let bytes = std::mem::size_of_val(zeros.as_slice().expect("a fresh array is dense"));
-    #[cfg(target_os = "linux")]
-    if bytes >= 2 * HUGE {
-        let start = (zeros.as_mut_ptr() as usize).next_multiple_of(HUGE);
-        let end = (zeros.as_ptr() as usize + bytes) / HUGE * HUGE;
-        // SAFETY: the range lies within the array, and the advice changes no content. Should it be refused, pages are small
-        unsafe { libc::madvise(start as *mut _, end - start, libc::MADV_HUGEPAGE) };
-    }
-    zeros
 }
 
 /// `op(a) · op(b)`, where `op` transposes if asked.
@@ -143,41 +125,6 @@ pub fn gram<T: Real>(matrix: ArrayView2<f32>) -> Array2<T> {
     gram
 }
 
-/// A copy in row-major order and another precision.
-///
-/// Tiles of one cache line by one: a transposed source is read, and the copy written, by whole lines.
-pub fn row_major<T: Real>(a: ArrayView2<f32>) -> Array2<T> {
-    const TILE: usize = 16;
-    let (rows, columns) = a.dim();
-    let mut copy = zeros(rows, columns);
-    let turned = a.t();
-    if turned.strides()[1] != 1 || rows % TILE > 0 || columns % TILE > 0 {
-        copy.zip_mut_with(&a, |to, &x| *to = T::from_f32(x));
-        return copy;
-    }
-    let target = copy.as_slice_mut().expect("it was made dense");
-    for (sources, j) in turned
-        .axis_chunks_iter(Axis(0), TILE)
-        .zip((0..).step_by(TILE))
-    {
-        let mut lines = [&[][..]; TILE];
-        for (line, source) in lines.iter_mut().zip(sources.rows()) {
-            *line = source.to_slice().expect("its stride is 1");
-        }
-        for i in (0..rows).step_by(TILE) {
-            let tile: [&[f32; TILE]; TILE] =
-                lines.map(|line| line[i..i + TILE].try_into().expect("as long as a tile"));
-            for r in 0..TILE {
-                let to = &mut target[(i + r) * columns + j..][..TILE];
-                for (to, line) in to.iter_mut().zip(&tile) {
-                    *to = T::from_f32(line[r]);
-                }
-            }
-        }
-    }
-    copy
-}
-
 /// The matrix, turned so that its short side counts the rows.
 pub fn short_side_first(matrix: ArrayView2<f32>) -> ArrayView2<f32> {
     if matrix.nrows() <= matrix.ncols() {
@@ -230,18 +177,6 @@ mod tests {
         let empty = Array2::<f64>::zeros((2, 0));
         multiply(&mut c.view_mut(), 0.0, empty.view(), 1.0, empty.t());
         assert_eq!(c, Array2::<f64>::zeros((2, 2)));
-    }
-
-    #[test]
-    fn a_copy_in_row_major_order_has_the_same_elements() {
-        for (rows, columns) in [(48, 32), (48, 33), (7, 5)] {
-            let a = normal(columns, rows, 5);
-            for a in [a.t(), a.view()] {
-                let copy = row_major::<f64>(a);
-                assert!(copy.is_standard_layout());
-                assert_eq!(copy, a.mapv(f64::from));
-            }
-        }
     }
 
     #[test]

@@ -1,0 +1,387 @@
+//! The two precisions, each with its routines of LAPACK, and matrices of them.
+
+use libc::{c_char, c_int};
+use ndarray::{Array2, ArrayView2, Axis, CowArray, Ix2, LinalgScalar, ScalarOperand};
+// links the BLAS and LAPACK that the declarations below refer to
+use openblas_src as _;
+
+use crate::error::{Error, Result};
+
+/// A LAPACK dimension. Every matrix side we hand over is far below 2³¹: its square would not fit in memory.
+pub(super) fn int(n: usize) -> c_int {
+    c_int::try_from(n).expect("a matrix side fits 32 bits")
+}
+
+/// The workspace of a LAPACK call, whose length is a 32-bit number in its interface.
+pub(super) fn work_len(n: usize, routine: &'static str, side: usize) -> Result<c_int> {
+    c_int::try_from(n).map_err(|_| Error::Lapack {
+        routine,
+        rows: side,
+        columns: side,
+        info: c_int::MIN,
+    })
+}
+
+pub(super) fn check(routine: &'static str, side: usize, info: c_int) -> Result<()> {
+    if info == 0 {
+        Ok(())
+    } else {
+        Err(Error::Lapack {
+            routine,
+            rows: side,
+            columns: side,
+            info,
+        })
+    }
+}
+
+pub(super) const LOWER: c_char = b'L' as c_char;
+
+/// f32 and f64, each with its LAPACK routines.
+pub trait Real:
+    LinalgScalar + ScalarOperand + Default + PartialOrd + Into<f64> + std::ops::Neg<Output = Self>
+{
+    const ONE: Self;
+    const ROUTINES: [&'static str; 4];
+    /// Half the distance from 1 to the next number: the unit roundoff.
+    const UNIT: f64;
+    fn from_f32(x: f32) -> Self;
+    fn from_f64(x: f64) -> Self;
+    /// Columns of an f32 matrix to lay out at a time.
+    const PANEL: usize;
+    /// A panel in this precision and row-major order, copied only if it must be.
+    fn laid_out(panel: ArrayView2<'_, f32>) -> CowArray<'_, Self, Ix2>;
+    /// Reduces the first `width` columns of a symmetric matrix (lower half) of side n, leading side lda.
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn raw_latrd(
+        n: c_int,
+        width: c_int,
+        a: *mut Self,
+        lda: c_int,
+        e: *mut Self,
+        tau: *mut Self,
+        w: *mut Self,
+        ldw: c_int,
+    );
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn raw_sytrd(
+        n: c_int,
+        a: *mut Self,
+        lda: c_int,
+        d: *mut Self,
+        e: *mut Self,
+        tau: *mut Self,
+        work: *mut Self,
+        lwork: c_int,
+    ) -> c_int;
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn raw_stedc(
+        n: c_int,
+        d: *mut Self,
+        e: *mut Self,
+        z: *mut Self,
+        work: *mut Self,
+        lwork: c_int,
+        iwork: *mut c_int,
+        liwork: c_int,
+    ) -> c_int;
+    unsafe fn raw_sterf(n: c_int, d: *mut Self, e: *mut Self) -> c_int;
+    unsafe fn raw_larft(n: c_int, k: c_int, v: *const Self, tau: *const Self, t: *mut Self);
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn raw_laed4(
+        n: c_int,
+        at: c_int,
+        d: *const Self,
+        z: *const Self,
+        gaps: *mut Self,
+        rho: Self,
+        root: *mut Self,
+    ) -> c_int;
+
+    /// All eigenvalues, ascending, and eigenvectors, one per row, of the tridiagonal matrix (d, e), by LAPACK's stedc.
+    fn all_eigenpairs(d: &[Self], e: &[Self]) -> Result<(Vec<Self>, Array2<Self>)> {
+        let side = d.len();
+        let (mut d, mut e) = (d.to_vec(), e.to_vec());
+        let mut z = zeros::<Self>(side, side);
+        // (s + 5)·s is never less than the 1 + 4s + s² asked for
+        let mut work = zeros::<Self>(side + 5, side.max(1));
+        let mut iwork = vec![0; 3 + 5 * side];
+        // SAFETY: d has s values, e at least s − 1; z s², work 1 + 4s + s² and iwork 3 + 5s for compz = 'I'.
+        let info = unsafe {
+            Self::raw_stedc(
+                int(side),
+                d.as_mut_ptr(),
+                e.as_mut_ptr(),
+                z.as_mut_ptr(),
+                work.as_mut_ptr(),
+                work_len(work.len(), Self::ROUTINES[1], side)?,
+                iwork.as_mut_ptr(),
+                int(iwork.len()),
+            )
+        };
+        check(Self::ROUTINES[1], side, info)?;
+        Ok((d, z))
+    }
+
+    /// Eigenvalue `at` (ascending) of diag(d) + ρ·z·zᵀ, d ascending, ρ > 0; `gaps` receives dᵢ − λ for all i, or the
+    /// eigenvector itself if there are two d at most.
+    fn secular_root(
+        at: usize,
+        d: &[Self],
+        z: &[Self],
+        rho: Self,
+        gaps: &mut [Self],
+    ) -> Result<Self> {
+        let side = d.len();
+        assert!(at < side && z.len() == side && gaps.len() == side);
+        let mut root = Self::default();
+        // SAFETY: d, z and gaps have `side` values, `at` + 1 is from 1 to `side`.
+        let info = unsafe {
+            Self::raw_laed4(
+                int(side),
+                int(at + 1),
+                d.as_ptr(),
+                z.as_ptr(),
+                gaps.as_mut_ptr(),
+                rho,
+                &mut root,
+            )
+        };
+        check(Self::ROUTINES[3], side, info)?;
+        Ok(root)
+    }
+}
+
+fn borrowed_or_row_major(panel: ArrayView2<'_, f32>) -> CowArray<'_, f32, Ix2> {
+    if panel.is_standard_layout() {
+        panel.into()
+    } else {
+        row_major(panel).into()
+    }
+}
+
+macro_rules! real {
+    ($t:ty, $names:expr, $unit:expr, $panel:expr, $laid_out:expr, $latrd:ident, $sytrd:ident, $stedc:ident, $sterf:ident, $larft:ident, $laed4:ident) => {
+        unsafe extern "C" {
+            fn $latrd(
+                uplo: *const c_char,
+                n: *const c_int,
+                nb: *const c_int,
+                a: *mut $t,
+                lda: *const c_int,
+                e: *mut $t,
+                tau: *mut $t,
+                w: *mut $t,
+                ldw: *const c_int,
+            );
+            fn $laed4(
+                n: *const c_int,
+                i: *const c_int,
+                d: *const $t,
+                z: *const $t,
+                delta: *mut $t,
+                rho: *const $t,
+                dlam: *mut $t,
+                info: *mut c_int,
+            );
+        }
+        impl Real for $t {
+            const ONE: Self = 1.0;
+            const ROUTINES: [&'static str; 4] = $names;
+            const UNIT: f64 = $unit;
+            fn from_f64(x: f64) -> Self {
+                x as Self
+            }
+            const PANEL: usize = $panel;
+            fn from_f32(x: f32) -> Self {
+                x.into()
+            }
+            fn laid_out(panel: ArrayView2<'_, f32>) -> CowArray<'_, Self, Ix2> {
+                $laid_out(panel)
+            }
+            unsafe fn raw_latrd(
+                n: c_int,
+                width: c_int,
+                a: *mut Self,
+                lda: c_int,
+                e: *mut Self,
+                tau: *mut Self,
+                w: *mut Self,
+                ldw: c_int,
+            ) {
+                unsafe { $latrd(&LOWER, &n, &width, a, &lda, e, tau, w, &ldw) }
+            }
+            unsafe fn raw_sytrd(
+                n: c_int,
+                a: *mut Self,
+                lda: c_int,
+                d: *mut Self,
+                e: *mut Self,
+                tau: *mut Self,
+                work: *mut Self,
+                lwork: c_int,
+            ) -> c_int {
+                let mut info = 0;
+                unsafe {
+                    lapack_sys::$sytrd(&LOWER, &n, a, &lda, d, e, tau, work, &lwork, &mut info)
+                };
+                info
+            }
+            unsafe fn raw_stedc(
+                n: c_int,
+                d: *mut Self,
+                e: *mut Self,
+                z: *mut Self,
+                work: *mut Self,
+                lwork: c_int,
+                iwork: *mut c_int,
+                liwork: c_int,
+            ) -> c_int {
+                let (with_vectors, mut info) = (b'I' as c_char, 0);
+                unsafe {
+                    lapack_sys::$stedc(
+                        &with_vectors,
+                        &n,
+                        d,
+                        e,
+                        z,
+                        &n,
+                        work,
+                        &lwork,
+                        iwork,
+                        &liwork,
+                        &mut info,
+                    )
+                };
+                info
+            }
+            unsafe fn raw_sterf(n: c_int, d: *mut Self, e: *mut Self) -> c_int {
+                let mut info = 0;
+                unsafe { lapack_sys::$sterf(&n, d, e, &mut info) };
+                info
+            }
+            unsafe fn raw_laed4(
+                n: c_int,
+                at: c_int,
+                d: *const Self,
+                z: *const Self,
+                gaps: *mut Self,
+                rho: Self,
+                root: *mut Self,
+            ) -> c_int {
+                let mut info = 0;
+                unsafe { $laed4(&n, &at, d, z, gaps, &rho, root, &mut info) };
+                info
+            }
+            unsafe fn raw_larft(
+                n: c_int,
+                k: c_int,
+                v: *const Self,
+                tau: *const Self,
+                t: *mut Self,
+            ) {
+                let (forward, columns) = (b'F' as c_char, b'C' as c_char);
+                unsafe {
+                    lapack_sys::$larft(&forward, &columns, &n, &k, v.cast_mut(), &n, tau, t, &k)
+                };
+            }
+        }
+    };
+}
+real!(
+    f32,
+    ["ssytrd", "sstedc", "ssterf", "slaed4"],
+    f32::EPSILON as f64 / 2.0,
+    2048,
+    borrowed_or_row_major,
+    slatrd_,
+    ssytrd_,
+    sstedc_,
+    ssterf_,
+    slarft_,
+    slaed4_
+);
+real!(
+    f64,
+    ["dsytrd", "dstedc", "dsterf", "dlaed4"],
+    f64::EPSILON / 2.0,
+    512,
+    |panel| CowArray::from(row_major(panel)),
+    dlatrd_,
+    dsytrd_,
+    dstedc_,
+    dsterf_,
+    dlarft_,
+    dlaed4_
+);
+
+/// (rows, columns) of zeros; large ones on huge pages.
+///
+/// With small pages, every fresh Gram matrix costs thousands of page faults, for which the workers of a process queue: a
+/// tenth of the time of one worker, a third of that of two (Linux 6, glibc 2.36, 2026-11).
+pub fn zeros<T: Real>(rows: usize, columns: usize) -> Array2<T> {
+    const HUGE: usize = 2 << 20;
+    let mut zeros = Array2::from_elem((rows, columns), T::default());
+    let bytes = std::mem::size_of_val(zeros.as_slice().expect("a fresh array is dense"));
+    #[cfg(target_os = "linux")]
+    if bytes >= 2 * HUGE {
+        let start = (zeros.as_mut_ptr() as usize).next_multiple_of(HUGE);
+        let end = (zeros.as_ptr() as usize + bytes) / HUGE * HUGE;
+        // SAFETY: the range lies within the array, and the advice changes no content. Should it be refused, pages are small
+        unsafe { libc::madvise(start as *mut _, end - start, libc::MADV_HUGEPAGE) };
+    }
+    zeros
+}
+
+/// A copy in row-major order and another precision.
+///
+/// Tiles of one cache line by one: a transposed source is read, and the copy written, by whole lines.
+pub fn row_major<T: Real>(a: ArrayView2<f32>) -> Array2<T> {
+    const TILE: usize = 16;
+    let (rows, columns) = a.dim();
+    let mut copy = zeros(rows, columns);
+    let turned = a.t();
+    if turned.strides()[1] != 1 || rows % TILE > 0 || columns % TILE > 0 {
+        copy.zip_mut_with(&a, |to, &x| *to = T::from_f32(x));
+        return copy;
+    }
+    let target = copy.as_slice_mut().expect("it was made dense");
+    for (sources, j) in turned
+        .axis_chunks_iter(Axis(0), TILE)
+        .zip((0..).step_by(TILE))
+    {
+        let mut lines = [&[][..]; TILE];
+        for (line, source) in lines.iter_mut().zip(sources.rows()) {
+            *line = source.to_slice().expect("its stride is 1");
+        }
+        for i in (0..rows).step_by(TILE) {
+            let tile: [&[f32; TILE]; TILE] =
+                lines.map(|line| line[i..i + TILE].try_into().expect("as long as a tile"));
+            for r in 0..TILE {
+                let to = &mut target[(i + r) * columns + j..][..TILE];
+                for (to, line) in to.iter_mut().zip(&tile) {
+                    *to = T::from_f32(line[r]);
+                }
+            }
+        }
+    }
+    copy
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::normal;
+
+    #[test]
+    fn a_copy_in_row_major_order_has_the_same_elements() {
+        for (rows, columns) in [(48, 32), (48, 33), (7, 5)] {
+            let a = normal(columns, rows, 5);
+            for a in [a.t(), a.view()] {
+                let copy = row_major::<f64>(a);
+                assert!(copy.is_standard_layout());
+                assert_eq!(copy, a.mapv(f64::from));
+            }
+        }
+    }
+}
