@@ -110,6 +110,7 @@ fn run(args: &Args) -> Result<bool> {
     let hf = match &args.hf {
         Some(hf) => hf.clone(),
         None => environment(
+            None,
             &target.with_file_name("bench-hub-venv"),
             "requirements-hub.txt",
         )?

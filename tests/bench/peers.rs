@@ -93,10 +93,11 @@ pub struct ModelRun {
 impl Peers {
     /// Starts the process in `python`, or in an environment of its own beside `target`'s temporary folder.
     pub fn start(python: Option<&Path>, target: &Path, threads: usize) -> Result<Self> {
-        let python = match python {
-            Some(python) => python.to_path_buf(),
-            None => environment(&target.with_file_name("bench-venv"), "requirements.txt")?,
-        };
+        let python = environment(
+            python,
+            &target.with_file_name("bench-venv"),
+            "requirements.txt",
+        )?;
         let script = beside("peers.py");
         let threads = threads.to_string();
         let mut command = Command::new(&python);

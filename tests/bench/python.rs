@@ -12,8 +12,12 @@ pub fn beside(file: &str) -> PathBuf {
         .join(file)
 }
 
-/// The interpreter of a virtual environment in `dir` that holds what `requirements` pins; made on the first run.
-pub fn environment(dir: &Path, requirements: &str) -> Result<PathBuf> {
+/// The interpreter that was named, else that of a virtual environment in `dir` that holds what `requirements` pins; made on
+/// the first run.
+pub fn environment(named: Option<&Path>, dir: &Path, requirements: &str) -> Result<PathBuf> {
+    if let Some(named) = named {
+        return Ok(named.into());
+    }
     let requirements = beside(requirements);
     let wanted = std::fs::read_to_string(&requirements)?;
     let installed = dir.join("installed.txt");

@@ -85,13 +85,11 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<bool> {
     single_threaded_blas();
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let python = match &args.python {
-        Some(python) => python.clone(),
-        None => environment(
-            &target.with_file_name("bench-train-venv"),
-            "requirements-train.txt",
-        )?,
-    };
+    let python = environment(
+        args.python.as_deref(),
+        &target.with_file_name("bench-train-venv"),
+        "requirements-train.txt",
+    )?;
     let phi = [(9216, 3072), (3072, 3072), (16384, 3072), (3072, 8192)];
     let shapes: Vec<Shape> = match args.shape.is_empty() {
         true => phi.map(|(m, n)| Shape { m, n }).into(),

@@ -285,13 +285,11 @@ fn run(args: &Args) -> Result<bool> {
     if let Some(line) = load(threads) {
         println!("{line}");
     }
-    let python = match &args.python {
-        Some(python) => python.clone(),
-        None => environment(
-            &target.with_file_name("bench-train-venv"),
-            "requirements-train.txt",
-        )?,
-    };
+    let python = environment(
+        args.python.as_deref(),
+        &target.with_file_name("bench-train-venv"),
+        "requirements-train.txt",
+    )?;
     let artifact = match args.shapes {
         Some(_) => model.clone(),
         None => decomposed(&model, args.rank_fraction, &scratch.path().join("svd"))?,
