@@ -171,3 +171,47 @@ impl Tape {
         Ok(gradients)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::ops::{add, scaled};
+    use super::*;
+    use candle_core::{Device, Var};
+
+    fn numbers(t: Option<Tensor>) -> Vec<f32> {
+        t.and_then(|t| t.to_vec1().ok()).expect("a gradient")
+    }
+
+    #[test]
+    fn gradients_of_what_is_read_twice_add_up_and_of_what_is_not_tracked_there_are_none() {
+        let x = Var::new(&[1f32, 2.0], &Device::Cpu).expect("x");
+        let leaf = Tensor::new(&[3f32, 4.0], &Device::Cpu).expect("a leaf");
+        let other = Tensor::new(&[5f32, 6.0], &Device::Cpu).expect("no leaf");
+        let computed = || -> Result<Tensor> {
+            let twice = add(&scaled(&x, 2.0)?, &x)?;
+            add(&add(&twice, &scaled(&leaf, 7.0)?)?, &scaled(&other, 9.0)?)
+        };
+        let (y, tape) = record(&[&leaf], computed).expect("computes");
+        let seed = Tensor::new(&[1f32, 10.0], &Device::Cpu).expect("dL/dy");
+        let known = vec![(y, seed.clone()), (x.as_tensor().clone(), seed)];
+        let mut gradients = tape.back_from(known).expect("goes back");
+        // three times by way of y, and once more known
+        assert_eq!(numbers(gradients.take(&x)), [4.0, 40.0]);
+        assert_eq!(numbers(gradients.take(&leaf)), [7.0, 70.0]);
+        assert!(gradients.take(&other).is_none());
+    }
+
+    #[test]
+    fn nothing_is_recorded_outside_not_even_behind_a_panic() {
+        let x = Var::new(&[1f32], &Device::Cpu).expect("x");
+        let panicked = std::panic::catch_unwind(|| {
+            record(&[], || -> Result<()> { panic!("in the middle") }).map(drop)
+        });
+        assert!(panicked.is_err() && !tracked(&x));
+        let (inner, _) = record(&[], || {
+            record(&[], || scaled(&x, 2.0)).map(|(_, tape)| tape.is_empty())
+        })
+        .expect("records");
+        assert!(!inner && !tracked(&x));
+    }
+}
