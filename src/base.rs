@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use serde_json::Value;
 
 use crate::error::{Error, IoContext, Result};
@@ -48,7 +49,7 @@ impl Base {
         let total = files.iter().map(|f| f.header.file_bytes()).sum();
         observer.start(Stage::Hash, total, Unit::Bytes);
         let sums = files
-            .iter()
+            .par_iter()
             .map(|file| {
                 let sum = self.checkpoint.file_sha256(file, |bytes| {
                     observer.advance(Stage::Hash, bytes, &file.name);

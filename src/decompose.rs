@@ -24,11 +24,11 @@ use crate::part::Part;
 use crate::plan::{Plan, PlannedTensor};
 use crate::split::Factors;
 use crate::sum::sha256_hex;
-use crate::weights::shard::write_atomically;
+use crate::weights::shard::{flush, write_atomically};
 use crate::weights::{Checkpoint, dtype_name};
 use crate::workers::{self, Arrivals, Cost, Limits};
 use crate::workspace::{Claim, PART_FILE, Workspace, bytes_in, check_free_space};
-use crate::{ranks, report};
+use crate::{heap, ranks, report};
 
 pub use crate::job::Options;
 pub use crate::join::Facts;
@@ -108,7 +108,8 @@ pub fn run_to(
         limits,
         observer,
     };
-    let missing = compute.find_missing(order, &mut joined.parts);
+    let (missing, kept) = compute.find_missing(order, &joined.parts, |tensor| joined.holds(tensor));
+    joined.parts.extend(kept);
     let joined = compute
         .run(
             &plan.decomposed().collect::<Vec<_>>(),
@@ -169,12 +170,13 @@ pub fn run_share(
         limits: options.plan.limits(),
         observer,
     };
-    let mut parts = BTreeMap::new();
-    let missing = compute.find_missing(mine.clone(), &mut parts);
+    let (missing, mut parts) = compute.find_missing(mine.clone(), &BTreeMap::new(), |_| false);
     let arrived: Vec<(String, Part)> = compute.run(&mine, &missing, |arrivals| {
         Ok(std::iter::from_fn(|| arrivals.recv()).collect())
     })?;
     parts.extend(arrived);
+    let files = parts.values().filter_map(|part| part.file.as_ref());
+    flush(files.map(|file| file.path.as_path()))?;
     let modules = parts.into_iter().filter_map(|(module, part)| {
         let file = part.file?;
         Some((module, file.header_sha256))
@@ -258,6 +260,7 @@ fn is_whole(record: &ShareRecord, folder: &Path) -> bool {
 /// What will be done, and what makes it this job and no other.
 fn prepare(base: &Base, options: &Options, observer: &dyn Observer) -> Result<(Plan, Job)> {
     linalg::single_threaded_blas();
+    heap::keep_some();
     let config = ModelConfig::read(&base.dir)?;
     let plan = Plan::new(
         &base.dir,
@@ -286,24 +289,27 @@ struct Compute<'a> {
 }
 
 impl Compute<'_> {
-    /// Of `wanted`, what is neither in `parts` nor left by an earlier run; what was left joins `parts`.
+    /// Of `wanted`, what is neither in `joined` nor left by an earlier run, and what was left. Of its tensors, those may be
+    /// gone that are `elsewhere`.
     fn find_missing<'t>(
         &self,
         wanted: Vec<&'t PlannedTensor>,
-        parts: &mut BTreeMap<String, Part>,
-    ) -> Vec<&'t PlannedTensor> {
+        joined: &BTreeMap<String, Part>,
+        elsewhere: impl Fn(&str) -> bool,
+    ) -> (Vec<&'t PlannedTensor>, BTreeMap<String, Part>) {
         let count = wanted.len();
-        let mut missing = wanted;
+        let (mut missing, mut kept) = (wanted, BTreeMap::new());
         missing.retain(|tensor| {
             let module = tensor.module();
-            if !parts.contains_key(module) {
-                // one that is not whole is computed again
-                let Ok(part) = Part::read(self.folder, module) else {
-                    return true;
-                };
-                parts.insert(module.to_string(), part);
+            if joined.contains_key(module) {
+                return false;
             }
-            false
+            // one that is not whole is computed again: it was not flushed, and a power cut may have come
+            let part = Part::read(self.folder, module);
+            match part.and_then(|part| part.check_tensors(&elsewhere).map(|()| part)) {
+                Ok(part) => kept.insert(module.to_string(), part).is_some(),
+                Err(_) => true,
+            }
         });
         if missing.len() < count {
             self.observer.note(format!(
@@ -311,7 +317,7 @@ impl Compute<'_> {
                 count - missing.len()
             ));
         }
-        missing
+        (missing, kept)
     }
 
     /// Decomposes what is `missing` of `wanted`, in that order, while `consume` takes what is finished.

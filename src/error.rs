@@ -151,6 +151,13 @@ pub enum Error {
         expected: String,
         found: String,
     },
+    #[error("tensor `{tensor}` in {} is not what was written: expected blake3 {expected}, found {found}", path.display())]
+    PartChanged {
+        tensor: String,
+        path: PathBuf,
+        expected: String,
+        found: String,
+    },
 
     // -- models -----------------------------------------------------------------------------
     #[error("{}: the architecture `{found}` is not supported (supported: {supported})", path.display())]

@@ -497,14 +497,14 @@ pub fn stored_positions(positions: &[u64], elements: usize) -> Elements {
     let shape = vec![positions.len()];
     if u32::try_from(elements).is_ok() {
         // every position is below `elements`, which fits
-        let bytes = positions
+        let bytes: Vec<[u8; 4]> = positions
             .iter()
-            .flat_map(|&at| (at as u32).to_le_bytes())
+            .map(|&at| (at as u32).to_le_bytes())
             .collect();
         Elements {
             dtype: Dtype::U32,
             shape,
-            bytes,
+            bytes: bytes.into_flattened(),
         }
     } else {
         let bytes = positions.iter().flat_map(|at| at.to_le_bytes()).collect();

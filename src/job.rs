@@ -163,7 +163,7 @@ impl Share {
 pub struct ShareRecord {
     pub part: Share,
     pub job: Job,
-    /// The sha256 of the header of each matrix's file, which names the sha256 of its tensors.
+    /// The sha256 of the header of each matrix's file, which names the sums of its tensors.
     pub modules: BTreeMap<String, String>,
     pub flops: u64,
     pub bytes: u64,

@@ -29,8 +29,8 @@ use crate::part::Part;
 use crate::plan::{Plan, PlannedTensor, Trainable};
 use crate::report;
 use crate::spectrum::{self, Spectrum};
-use crate::sum::{Sum, sha256_file, sha256_hex};
-use crate::weights::shard::{rename, write_atomically};
+use crate::sum::{Blake3, Sum, both, sha256_file, sha256_hex};
+use crate::weights::shard::{flush, rename, write_atomically};
 use crate::weights::{Checkpoint, Dtype, Entry, Header, Layout, ShardWriter};
 use crate::workers::Arrivals;
 use crate::workspace::{Workspace, forget_stretch};
@@ -255,6 +255,11 @@ impl Shard {
 }
 
 impl Joined {
+    /// Whether a finished shard holds a tensor.
+    pub fn holds(&self, tensor: &str) -> bool {
+        self.shards.iter().any(|shard| shard.holds(tensor))
+    }
+
     fn bytes(&self) -> u64 {
         let tensors = self.shards.iter().flat_map(|shard| &shard.tensors);
         tensors.map(|(placed, _)| placed.bytes()).sum()
@@ -557,6 +562,13 @@ impl Join<'_> {
             shard.tensors.push((tensor, sum));
         }
         shard.sha256 = writer.finish()?;
+        if self.consumes {
+            // what is in this shard cannot be taken from them again: the rest of them is the only one that fits
+            let across = shard.sources().into_iter();
+            let across = across.filter(|module| !shard.parts.contains_key(*module));
+            let paths: Vec<PathBuf> = across.map(|module| self.part_path(module)).collect();
+            flush(paths.iter().map(PathBuf::as_path))?;
+        }
         if let Some(outlet) = self.passing() {
             outlet.take(&self.finished(number, &shard), &contents)?;
             spool.remove()?;
@@ -583,11 +595,11 @@ impl Join<'_> {
                 // read again as a whole: the error names the element's place in the tensor
                 checkpoint.read_finite(&tensor.name)?;
             }
-            sum.update(&block.bytes);
             if let Some(spool) = &mut spool {
                 spool.write(&block.bytes)?;
             }
-            writer.write(&block.bytes)
+            let sums = |bytes: &[u8]| sum.update(bytes);
+            both(&block.bytes, |bytes| writer.write(bytes), sums).0
         })?;
         let found = sum.finish();
         match self.frame.carried_sha256.get(&tensor.name) {
@@ -795,37 +807,25 @@ fn copy_part(
     open: &mut Option<(String, Checkpoint)>,
 ) -> Result<String> {
     let file = part.file.as_ref();
-    let path = &file
-        .expect("a part stays until all of it is in shards")
-        .path;
+    let file = file.expect("a part stays until all of it is in shards");
     if open.as_ref().is_none_or(|(opened, _)| opened != module) {
-        let folder = path.parent().unwrap_or(Path::new("."));
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        *open = Some((module.into(), Checkpoint::single(folder, &name)?));
+        *open = Some((module.into(), file.open()?));
     }
     let (_, checkpoint) = open.as_ref().expect("it was opened above");
-    let mut sum = Sum::default();
+    let (mut sum, mut as_written) = (Sum::default(), Blake3::default());
     writer.begin(&tensor.name);
     checkpoint.read_blocks(&tensor.name, |block| {
-        sum.update(&block.bytes);
-        writer.write(&block.bytes)
+        let sums = |bytes: &[u8]| {
+            as_written.update(bytes);
+            sum.update(bytes);
+        };
+        both(&block.bytes, |bytes| writer.write(bytes), sums).0
     })?;
-    let found = sum.finish();
     let mut written = part.tensors.iter();
     let written = written.find(|t| t.name == tensor.name);
-    let expected = &written
-        .expect("tensors are placed from this very list")
-        .sha256;
-    if found == *expected {
-        Ok(found)
-    } else {
-        Err(Error::Checksum {
-            what: format!("tensor `{}`", tensor.name),
-            path: path.clone(),
-            expected: expected.clone(),
-            found,
-        })
-    }
+    let written = written.expect("tensors are placed from this very list");
+    written.check(&as_written.finish(), &file.path)?;
+    Ok(sum.finish())
 }
 
 /// What is carried along with a shard that never lies here as a file.

@@ -1,5 +1,98 @@
 //! Loops over numbers in the widest vectors of the processor: the one door to `pulp`.
 
+pub use pulp::{Simd, WithSimd};
+
+/// Runs what is written in vectors, [`Vectors`], with the widest that the processor has.
+pub fn widest_of<F: WithSimd>(f: F) -> F::Output {
+    pulp::Arch::new().dispatch(f)
+}
+
+/// Numbers by the vector: for loops of which the compiler does not make vectors by itself. Sums depend on their width.
+pub trait Vectors: Copy {
+    type Vector<S: Simd>: Copy;
+
+    /// The whole vectors in `x`, and what is left.
+    fn vectors<S: Simd>(x: &[Self]) -> (&[Self::Vector<S>], &[Self]);
+    fn vectors_mut<S: Simd>(x: &mut [Self]) -> (&mut [Self::Vector<S>], &mut [Self]);
+    /// The same number everywhere.
+    fn all<S: Simd>(simd: S, x: Self) -> Self::Vector<S>;
+    /// a·b + c, rounded once where the processor can.
+    fn add_product<S: Simd>(
+        simd: S,
+        a: Self::Vector<S>,
+        b: Self::Vector<S>,
+        c: Self::Vector<S>,
+    ) -> Self::Vector<S>;
+    /// The sum of a vector's numbers.
+    fn total<S: Simd>(simd: S, x: Self::Vector<S>) -> Self;
+    /// Less than a vector, filled up with zeros.
+    fn part<S: Simd>(simd: S, x: &[Self]) -> Self::Vector<S>;
+    fn store_part<S: Simd>(simd: S, to: &mut [Self], x: Self::Vector<S>);
+}
+
+macro_rules! vectors {
+    ($t:ty, $vector:ident, $split:ident, $split_mut:ident, $all:ident, $fma:ident, $total:ident, $load:ident, $store:ident) => {
+        impl Vectors for $t {
+            type Vector<S: Simd> = S::$vector;
+            #[inline(always)]
+            fn vectors<S: Simd>(x: &[Self]) -> (&[S::$vector], &[Self]) {
+                S::$split(x)
+            }
+            #[inline(always)]
+            fn vectors_mut<S: Simd>(x: &mut [Self]) -> (&mut [S::$vector], &mut [Self]) {
+                S::$split_mut(x)
+            }
+            #[inline(always)]
+            fn all<S: Simd>(simd: S, x: Self) -> S::$vector {
+                simd.$all(x)
+            }
+            #[inline(always)]
+            fn add_product<S: Simd>(
+                simd: S,
+                a: S::$vector,
+                b: S::$vector,
+                c: S::$vector,
+            ) -> S::$vector {
+                simd.$fma(a, b, c)
+            }
+            #[inline(always)]
+            fn total<S: Simd>(simd: S, x: S::$vector) -> Self {
+                simd.$total(x)
+            }
+            #[inline(always)]
+            fn part<S: Simd>(simd: S, x: &[Self]) -> S::$vector {
+                simd.$load(x)
+            }
+            #[inline(always)]
+            fn store_part<S: Simd>(simd: S, to: &mut [Self], x: S::$vector) {
+                simd.$store(to, x)
+            }
+        }
+    };
+}
+vectors!(
+    f32,
+    f32s,
+    as_simd_f32s,
+    as_mut_simd_f32s,
+    splat_f32s,
+    mul_add_e_f32s,
+    reduce_sum_f32s,
+    partial_load_f32s,
+    partial_store_f32s
+);
+vectors!(
+    f64,
+    f64s,
+    as_simd_f64s,
+    as_mut_simd_f64s,
+    splat_f64s,
+    mul_add_e_f64s,
+    reduce_sum_f64s,
+    partial_load_f64s,
+    partial_store_f64s
+);
+
 /// Runs loops with the widest vectors the processor has: what is inlined into `f` is compiled once for each width. Sums go
 /// by [`LANES`], so that their bits are the same in all of them.
 #[inline(always)]

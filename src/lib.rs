@@ -27,6 +27,7 @@ pub mod export;
 pub mod format;
 mod front_matter;
 pub mod generate;
+pub mod heap;
 pub mod html;
 pub mod hub;
 pub mod inspect;

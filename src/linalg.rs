@@ -9,6 +9,7 @@ mod krylov;
 mod lapack;
 mod operand;
 mod outliers;
+mod panel;
 mod product;
 mod real;
 mod rows;

@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::format::{FactorsDtype, ModuleRecord, ModuleTensors, stored_positions};
 use crate::split::Factors;
-use crate::sum::{Sum, sha256_hex};
+use crate::sum::{Blake3, sha256_hex};
 use crate::weights::element::View;
-use crate::weights::{Dtype, Elements, Header, ShardWriter};
+use crate::weights::{Checkpoint, Dtype, Elements, Header, ShardWriter};
 
 /// A finished matrix: what is known of it, and what its file holds.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -28,17 +28,41 @@ pub struct PartTensor {
     pub name: String,
     pub dtype: Dtype,
     pub shape: Vec<usize>,
-    pub sha256: String,
+    pub blake3: String,
 }
 
 /// Where a part lies.
 #[derive(Debug, Clone)]
 pub struct PartFile {
     pub path: PathBuf,
-    /// The header names the sha256 of every tensor: this sum stands for the whole file.
+    /// The header names the sum of every tensor: this one stands for the whole file.
     pub header_sha256: String,
     /// What the disk is thought to hold of it: all of it at first.
     pub bytes: u64,
+}
+
+impl PartTensor {
+    /// Refuses what is not what was written.
+    pub fn check(&self, blake3: &str, path: &Path) -> Result<()> {
+        if self.blake3 == blake3 {
+            return Ok(());
+        }
+        Err(Error::PartChanged {
+            tensor: self.name.clone(),
+            path: path.into(),
+            expected: self.blake3.clone(),
+            found: blake3.into(),
+        })
+    }
+}
+
+impl PartFile {
+    /// Its tensors.
+    pub fn open(&self) -> Result<Checkpoint> {
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
+        Checkpoint::single(folder, &name)
+    }
 }
 
 /// The path of a module's part. Hashed, because a module's name is what a stranger's checkpoint says it is.
@@ -92,21 +116,18 @@ impl Part {
         tensors: &[(String, View<'_>)],
     ) -> Result<Self> {
         let described = tensors.iter().map(|(name, view)| {
-            let mut sum = Sum::default();
-            view.for_each_block(|block| {
-                sum.update(block);
-                Ok(())
-            })?;
-            Ok(PartTensor {
+            let mut sum = Blake3::default();
+            sum.update(view.bytes());
+            PartTensor {
                 name: name.clone(),
                 dtype: view.dtype,
                 shape: view.shape.clone(),
-                sha256: sum.finish(),
-            })
+                blake3: sum.finish(),
+            }
         });
         let mut part = Self {
             record,
-            tensors: described.collect::<Result<_>>()?,
+            tensors: described.collect(),
             file: None,
         };
         let about = serde_json::to_string(&part).expect("a part's record serialises");
@@ -119,10 +140,9 @@ impl Part {
         let path = path_of(folder, module);
         let header_sha256 = sha256_hex(&header.prefix);
         let bytes = header.file_bytes();
-        let mut writer = ShardWriter::create_unsummed(&path, header)?;
+        let mut writer = ShardWriter::create_passing(&path, header)?;
         for (name, view) in tensors {
-            writer.begin(name);
-            view.for_each_block(|block| writer.write(block))?;
+            writer.put(name, view.bytes())?;
         }
         writer.close()?;
         part.file = Some(PartFile {
@@ -166,6 +186,23 @@ impl Part {
             )),
             None => Ok(()),
         }
+    }
+
+    /// Refuses a file in which a tensor is not what was written, those aside that are `elsewhere` by now.
+    pub fn check_tensors(&self, elsewhere: impl Fn(&str) -> bool) -> Result<()> {
+        let Some(file) = &self.file else {
+            return Ok(());
+        };
+        let tensors = file.open()?;
+        for tensor in self.tensors.iter().filter(|t| !elsewhere(&t.name)) {
+            let mut sum = Blake3::default();
+            tensors.read_blocks(&tensor.name, |block| {
+                sum.update(&block.bytes);
+                Ok(())
+            })?;
+            tensor.check(&sum.finish(), &file.path)?;
+        }
+        Ok(())
     }
 
     /// Reads the header of the part of a module; the tensors are checked when they are read.

@@ -11,7 +11,7 @@ use ndarray::{Array1, Array2, s};
 use safetensors::Dtype;
 
 use crate::lanes::widest;
-use crate::linalg::{ExactSum, gemm};
+use crate::linalg::{ExactSum, gemm, multiply};
 use crate::weights::rounding::{round_sums, rounding_margin, usual_margin, value_of};
 use crate::weights::{Elements, Rounder};
 
@@ -153,13 +153,15 @@ impl Factors {
         mut visit: impl FnMut(usize, Range<usize>, &[f64]),
     ) {
         let (m, n) = self.shape();
+        let mut products = Array2::zeros((m.min(TILE), n.min(TILE)));
         for rows in tiles(m) {
             let left = left(rows.clone());
             for columns in tiles(n) {
                 let right = self.v.slice(s![.., columns.clone()]).mapv(f64::from);
-                let tile = gemm(left.view(), true, right.view(), false);
+                let mut tile = products.slice_mut(s![..rows.len(), ..columns.len()]);
+                multiply(&mut tile, 0.0, left.t(), 1.0, right.view());
                 for (row, i) in tile.rows().into_iter().zip(rows.clone()) {
-                    let row = row.to_slice().expect("a product is dense");
+                    let row = row.to_slice().expect("rows of a tile are dense");
                     visit(i, columns.clone(), row);
                 }
             }
@@ -232,18 +234,20 @@ impl Factors {
         let mut values = vec![0f32; m * n];
         let mut unsafe_at = Vec::new();
         let dtype = matrix.dtype;
-        let mut error = Vec::new();
+        let (mut error, mut doubtful, mut doubts) = (Vec::new(), Vec::new(), Vec::new());
         self.for_each_product(&weights, |i, j, p| {
             let at = i * n + j.start..i * n + j.end;
             let (x, rest) = (&original[at.clone()], &mut values[at.clone()]);
             error.resize(p.len(), 0.0);
+            doubtful.resize(p.len(), false);
+            doubts.resize(p.len(), 0);
             let (row, columns) = (rows[i], &columns[j]);
-            let doubtful = widest(
+            let count = widest(
                 #[inline(always)]
                 || {
-                    let mut doubtful = false;
-                    let outs = rest.iter_mut().zip(&mut error);
-                    for ((rest, error), ((&x, &p), column)) in
+                    let mut any = false;
+                    let outs = rest.iter_mut().zip(&mut error).zip(&mut doubtful);
+                    for (((rest, error), doubtful), ((&x, &p), column)) in
                         outs.zip(x.iter().zip(p).zip(columns))
                     {
                         let wide = f64::from(x);
@@ -252,26 +256,35 @@ impl Factors {
                         let doubt =
                             gamma * (row * column + wide.abs()) + detour * (wide.abs() + p.abs());
                         *error = off + doubt;
-                        doubtful |= *error >= usual_margin(dtype, x);
+                        *doubtful = *error >= usual_margin(dtype, x);
+                        any |= *doubtful;
                     }
-                    doubtful
+                    // one in ten of an f32 weight, at random places: a branch would be mispredicted as often
+                    let mut count = 0;
+                    for (k, &doubtful) in
+                        doubtful
+                            .iter()
+                            .enumerate()
+                            .take(if any { x.len() } else { 0 })
+                    {
+                        doubts[count] = k;
+                        count += usize::from(doubtful);
+                    }
+                    count
                 },
             );
-            if !doubtful {
-                return;
-            }
-            for ((at, &x), &error) in (at.start..).zip(x).zip(&error) {
+            for &k in &doubts[..count] {
                 // a zero has a sign that arithmetic does not keep
-                if x == 0.0 || error >= rounding_margin(dtype, x) {
-                    unsafe_at.push(at as u64);
+                if x[k] == 0.0 || error[k] >= rounding_margin(dtype, x[k]) {
+                    unsafe_at.push((at.start + k) as u64);
                 }
             }
         });
         unsafe_at.sort_unstable();
-        let mut exact = Vec::with_capacity(unsafe_at.len() * width);
-        for &at in &unsafe_at {
-            exact.extend_from_slice(&matrix.bytes[at as usize * width..][..width]);
-        }
+        let exact = match width {
+            2 => gather::<2>(&matrix.bytes, &unsafe_at),
+            _ => gather::<4>(&matrix.bytes, &unsafe_at),
+        };
         Residual {
             values,
             exact_at: unsafe_at,
@@ -370,6 +383,13 @@ impl Factors {
         };
         (merged, loss)
     }
+}
+
+/// The elements of W bytes at some positions.
+fn gather<const W: usize>(bytes: &[u8], at: &[u64]) -> Vec<u8> {
+    let (elements, _) = bytes.as_chunks::<W>();
+    let found: Vec<[u8; W]> = at.iter().map(|&at| elements[at as usize]).collect();
+    found.into_flattened()
 }
 
 fn tiles(side: usize) -> impl Iterator<Item = Range<usize>> {

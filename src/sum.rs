@@ -1,4 +1,4 @@
-//! Sums of bytes: sha256, in hex.
+//! Sums of bytes, in hex: sha256, which everybody knows, and BLAKE3 where only svdhub reads.
 
 use std::fs::File;
 use std::path::Path;
@@ -49,5 +49,35 @@ pub fn sha256_file(path: &Path, mut progress: impl FnMut(u64)) -> Result<String>
         }
         hash.update(&buffer[..n]);
         progress(n as u64);
+    }
+}
+
+/// A BLAKE3 sum as its bytes come in: as hard to forge as sha256, at a third of the price (7.3 and 2.1 GB/s on a core of
+/// Zen 5, 2026-11).
+#[derive(Default)]
+pub struct Blake3(blake3::Hasher);
+
+impl Blake3 {
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The sum in hex.
+    pub fn finish(&self) -> String {
+        self.0.finalize().to_hex().to_string()
+    }
+}
+
+/// Two ways to go over the same bytes at once, if they are many enough to be worth another thread.
+pub fn both<A: Send, B: Send>(
+    bytes: &[u8],
+    one: impl FnOnce(&[u8]) -> A + Send,
+    other: impl FnOnce(&[u8]) -> B + Send,
+) -> (A, B) {
+    const WORTH_IT: usize = 1 << 18;
+    if bytes.len() < WORTH_IT {
+        (one(bytes), other(bytes))
+    } else {
+        rayon::join(|| one(bytes), || other(bytes))
     }
 }

@@ -31,11 +31,12 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::PartsDiffer { .. } => {
             "repeat one of them with the options of the other, in a new directory"
         }
-        Error::Checksum { path, .. }
+        Error::Checksum { path, .. } | Error::PartChanged { path, .. }
             if path.parent().is_some_and(|dir| dir.ends_with(MATRICES)) =>
         {
             "copy it again, or remove that file and run its `svdhub decompose --part` again: only this matrix is then repeated"
         }
+        Error::PartChanged { .. } => "run the command again: this matrix is then repeated",
         Error::ForeignFile { .. } => "choose another file name; nothing there was touched",
         Error::LinkOutside { .. } => {
             "put the file itself in its place if the link is yours; a stranger's link is best deleted"

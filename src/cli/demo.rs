@@ -22,12 +22,12 @@ use svdhub::model::ModelConfig;
 use svdhub::plan::Plan;
 use svdhub::source::Source;
 use svdhub::sum::sha256_file;
-use svdhub::{Error, Result, decompose, evaluate, merge, publish, train, verify};
+use svdhub::{Error, Result, decompose, evaluate, heap, merge, publish, train, verify};
 
 use super::evaluate::record;
 use super::output::Table;
 use super::plan::{PlanArgs, singular_values};
-use super::session::{Session, keep_freed_memory, shown};
+use super::session::{Session, shown};
 use super::train::{length, positive};
 
 /// Run everything once, from a Hub and back to it.
@@ -125,7 +125,7 @@ struct Outcome {
 
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
-        keep_freed_memory();
+        heap::keep_all();
         let out = match &self.out {
             Some(out) => out.clone(),
             None => free_name("svdhub-demo"),

@@ -10,9 +10,9 @@ use svdhub::card::thousands;
 use svdhub::evaluate::{self, Facts, Options};
 use svdhub::hub::ModelRef;
 use svdhub::source::Source;
-use svdhub::{Result, report};
+use svdhub::{Result, heap, report};
 
-use super::session::{DeviceChoice, Session, Weighted, keep_freed_memory};
+use super::session::{DeviceChoice, Session, Weighted};
 use super::train::length;
 
 /// Measure the next-token loss on a text.
@@ -45,7 +45,7 @@ pub struct Command {
 
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
-        keep_freed_memory();
+        heap::keep_all();
         let source = session.source(&self.model, &self.adapter, self.base.as_ref())?;
         let options = Options {
             batch: self.batch.get(),

@@ -6,9 +6,9 @@ use clap::Args;
 use svdhub::generate::choice::Sampling;
 use svdhub::generate::{self, Facts, Options, Stop};
 use svdhub::hub::ModelRef;
-use svdhub::{Error, Result};
+use svdhub::{Error, Result, heap};
 
-use super::session::{DeviceChoice, Session, Weighted, keep_freed_memory, tell};
+use super::session::{DeviceChoice, Session, Weighted, tell};
 use super::train::positive;
 
 /// Let a model go on from a prompt.
@@ -69,7 +69,7 @@ fn share(text: &str) -> Result<f64> {
 
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
-        keep_freed_memory();
+        heap::keep_all();
         let source = session.source(&self.model, &self.adapter, self.base.as_ref())?;
         let mut options = Options::read(source.dir(), session.observer())?;
         options.tokens_max = self.max_tokens;

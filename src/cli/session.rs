@@ -375,21 +375,6 @@ impl Session {
     }
 }
 
-/// Makes the allocator keep what a training step frees, because the next one asks for the same again.
-///
-/// candle allocates a fresh buffer for every operation; giving each back to the system cost a third of a step's CPU time
-/// in page faults (2 cores, glibc 2.36, 2026-11). Decomposing and merging do without: there, memory matters more.
-pub fn keep_freed_memory() {
-    // SAFETY: mallopt takes any integers and only sets thresholds of the allocator.
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    unsafe {
-        // the threshold alone cannot be raised above 32 MB, and one chunk of logits is larger
-        libc::mallopt(libc::M_MMAP_MAX, 0);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
-        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
-    }
-}
-
 /// Writes to standard output. A reader that has gone away has read enough.
 pub fn tell(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();

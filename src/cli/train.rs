@@ -11,10 +11,10 @@ use svdhub::hub::ModelRef;
 use svdhub::model::{Lora, Method, Parametrisation};
 use svdhub::train::optimizer::Schedule;
 use svdhub::train::{self, Duration, Facts, Options};
-use svdhub::{Error, Result};
+use svdhub::{Error, Result, heap};
 
 use super::progress::clock;
-use super::session::{DeviceChoice, Session, keep_freed_memory, shown};
+use super::session::{DeviceChoice, Session, shown};
 
 /// Move the singular values on a text, or what another method moves.
 ///
@@ -175,7 +175,7 @@ pub fn length(text: &str) -> Result<usize> {
 
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
-        keep_freed_memory();
+        heap::keep_all();
         let (device, group) = session.device_and_group(self.device, self.parallel)?;
         let (source, pin) = session.source_and_origin(&self.model, &[], self.base.as_ref())?;
         let method = self.method.method(self.seed);

@@ -7,6 +7,7 @@ use libc::c_int;
 use ndarray::{Array1, Array2, ArrayView2, s};
 
 use super::halves;
+use super::panel::Panel;
 use super::product::{gemm, multiply, multiply_upper};
 use super::real::{LOWER, Real, check, int, work_len, zeros};
 use crate::error::Result;
@@ -26,8 +27,8 @@ pub fn single_threaded_blas() {
 
 /// A symmetric matrix as T = Qᵀ·A·Q with T tridiagonal and Q a product of Householder reflectors.
 ///
-/// LAPACK's blocked reduction (sytrd: Dongarra, Sorensen & Hammarling 1989) with the rank-2k updates, half of its
-/// 4/3·s³ flops, and the back-transformation as products of ours; the other half is matrix–vector work, bound by memory.
+/// LAPACK's blocked reduction (sytrd: Dongarra, Sorensen & Hammarling 1989) with panels, rank-2k updates and the
+/// back-transformation of our own; half of its 4/3·s³ flops is matrix–vector work, bound by memory.
 pub struct Tridiagonal<T> {
     diagonal: Vec<T>,
     off_diagonal: Vec<T>,
@@ -53,20 +54,16 @@ impl<T: Real> Tridiagonal<T> {
         let mut start = 0;
         while side - start > 2 * PANEL {
             let rest = side - start;
-            // SAFETY: the trailing matrix of side `rest` starts at (start, start), leading side `side`; e and tau have
-            // `rest` places left, w holds PANEL columns of leading side `side`.
-            unsafe {
-                T::raw_latrd(
-                    int(rest),
-                    int(PANEL),
-                    a.as_mut_ptr().add(start * side + start),
-                    int(side),
-                    e.as_mut_ptr().add(start),
-                    tau.as_mut_ptr().add(start),
-                    w.as_mut_ptr(),
-                    int(side),
-                );
+            Panel {
+                a: a.as_slice_mut().expect("it was checked to be dense"),
+                side,
+                start,
+                width: PANEL,
+                e: &mut e[start..],
+                tau: &mut tau[start..],
+                w: w.as_slice_mut().expect("a fresh array is dense"),
             }
+            .reduce();
             let next = start + PANEL;
             // A ← A − V·Wᵀ − W·Vᵀ on what is left: one product of twice the depth
             let v = a.slice(s![start..next, next..]);

@@ -6,6 +6,7 @@ use ndarray::{Array2, ArrayView2, Axis, CowArray, Ix2, LinalgScalar, ScalarOpera
 use openblas_src as _;
 
 use crate::error::{Error, Result};
+use crate::lanes::Vectors;
 
 /// A LAPACK dimension. Every matrix side we hand over is far below 2³¹: its square would not fit in memory.
 pub(super) fn int(n: usize) -> c_int {
@@ -39,7 +40,13 @@ pub(super) const LOWER: c_char = b'L' as c_char;
 
 /// f32 and f64, each with its LAPACK routines.
 pub trait Real:
-    LinalgScalar + ScalarOperand + Default + PartialOrd + Into<f64> + std::ops::Neg<Output = Self>
+    LinalgScalar
+    + ScalarOperand
+    + Default
+    + PartialOrd
+    + Into<f64>
+    + std::ops::Neg<Output = Self>
+    + Vectors
 {
     const ONE: Self;
     const ROUTINES: [&'static str; 4];
@@ -51,18 +58,6 @@ pub trait Real:
     const PANEL: usize;
     /// A panel in this precision and row-major order, copied only if it must be.
     fn laid_out(panel: ArrayView2<'_, f32>) -> CowArray<'_, Self, Ix2>;
-    /// Reduces the first `width` columns of a symmetric matrix (lower half) of side n, leading side lda.
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn raw_latrd(
-        n: c_int,
-        width: c_int,
-        a: *mut Self,
-        lda: c_int,
-        e: *mut Self,
-        tau: *mut Self,
-        w: *mut Self,
-        ldw: c_int,
-    );
     #[allow(clippy::too_many_arguments)]
     unsafe fn raw_sytrd(
         n: c_int,
@@ -161,19 +156,8 @@ fn borrowed_or_row_major(panel: ArrayView2<'_, f32>) -> CowArray<'_, f32, Ix2> {
 }
 
 macro_rules! real {
-    ($t:ty, $names:expr, $unit:expr, $panel:expr, $laid_out:expr, $latrd:ident, $sytrd:ident, $stedc:ident, $sterf:ident, $larft:ident, $laed4:ident) => {
+    ($t:ty, $names:expr, $unit:expr, $panel:expr, $laid_out:expr, $sytrd:ident, $stedc:ident, $sterf:ident, $larft:ident, $laed4:ident) => {
         unsafe extern "C" {
-            fn $latrd(
-                uplo: *const c_char,
-                n: *const c_int,
-                nb: *const c_int,
-                a: *mut $t,
-                lda: *const c_int,
-                e: *mut $t,
-                tau: *mut $t,
-                w: *mut $t,
-                ldw: *const c_int,
-            );
             fn $laed4(
                 n: *const c_int,
                 i: *const c_int,
@@ -198,18 +182,6 @@ macro_rules! real {
             }
             fn laid_out(panel: ArrayView2<'_, f32>) -> CowArray<'_, Self, Ix2> {
                 $laid_out(panel)
-            }
-            unsafe fn raw_latrd(
-                n: c_int,
-                width: c_int,
-                a: *mut Self,
-                lda: c_int,
-                e: *mut Self,
-                tau: *mut Self,
-                w: *mut Self,
-                ldw: c_int,
-            ) {
-                unsafe { $latrd(&LOWER, &n, &width, a, &lda, e, tau, w, &ldw) }
             }
             unsafe fn raw_sytrd(
                 n: c_int,
@@ -294,7 +266,6 @@ real!(
     f32::EPSILON as f64 / 2.0,
     2048,
     borrowed_or_row_major,
-    slatrd_,
     ssytrd_,
     sstedc_,
     ssterf_,
@@ -307,7 +278,6 @@ real!(
     f64::EPSILON / 2.0,
     512,
     |panel| CowArray::from(row_major(panel)),
-    dlatrd_,
     dsytrd_,
     dstedc_,
     dsterf_,

@@ -76,6 +76,9 @@ const F32_ERROR_PER_KAPPA2: f64 = 4.0 * 5.96e-8;
 /// What single precision may add to the errors of [`Algorithm::fast`], which are ten times as large.
 const FAST_TOLERANCE: f64 = 1e-2;
 
+/// The largest share of the side that the space of [`Algorithm::fast`] may take.
+const FAST_SHARE: f64 = 0.6;
+
 /// ‖M‖ ≥ σ₁ with which σ fits f32, and the products with M are not all denormal.
 const F32_NORMS: RangeInclusive<f64> = f32::MIN_POSITIVE as f64..=f32::MAX as f64;
 
@@ -376,7 +379,7 @@ impl Problem<'_> {
         let (side, _) = self.short.dim();
         let share = q as f64 / side as f64;
         let worth_it = self.thresholds.suits_krylov(side, q);
-        if !(worth_it || self.algorithm.fast && share < 0.5) || q == 0 {
+        if !(worth_it || self.algorithm.fast) || q == 0 {
             return None;
         }
         // degree against width: a larger block feeds the kernels better and needs more vectors
@@ -386,7 +389,11 @@ impl Problem<'_> {
             .min(side / 4);
         let whole = |vectors: f64| (vectors as usize).next_multiple_of(block);
         Some(if self.algorithm.fast {
-            let first = whole(2.0 * q as f64 + block as f64).min(side);
+            let first = whole(2.0 * q as f64 + block as f64);
+            // where it would take most of the side, the exact way costs no more
+            if first as f64 > FAST_SHARE * side as f64 {
+                return None;
+            }
             Growth {
                 block,
                 first,

@@ -14,7 +14,7 @@ use super::header::{Entry, Header};
 use crate::contents::Section;
 use crate::error::{Error, IoContext, Result};
 use crate::json;
-use crate::sum::{Sum, sha256_hex};
+use crate::sum::{Sum, both, sha256_file, sha256_hex};
 
 /// How the files of a checkpoint are called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -257,6 +257,7 @@ impl Checkpoint {
     pub fn file_sha256(&self, file: &WeightFile, progress: impl FnMut(u64)) -> Result<String> {
         match self.storage.stated_sha256(&file.name) {
             Some(stated) => Ok(stated),
+            None if !self.is_remote() => sha256_file(&self.dir.join(&file.name), progress),
             None => Ok(self.hash(file, progress)?.0),
         }
     }
@@ -278,8 +279,8 @@ impl Checkpoint {
         for entry in &file.header.entries {
             let mut sum = Sum::default();
             self.blocks(&file.name, entry, |block| {
-                whole.update(&block.bytes);
-                sum.update(&block.bytes);
+                let sums = |bytes: &[u8]| sum.update(bytes);
+                both(&block.bytes, |bytes| whole.update(bytes), sums);
                 progress(block.bytes.len() as u64);
                 Ok(())
             })?;

@@ -52,23 +52,17 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Calls `visit` with the stored form, piece by piece.
-    pub fn for_each_block(&self, mut visit: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    /// The stored form.
+    pub fn bytes(&self) -> &'a [u8] {
         match self.values {
-            Values::Stored(bytes) => visit(bytes),
-            Values::F32(values) => {
-                let mut block = [0u8; 1 << 14];
-                for values in values.chunks(block.len() / 4) {
-                    for (bytes, x) in block.as_chunks_mut::<4>().0.iter_mut().zip(values) {
-                        *bytes = x.to_le_bytes();
-                    }
-                    visit(&block[..4 * values.len()])?;
-                }
-                Ok(())
-            }
+            Values::Stored(bytes) => bytes,
+            Values::F32(values) => bytemuck::cast_slice(values),
         }
     }
 }
+
+// tensors are stored little-endian, and their numbers are read and written where they lie
+const _: () = assert!(cfg!(target_endian = "little"));
 
 /// The name of a dtype as safetensors headers write it (`BF16`).
 pub fn dtype_name(dtype: Dtype) -> String {
@@ -102,11 +96,10 @@ impl Elements {
             values.len(),
             "the shape covers the values"
         );
-        let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         Self {
             dtype: Dtype::F32,
             shape: shape.to_vec(),
-            bytes,
+            bytes: bytemuck::cast_slice(values).to_vec(),
         }
     }
 
@@ -231,14 +224,9 @@ mod tests {
     #[test]
     fn a_view_of_f32_gives_the_stored_bytes() {
         let values: Vec<f32> = (0..10_000).map(|i| i as f32 * -0.37).collect();
-        let mut bytes = Vec::new();
-        View::f32(&[100, 100], &values)
-            .for_each_block(|block| {
-                bytes.extend_from_slice(block);
-                Ok(())
-            })
-            .expect("visits");
-        assert_eq!(bytes, Elements::from_f32(&[100, 100], &values).bytes);
+        let view = View::f32(&[100, 100], &values);
+        let stored = Elements::from_f32(&[100, 100], &values);
+        assert_eq!(view.bytes(), stored.bytes);
     }
 
     #[test]

@@ -20,6 +20,8 @@ pub struct FileSink {
     path: PathBuf,
     /// `None` where nobody asks for the sum.
     hash: Option<Sha256>,
+    /// Whether it outlives a power cut from [`FileSink::finish`] on.
+    durable: bool,
     finished: bool,
 }
 
@@ -36,6 +38,7 @@ impl FileSink {
             temporary,
             path: path.into(),
             hash: Some(Sha256::new()),
+            durable: true,
             finished: false,
         })
     }
@@ -47,6 +50,7 @@ impl FileSink {
             temporary: PathBuf::new(),
             path: path.into(),
             hash: Some(Sha256::new()),
+            durable: true,
             finished: false,
         }
     }
@@ -74,10 +78,15 @@ impl FileSink {
         let Some(file) = &self.file else {
             return Ok(());
         };
-        file.sync_all().context("flush", &self.path)?;
+        if self.durable {
+            file.sync_all().context("flush", &self.path)?;
+        }
         std::fs::rename(&self.temporary, &self.path).context("rename", &self.path)?;
         self.finished = true;
-        sync_directory(&self.path)
+        if self.durable {
+            sync_directory(&self.path)?;
+        }
+        Ok(())
     }
 }
 
@@ -94,6 +103,17 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<String> {
     let mut sink = FileSink::create(path)?;
     sink.write(bytes)?;
     sink.finish()
+}
+
+/// Makes files durable that were written without being so.
+pub fn flush<'p>(paths: impl IntoIterator<Item = &'p Path>) -> Result<()> {
+    let mut last = None;
+    for path in paths {
+        let file = File::open(path).context("open", path)?;
+        file.sync_all().context("flush", path)?;
+        last = Some(path);
+    }
+    last.map_or(Ok(()), sync_directory)
 }
 
 /// Gives a finished file another name, durably.
@@ -141,10 +161,12 @@ impl ShardWriter {
         })
     }
 
-    /// For a file whose tensors are summed one by one: its own sum is not worth a pass over all bytes.
-    pub fn create_unsummed(path: &Path, header: Header) -> Result<Self> {
+    /// For a file on its way into another: it is neither summed nor flushed. Whoever wrote it has summed its tensors one by
+    /// one, and whoever reads it tells by them what a power cut has made of it.
+    pub fn create_passing(path: &Path, header: Header) -> Result<Self> {
         let mut writer = Self::create(path, header)?;
         writer.sink.hash = None;
+        writer.sink.durable = false;
         Ok(writer)
     }
 
@@ -183,7 +205,7 @@ impl ShardWriter {
         assert_eq!(self.missing, 0, "a tensor is as long as announced");
     }
 
-    /// Completes a file created by [`ShardWriter::create_unsummed`].
+    /// Completes a file created by [`ShardWriter::create_passing`].
     pub fn close(mut self) -> Result<()> {
         self.check_complete();
         self.sink.close()

@@ -268,7 +268,7 @@ fn a_corrupt_part_is_refused_by_file_and_tensor_and_can_be_repaired() {
     std::fs::write(victim, &flipped).expect("writes");
     world
         .run(&world.assemble(&parts, &out))
-        .refuses(&[&u.name, name, "sha256", "copy it again"]);
+        .refuses(&[&u.name, name, "blake3", "copy it again"]);
     assert!(!out.join("svd.safetensors.index.json").exists());
     world
         .run(&["verify", arg(&out)])

@@ -190,6 +190,46 @@ fn killed_parts_and_assemblies_continue_to_the_same_bytes() {
 }
 
 #[test]
+fn a_matrix_that_a_power_cut_has_spoilt_is_computed_again() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let part = world.path("part");
+    let decompose = [
+        "decompose",
+        arg(&base),
+        "--out",
+        arg(&part),
+        "--part",
+        "1/2",
+    ];
+    world.run(&decompose).succeeds();
+    let matrices = || files(&part.join("matrices"));
+    let before = matrices();
+    // as if the cut had come before the end: written back are neither the last bytes of one file nor any of another
+    let job = part.join(".svdhub/job.json");
+    let finished = std::fs::read_to_string(&job).expect("reads");
+    std::fs::write(&job, finished.replace("true", "false")).expect("writes");
+    let spoilt: Vec<PathBuf> = before
+        .keys()
+        .take(2)
+        .map(|name| part.join("matrices").join(name))
+        .collect();
+    let mut holes = std::fs::read(&spoilt[0]).expect("reads");
+    let length = holes.len();
+    holes[length - 4096..].fill(0);
+    std::fs::write(&spoilt[0], holes).expect("writes");
+    std::fs::write(&spoilt[1], "").expect("writes");
+    let again = world.run(&decompose).succeeds();
+    let done = format!(
+        "{} of {} matrices are done already",
+        before.len() - 2,
+        before.len()
+    );
+    assert!(again.stderr.contains(&done), "{}", again.stderr);
+    assert!(matrices() == before, "the same bytes again");
+}
+
+#[test]
 fn other_settings_do_not_continue_a_job() {
     let world = World::new();
     let base = world.model("base", Dtype::BF16, u64::MAX);
