@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use rayon::prelude::*;
 use serde_json::Value;
@@ -12,6 +13,7 @@ use crate::format::Pin;
 use crate::front_matter;
 use crate::json;
 use crate::sum::sha256_file;
+use crate::weights::checkpoint::WeightFile;
 use crate::weights::shard::write_atomically;
 use crate::weights::{Checkpoint, Layout, TensorSums};
 use crate::workspace::{STATE_DIR, Workspace};
@@ -45,18 +47,56 @@ impl Base {
 
     /// The sha256 of every weight file; of files that stay on the Hub, as the Hub says.
     pub fn hash(&self, observer: &dyn Observer) -> Result<BTreeMap<String, String>> {
+        let sums = self.of_each_file(observer, |file, progress| {
+            self.checkpoint.file_sha256(file, progress)
+        })?;
+        Ok(sums.into_iter().collect())
+    }
+
+    /// The same sums, and the same base, which knows those of its tensors from now on if its files lie here.
+    pub fn summed(&self, observer: &dyn Observer) -> Result<(BTreeMap<String, String>, Self)> {
+        if self.checkpoint.is_remote() {
+            return Ok((self.hash(observer)?, self.clone()));
+        }
+        let sums = self.of_each_file(observer, |file, progress| {
+            self.checkpoint.hash(file, progress)
+        })?;
+        let (mut files, mut tensors) = (BTreeMap::new(), TensorSums::new());
+        for (name, (whole, parts)) in sums {
+            files.insert(name, whole);
+            tensors.extend(parts);
+        }
+        let base = Self {
+            checkpoint: self.checkpoint.with_sums(tensors),
+            ..self.clone()
+        };
+        Ok((files, base))
+    }
+
+    /// Goes over every weight file, several at a time; `sum` tells its observer of the bytes it has read.
+    fn of_each_file<R: Send>(
+        &self,
+        observer: &dyn Observer,
+        sum: impl Fn(&WeightFile, &mut dyn FnMut(u64)) -> Result<R> + Sync,
+    ) -> Result<Vec<(String, R)>> {
         let files = &self.checkpoint.inventory.files;
         let total = files.iter().map(|f| f.header.file_bytes()).sum();
         observer.start(Stage::Hash, total, Unit::Bytes);
+        // each takes a block of memory, which over a network is a large one
+        let one_after_another = match self.checkpoint.is_remote() {
+            true => files.len().max(1),
+            false => 1,
+        };
         let sums = files
             .par_iter()
+            .with_min_len(one_after_another)
             .map(|file| {
-                let sum = self.checkpoint.file_sha256(file, |bytes| {
+                let sum = sum(file, &mut |bytes| {
                     observer.advance(Stage::Hash, bytes, &file.name);
                 })?;
                 Ok((file.name.clone(), sum))
-            })
-            .collect();
+            });
+        let sums = sums.collect();
         observer.finish(Stage::Hash);
         sums
     }
@@ -72,17 +112,10 @@ impl Base {
         let sums: TensorSums = if let Some(kept) = kept.filter(|kept| kept.exists()) {
             json::read(kept)?
         } else {
-            let files = &self.checkpoint.inventory.files;
-            let total = files.iter().map(|f| f.header.file_bytes()).sum();
-            observer.start(Stage::Hash, total, Unit::Bytes);
-            let mut all = TensorSums::new();
-            for file in files {
-                let (_, sums) = self.checkpoint.hash(file, |bytes| {
-                    observer.advance(Stage::Hash, bytes, &file.name);
-                })?;
-                all.extend(sums);
-            }
-            observer.finish(Stage::Hash);
+            let sums = self.of_each_file(observer, |file, progress| {
+                self.checkpoint.hash(file, progress)
+            })?;
+            let all: TensorSums = sums.into_iter().flat_map(|(_, (_, sums))| sums).collect();
             if let Some(kept) = kept {
                 let json = serde_json::to_vec(&all).expect("sums serialise");
                 write_atomically(kept, &json)?;
@@ -119,6 +152,42 @@ impl Base {
         }
         Ok(())
     }
+}
+
+/// The weight files of a base as they were at a certain moment.
+pub struct Seen(Vec<(PathBuf, Stamp)>);
+
+/// Bytes and time of the last change.
+type Stamp = (u64, SystemTime);
+
+impl Seen {
+    /// Looks at the files of a checkpoint that lie here.
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
+        let files = checkpoint.inventory.files.iter();
+        let files = files.filter(|_| !checkpoint.is_remote());
+        let stamps = files.map(|file| {
+            let path = checkpoint.dir.join(&file.name);
+            let stamp = stamp(&path)?;
+            Ok((path, stamp))
+        });
+        Ok(Self(stamps.collect::<Result<_>>()?))
+    }
+
+    /// Refuses files that have been written to since.
+    pub fn refuse_change(&self) -> Result<()> {
+        for (path, before) in &self.0 {
+            if stamp(path)? != *before {
+                return Err(Error::BaseChanged { path: path.clone() });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn stamp(path: &Path) -> Result<Stamp> {
+    let metadata = std::fs::metadata(path).context("read", path)?;
+    let changed = metadata.modified().context("read", path)?;
+    Ok((metadata.len(), changed))
 }
 
 /// Where a decomposition remembers its local base: in the folder that is never published.

@@ -8,16 +8,16 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use ndarray::Array2;
+use ndarray::ArrayView2;
 
-use crate::base::{Base, remember};
+use crate::base::{Base, Seen, remember};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{ArtifactLayout, FactorsDtype, ModuleRecord, Pin, Rank};
 use crate::job::{Job, MATRICES, Share, ShareRecord};
 use crate::join::{self, Frame, Join, PARTS};
 use crate::json::Tool;
-use crate::linalg::{self, Wanted, certify, svd::energy};
+use crate::linalg::{self, Wanted, certify};
 use crate::model::ModelConfig;
 use crate::outlet::Outlet;
 use crate::part::Part;
@@ -25,7 +25,7 @@ use crate::plan::{Plan, PlannedTensor};
 use crate::split::Factors;
 use crate::sum::sha256_hex;
 use crate::weights::shard::{flush, write_atomically};
-use crate::weights::{Checkpoint, dtype_name};
+use crate::weights::{Checkpoint, Elements, dtype_name};
 use crate::workers::{self, Arrivals, Cost, Limits};
 use crate::workspace::{Claim, PART_FILE, Workspace, bytes_in, check_free_space};
 use crate::{heap, ranks, report};
@@ -54,7 +54,12 @@ pub fn run_to(
     observer: &dyn Observer,
 ) -> Result<Facts> {
     let started = Instant::now();
-    let (plan, job) = prepare(base, options, observer)?;
+    let Prepared {
+        plan,
+        job,
+        base,
+        seen,
+    } = prepare(base, options, observer)?;
     let mut settings = job.settings();
     settings.extend(outlet.map(|outlet| ("shards go to".into(), outlet.place())));
     let (mut workspace, claim) = Workspace::claim(out, "decompose", settings)?;
@@ -117,6 +122,7 @@ pub fn run_to(
             |arrivals| join.write_shards(joined, Some(arrivals)),
         )?
         .expect("no worker failed, so every part has arrived");
+    seen.refuse_change()?;
     let facts = join.complete(joined, plan.threads, started.elapsed().as_secs_f64())?;
     workspace.finish()?;
     join::clean_up(&workspace);
@@ -137,7 +143,12 @@ pub fn run_share(
     observer: &dyn Observer,
 ) -> Result<ShareRecord> {
     let started = Instant::now();
-    let (plan, job) = prepare(base, options, observer)?;
+    let Prepared {
+        plan,
+        job,
+        base,
+        seen,
+    } = prepare(base, options, observer)?;
     let mut settings = job.settings();
     settings.insert("part".into(), share.to_string());
     let (mut workspace, claim) = Workspace::claim(out, "decompose", settings)?;
@@ -175,6 +186,7 @@ pub fn run_share(
         Ok(std::iter::from_fn(|| arrivals.recv()).collect())
     })?;
     parts.extend(arrived);
+    seen.refuse_change()?;
     let files = parts.values().filter_map(|part| part.file.as_ref());
     flush(files.map(|file| file.path.as_path()))?;
     let modules = parts.into_iter().filter_map(|(module, part)| {
@@ -258,7 +270,16 @@ fn is_whole(record: &ShareRecord, folder: &Path) -> bool {
 }
 
 /// What will be done, and what makes it this job and no other.
-fn prepare(base: &Base, options: &Options, observer: &dyn Observer) -> Result<(Plan, Job)> {
+struct Prepared {
+    plan: Plan,
+    job: Job,
+    /// Knows the sums of its tensors, if it lies here.
+    base: Base,
+    /// Its files, when their sums were taken.
+    seen: Seen,
+}
+
+fn prepare(base: &Base, options: &Options, observer: &dyn Observer) -> Result<Prepared> {
     linalg::single_threaded_blas();
     heap::keep_some();
     let config = ModelConfig::read(&base.dir)?;
@@ -268,15 +289,22 @@ fn prepare(base: &Base, options: &Options, observer: &dyn Observer) -> Result<(P
         &base.checkpoint.inventory,
         &options.plan,
     )?;
+    let seen = Seen::of(&base.checkpoint)?;
+    let (sha256, base) = base.summed(observer)?;
     let job = Job {
         base: Pin {
             repo: base.repo.clone(),
             revision: base.revision.clone(),
-            sha256: base.hash(observer)?,
+            sha256,
         },
         options: options.clone(),
     };
-    Ok((plan, job))
+    Ok(Prepared {
+        plan,
+        job,
+        base,
+        seen,
+    })
 }
 
 /// Decomposes matrices into files of their own.
@@ -371,21 +399,29 @@ impl Compute<'_> {
     fn compute_part(&self, tensor: &PlannedTensor) -> Result<Part> {
         let (module, checkpoint) = (tensor.module(), &self.base.checkpoint);
         let stored = checkpoint.read_finite(&tensor.stored_as())?;
-        let (dtype, sha256) = (stored.dtype, sha256_hex(&stored.bytes));
+        let (dtype, shape) = (stored.dtype, [stored.shape[0], stored.shape[1]]);
+        let sha256 = match checkpoint.known_sha256(&tensor.stored_as()) {
+            Some(known) => known.to_string(),
+            None => sha256_hex(&stored.bytes),
+        };
         let wanted = match self.options.plan.rank {
             Rank::Energy(share) => Wanted::Energy(share),
             _ => Wanted::Triplets(tensor.q.expect("every other rank was resolved before")),
         };
-        let [m, n] = [stored.shape[0], stored.shape[1]];
+        // M once, not twice, while it is decomposed: M′ reads it again if these are not its numbers
+        let widened = match stored.as_f32() {
+            Some(_) => Vec::new(),
+            None => stored.to_f32(),
+        };
+        let stored = widened.is_empty().then_some(stored);
         let (factors, record) = {
-            let matrix = Array2::from_shape_vec((m, n), stored.to_f32())
+            let lying = stored.as_ref().and_then(Elements::as_f32);
+            let matrix = ArrayView2::from_shape(shape, lying.unwrap_or(&widened))
                 .expect("a tensor has as many values as its shape says");
-            // M once, not twice, while it is decomposed; M′ reads it again
-            drop(stored);
             let svd = linalg::decompose_on(
                 &self.options.backend,
                 module,
-                matrix.view(),
+                matrix,
                 wanted,
                 &self.options.algorithm,
             )?;
@@ -396,18 +432,18 @@ impl Compute<'_> {
                     svd.route.describe()
                 ));
             }
-            let (captured_energy, residual_norm) = energy(matrix.view(), &svd.sigma);
+            let (captured_energy, residual_norm) = svd.energy();
             let dtype_of_factors = self.options.plan.storing.factors;
             let (route, sigma) = (svd.route, svd.sigma);
             let (u, v) = (dtype_of_factors.round(svd.u), dtype_of_factors.round(svd.v));
             let certificate = match dtype_of_factors {
                 FactorsDtype::F32 => svd.certificate,
                 // of what is stored
-                FactorsDtype::Bf16 => certify(matrix.view(), &u, &sigma, &v, 1)?,
+                FactorsDtype::Bf16 => certify(matrix, &u, &sigma, &v, 1)?,
             };
             let record = ModuleRecord {
                 q,
-                shape: [m, n],
+                shape,
                 dtype: dtype_name(dtype),
                 bias: checkpoint.inventory.contains(&format!("{module}.bias")),
                 tied_to: tensor.tied_to.clone(),
@@ -422,9 +458,11 @@ impl Compute<'_> {
             };
             (Factors { u, sigma, v }, record)
         };
-        let matrix = match self.options.plan.storing.layout {
-            ArtifactLayout::Residual => Some(checkpoint.read(&tensor.stored_as())?),
-            ArtifactLayout::Sidecar => None,
+        drop(widened);
+        let matrix = match (self.options.plan.storing.layout, stored) {
+            (ArtifactLayout::Sidecar, _) => None,
+            (ArtifactLayout::Residual, Some(stored)) => Some(stored),
+            (ArtifactLayout::Residual, None) => Some(checkpoint.read(&tensor.stored_as())?),
         };
         Part::of(
             self.folder,

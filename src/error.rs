@@ -213,6 +213,8 @@ pub enum Error {
         budget: u64,
         matrices: usize,
     },
+    #[error("{} was written to while it was decomposed", path.display())]
+    BaseChanged { path: PathBuf },
     #[error("the head of {} cannot be untied: {reason}", path.display())]
     HeadNotTied { path: PathBuf, reason: String },
 

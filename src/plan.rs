@@ -266,7 +266,8 @@ impl PlannedTensor {
         let (s, l) = (m.min(n), m.max(n));
         let matrix = 4 * m * n;
         let factors = 4 * q * (m + n);
-        let reading = self.bytes + matrix;
+        let widened = if self.dtype == "F32" { 0 } else { matrix };
+        let reading = self.bytes + widened;
         let solving = matrix + Foreseeable::of(self).solver_bytes(s, q);
         let completing = matrix + factors + 2 * q * l;
         let splitting = match storing.layout {
@@ -275,7 +276,7 @@ impl PlannedTensor {
                 let tile = 8 * (rows * columns + q * (rows + columns));
                 // a sixth of the elements: positions in 8 bytes, values in 4
                 let exact = if self.dtype == "F32" { 2 * m * n } else { 0 };
-                self.bytes + 2 * matrix + factors + tile + exact
+                self.bytes + widened + matrix + factors + tile + exact
             }
             ArtifactLayout::Sidecar => 0,
         };

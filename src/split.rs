@@ -220,7 +220,7 @@ impl Factors {
     pub fn residual(&self, matrix: &Elements) -> Residual {
         let (m, n) = self.shape();
         assert_eq!(matrix.shape, [m, n], "the factors belong to the matrix");
-        let original = matrix.to_f32();
+        let original = matrix.values();
         let width = matrix.dtype.bitsize() / 8;
         let weights = self.sigma_f64();
         let (rows, columns) = self.bounds(&weights);
@@ -336,7 +336,7 @@ impl Factors {
         if change.is_zero() && whole.is_none() {
             return (matrix.round(rounder), loss);
         }
-        let original = matrix.to_f32();
+        let original = matrix.values();
         let dtype = rounder.dtype();
         let width = dtype.bitsize() / 8;
         let mut bytes = vec![0u8; original.len() * width];

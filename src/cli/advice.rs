@@ -89,6 +89,9 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::BeyondSingle { .. } | Error::Uncertified { .. } => {
             "leave this weight as it is with --exclude"
         }
+        Error::BaseChanged { .. } => {
+            "remove --out and decompose again, from files that stay as they are"
+        }
         Error::HeadNotTied { .. } => "leave out --untie-head",
         Error::Diverged { .. } => "lower --lr",
         Error::DeadGradient { .. } => {

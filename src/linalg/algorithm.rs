@@ -94,10 +94,22 @@ pub struct Svd {
     pub sigma: Array1<f32>,
     /// (q, n)
     pub v: Array2<f32>,
+    /// ‖M‖², Frobenius
+    pub norm_squared: f64,
     pub route: Route,
     pub certificate: Certificate,
     /// A cheaper route whose result was not good enough, if one was tried.
     pub refused: Option<Refused>,
+}
+
+impl Svd {
+    /// Share of ‖M‖² in the triplets, and the norm of what is left.
+    pub fn energy(&self) -> (f64, f64) {
+        let (total, kept) = (self.norm_squared, self.sigma.mapv(f64::from));
+        let kept = kept.dot(&kept);
+        let share = if total > 0.0 { kept / total } else { 1.0 };
+        (share.min(1.0), (total - kept).max(0.0).sqrt())
+    }
 }
 
 /// A route that was tried and left.

@@ -8,7 +8,7 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2, s};
 use super::real::{Real, zeros};
 
 /// Blocks of a triangle that are computed whole: small enough to waste little, large enough for the kernels.
-const TRIANGLE_BLOCK: usize = 320;
+const TRIANGLE_BLOCK: usize = 96;
 
 /// `c ← kept·c + factor·a·b`, each in any layout.
 pub fn multiply<T: Real>(

@@ -513,6 +513,7 @@ impl Problem<'_> {
             u,
             sigma,
             v,
+            norm_squared: self.norm_squared,
             route,
             certificate,
             refused: None,
@@ -587,18 +588,6 @@ fn norm_squared(matrix: ArrayView2<f32>) -> f64 {
         short.reversed_axes()
     };
     along.rows().into_iter().map(rows::norm_squared).sum()
-}
-
-/// Share of ‖M‖² in the kept triplets, and the norm of what is left.
-pub fn energy(matrix: ArrayView2<f32>, sigma: &Array1<f32>) -> (f64, f64) {
-    let total = norm_squared(matrix);
-    let kept: f64 = sigma.iter().map(|&x| f64::from(x).powi(2)).sum();
-    let share = if total > 0.0 {
-        (kept / total).min(1.0)
-    } else {
-        1.0
-    };
-    (share, (total - kept).max(0.0).sqrt())
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! The elements of a tensor: bytes as the checkpoint holds them, and as numbers.
 
+use std::borrow::Cow;
 use std::path::Path;
 
-use half::{bf16, f16};
+use half::f16;
 use safetensors::Dtype;
 
 use super::rounding::{Rounder, push_rounded};
@@ -113,6 +114,23 @@ impl Elements {
         values
     }
 
+    /// The values where they lie, if they are stored in f32.
+    pub fn as_f32(&self) -> Option<&[f32]> {
+        let lies = self.dtype == Dtype::F32;
+        lies.then(|| bytemuck::try_cast_slice(&self.bytes).ok())?
+    }
+
+    /// The values in f32, copied only if they must be.
+    ///
+    /// # Panics
+    /// As [`Elements::to_f32`].
+    pub fn values(&self) -> Cow<'_, [f32]> {
+        match self.as_f32() {
+            Some(values) => values.into(),
+            None => self.to_f32().into(),
+        }
+    }
+
     /// Rounds every element to nearest-even in `dtype`.
     pub fn cast(&self, dtype: Dtype) -> Self {
         if dtype == self.dtype {
@@ -164,18 +182,9 @@ impl Elements {
             return None;
         }
         let at = match self.dtype {
-            Dtype::F32 => self
-                .bytes
-                .chunks_exact(4)
-                .position(|b| !f32::from_le_bytes([b[0], b[1], b[2], b[3]]).is_finite()),
-            Dtype::F16 => self
-                .bytes
-                .chunks_exact(2)
-                .position(|b| !f16::from_le_bytes([b[0], b[1]]).is_finite()),
-            _ => self
-                .bytes
-                .chunks_exact(2)
-                .position(|b| !bf16::from_le_bytes([b[0], b[1]]).is_finite()),
+            Dtype::F32 => first_beyond(&self.bytes, |b| u32::from_le_bytes(b) << 1 >= 0xff << 24),
+            Dtype::F16 => first_beyond(&self.bytes, |b| u16::from_le_bytes(b) << 1 >= 0x1f << 11),
+            _ => first_beyond(&self.bytes, |b| u16::from_le_bytes(b) << 1 >= 0xff << 8),
         }?;
         let width = self.dtype.bitsize() / 8;
         let mut value = [0f32];
@@ -192,6 +201,22 @@ impl Elements {
         }
         Some((index, value[0]))
     }
+}
+
+/// The first element of W bytes with the exponent of infinity. A block at a time: none is what is usual.
+fn first_beyond<const W: usize>(
+    bytes: &[u8],
+    is_beyond: impl Fn([u8; W]) -> bool,
+) -> Option<usize> {
+    const BLOCK: usize = 1 << 10;
+    let elements = bytes.as_chunks::<W>().0;
+    let mut blocks = elements.chunks(BLOCK).zip((0..).step_by(BLOCK));
+    blocks.find_map(|(block, start)| {
+        // every one is looked at: that is a loop over whole vectors
+        let any = block.iter().fold(false, |any, &b| any | is_beyond(b));
+        let at = any.then(|| block.iter().position(|&b| is_beyond(b)))?;
+        at.map(|at| start + at)
+    })
 }
 
 /// Converts stored bytes to f32, exactly.
