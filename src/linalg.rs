@@ -13,6 +13,7 @@ mod panel;
 mod product;
 mod real;
 mod rows;
+mod secular;
 pub mod svd;
 
 pub use algorithm::{Algorithm, Refused, Route, Svd, Wanted};

@@ -1,7 +1,7 @@
 //! Leading eigenpairs of a tridiagonal matrix from those of its two halves.
 //!
-//! The last and dearest step of divide and conquer (Cuppen 1981; Gu & Eisenstat 1995), done for the wanted pairs alone:
-//! LAPACK's stedc computes all of them. The halves are LAPACK's.
+//! Divide and conquer (Cuppen 1981; Gu & Eisenstat 1995), whose last and dearest step is done for the wanted pairs alone:
+//! LAPACK's stedc computes all of them. Small halves are LAPACK's.
 
 use std::ops::Range;
 
@@ -9,6 +9,7 @@ use ndarray::{Array2, s};
 
 use super::product::multiply;
 use super::real::{Real, zeros};
+use super::secular;
 use crate::error::Result;
 
 /// T = diag(T₁, T₂) + ρ·u·uᵀ, with T₁ = q₁ᵀ·diag(d₁)·q₁ and T₂ likewise: D + ρ·z·zᵀ in the basis of q₁ and q₂.
@@ -35,7 +36,7 @@ struct Deflated<T> {
 }
 
 /// Sides from which halves are worth their own step.
-pub const WORTH_IT: usize = 256;
+pub const WORTH_IT: usize = 128;
 
 /// The q largest eigenvalues, descending, and their eigenvectors, one per row, of the tridiagonal matrix (d, e).
 pub fn leading<T: Real>(d: &[T], e: &[T], q: usize) -> Result<(Vec<T>, Array2<T>)> {
@@ -45,7 +46,7 @@ pub fn leading<T: Real>(d: &[T], e: &[T], q: usize) -> Result<(Vec<T>, Array2<T>
     let halves = Halves::of(&scaled(d), &scaled(e))?;
     let side = d.len();
     let deflated = halves.deflate();
-    let (roots, mut gaps) = deflated.roots(halves.rho)?;
+    let (roots, mut gaps) = deflated.roots(halves.rho);
     let z = deflated.rederived_z(&gaps);
 
     // the q largest of both kinds, as (value, coupled?, position in its list)
@@ -56,8 +57,6 @@ pub fn leading<T: Real>(d: &[T], e: &[T], q: usize) -> Result<(Vec<T>, Array2<T>
     pairs.sort_by(|a, b| b.0.partial_cmp(&a.0).unwrap_or(std::cmp::Ordering::Equal));
     pairs.truncate(q);
 
-    // of two coupled entries at most, LAPACK gives the vector itself in place of the gaps
-    let is_secular = deflated.coupled.len() > 2;
     // each eigenvector in the basis of the halves' own: ẑᵢ/(dᵢ − λ), of unit length
     let mut inner = zeros::<T>(q, side);
     for (mut row, &(_, coupled, at)) in inner.rows_mut().into_iter().zip(&pairs) {
@@ -68,9 +67,7 @@ pub fn leading<T: Real>(d: &[T], e: &[T], q: usize) -> Result<(Vec<T>, Array2<T>
         let mut gap = gaps.row_mut(at);
         let mut square = 0f64;
         for (x, &z) in gap.iter_mut().zip(&z) {
-            if is_secular {
-                *x = z / *x;
-            }
+            *x = z / *x;
             let wide: f64 = (*x).into();
             square += wide * wide;
         }
@@ -100,6 +97,15 @@ pub fn leading<T: Real>(d: &[T], e: &[T], q: usize) -> Result<(Vec<T>, Array2<T>
     Ok((pairs.iter().map(|pair| pair.0 * size).collect(), vectors))
 }
 
+/// All eigenpairs of a tridiagonal matrix, in some order.
+fn all<T: Real>(d: &[T], e: &[T]) -> Result<(Vec<T>, Array2<T>)> {
+    if d.len() < WORTH_IT {
+        T::all_eigenpairs(d, e)
+    } else {
+        leading(d, e, d.len())
+    }
+}
+
 /// The size of the largest of some numbers; 1 if all are zero.
 fn power_of_two<'a, T: Real>(values: impl Iterator<Item = &'a T>) -> T {
     let largest = values.map(|&x| x.into().abs()).fold(0.0, f64::max);
@@ -122,8 +128,8 @@ impl<T: Real> Halves<T> {
         let mut d = d.to_vec();
         d[cut - 1] = d[cut - 1] - magnitude;
         d[cut] = d[cut] - magnitude;
-        let first = T::all_eigenpairs(&d[..cut], &e[..cut - 1])?;
-        let second = T::all_eigenpairs(&d[cut..], &e[cut..side - 1])?;
+        let first = all(&d[..cut], &e[..cut - 1])?;
+        let second = all(&d[cut..], &e[cut..side - 1])?;
         // u has 1 at the end of the first half and the sign of what lay between at the start of the second
         let half = T::from_f64(std::f64::consts::FRAC_1_SQRT_2);
         let sign = if between < T::default() { -half } else { half };
@@ -196,17 +202,9 @@ impl<T: Real> Halves<T> {
 
 impl<T: Real> Deflated<T> {
     /// The eigenvalues of the coupled part, and dᵢ − λⱼ for each, row j of all i, to full relative precision.
-    fn roots(&self, rho: T) -> Result<(Vec<T>, Array2<T>)> {
-        let count = self.coupled.len();
+    fn roots(&self, rho: T) -> (Vec<T>, Array2<T>) {
         let pick = |from: &[T]| -> Vec<T> { self.coupled.iter().map(|&i| from[i]).collect() };
-        let (d, z) = (pick(&self.d), pick(&self.z));
-        let mut gaps = zeros::<T>(count, count);
-        let mut roots = Vec::with_capacity(count);
-        for (at, mut row) in gaps.rows_mut().into_iter().enumerate() {
-            let gaps = row.as_slice_mut().expect("rows of a fresh array are dense");
-            roots.push(T::secular_root(at, &d, &z, rho, gaps)?);
-        }
-        Ok((roots, gaps))
+        secular::roots(&pick(&self.d), &pick(&self.z), rho)
     }
 
     /// The z for which the computed roots are the exact eigenvalues: with it, the vectors are orthogonal (Gu & Eisenstat).

@@ -165,25 +165,29 @@ impl<T: Real> Tridiagonal<T> {
         let starts: Vec<usize> = (0..count).step_by(BLOCK).collect();
         for &start in starts.iter().rev() {
             let block = start..(start + BLOCK).min(count);
-            // H = I − vᵀ·t·v, the compact WY form (Schreiber & Van Loan 1989)
             let width = block.len();
             let mut v = Array2::from_elem((width, count - start), T::default());
+            let tau = &self.tau[block.clone()];
             for (at, (mut row, j)) in v.rows_mut().into_iter().zip(block).enumerate() {
-                let row = row.as_slice_mut().expect("a fresh array is dense");
-                row[at] = T::ONE;
-                row[at + 1..].copy_from_slice(&self.reflector(j)[1..]);
+                // one with τ = 0 turns nothing
+                if tau[at] != T::default() {
+                    let row = row.as_slice_mut().expect("a fresh array is dense");
+                    row[at] = T::ONE;
+                    row[at + 1..].copy_from_slice(&self.reflector(j)[1..]);
+                }
             }
-            let mut t = Array2::from_elem((width, width), T::default());
-            // SAFETY: row-major (width, length) is column-major length × width; t is width × width.
-            unsafe {
-                T::raw_larft(
-                    int(v.ncols()),
-                    int(width),
-                    v.as_ptr(),
-                    self.tau.as_ptr().add(start),
-                    t.as_mut_ptr(),
-                );
+            // the product of the reflectors is I − vᵀ·t·v, and t⁻¹ is the lower half of v·vᵀ with 1/τ on its diagonal
+            // (Puglisi 1992)
+            let mut inverse = gemm(v.view(), false, v.view(), true);
+            for (diagonal, &tau) in inverse.diag_mut().into_iter().zip(tau) {
+                *diagonal = if tau == T::default() {
+                    T::ONE
+                } else {
+                    T::ONE / tau
+                };
             }
+            let mut t = Array2::eye(width);
+            solve_lower(inverse.view(), t.view_mut());
             let mut x = vectors.slice_mut(s![.., start + 1..]);
             let inner = gemm(x.view(), false, v.view(), true);
             let inner = gemm(inner.view(), false, t.view(), false);

@@ -49,7 +49,7 @@ pub trait Real:
     + Vectors
 {
     const ONE: Self;
-    const ROUTINES: [&'static str; 4];
+    const ROUTINES: [&'static str; 3];
     /// Half the distance from 1 to the next number: the unit roundoff.
     const UNIT: f64;
     fn from_f32(x: f32) -> Self;
@@ -81,17 +81,6 @@ pub trait Real:
         liwork: c_int,
     ) -> c_int;
     unsafe fn raw_sterf(n: c_int, d: *mut Self, e: *mut Self) -> c_int;
-    unsafe fn raw_larft(n: c_int, k: c_int, v: *const Self, tau: *const Self, t: *mut Self);
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn raw_laed4(
-        n: c_int,
-        at: c_int,
-        d: *const Self,
-        z: *const Self,
-        gaps: *mut Self,
-        rho: Self,
-        root: *mut Self,
-    ) -> c_int;
 
     /// All eigenvalues, ascending, and eigenvectors, one per row, of the tridiagonal matrix (d, e), by LAPACK's stedc.
     fn all_eigenpairs(d: &[Self], e: &[Self]) -> Result<(Vec<Self>, Array2<Self>)> {
@@ -117,34 +106,6 @@ pub trait Real:
         check(Self::ROUTINES[1], side, info)?;
         Ok((d, z))
     }
-
-    /// Eigenvalue `at` (ascending) of diag(d) + ρ·z·zᵀ, d ascending, ρ > 0; `gaps` receives dᵢ − λ for all i, or the
-    /// eigenvector itself if there are two d at most.
-    fn secular_root(
-        at: usize,
-        d: &[Self],
-        z: &[Self],
-        rho: Self,
-        gaps: &mut [Self],
-    ) -> Result<Self> {
-        let side = d.len();
-        assert!(at < side && z.len() == side && gaps.len() == side);
-        let mut root = Self::default();
-        // SAFETY: d, z and gaps have `side` values, `at` + 1 is from 1 to `side`.
-        let info = unsafe {
-            Self::raw_laed4(
-                int(side),
-                int(at + 1),
-                d.as_ptr(),
-                z.as_ptr(),
-                gaps.as_mut_ptr(),
-                rho,
-                &mut root,
-            )
-        };
-        check(Self::ROUTINES[3], side, info)?;
-        Ok(root)
-    }
 }
 
 fn borrowed_or_row_major(panel: ArrayView2<'_, f32>) -> CowArray<'_, f32, Ix2> {
@@ -156,22 +117,10 @@ fn borrowed_or_row_major(panel: ArrayView2<'_, f32>) -> CowArray<'_, f32, Ix2> {
 }
 
 macro_rules! real {
-    ($t:ty, $names:expr, $unit:expr, $panel:expr, $laid_out:expr, $sytrd:ident, $stedc:ident, $sterf:ident, $larft:ident, $laed4:ident) => {
-        unsafe extern "C" {
-            fn $laed4(
-                n: *const c_int,
-                i: *const c_int,
-                d: *const $t,
-                z: *const $t,
-                delta: *mut $t,
-                rho: *const $t,
-                dlam: *mut $t,
-                info: *mut c_int,
-            );
-        }
+    ($t:ty, $names:expr, $unit:expr, $panel:expr, $laid_out:expr, $sytrd:ident, $stedc:ident, $sterf:ident) => {
         impl Real for $t {
             const ONE: Self = 1.0;
-            const ROUTINES: [&'static str; 4] = $names;
+            const ROUTINES: [&'static str; 3] = $names;
             const UNIT: f64 = $unit;
             fn from_f64(x: f64) -> Self {
                 x as Self
@@ -232,57 +181,28 @@ macro_rules! real {
                 unsafe { lapack_sys::$sterf(&n, d, e, &mut info) };
                 info
             }
-            unsafe fn raw_laed4(
-                n: c_int,
-                at: c_int,
-                d: *const Self,
-                z: *const Self,
-                gaps: *mut Self,
-                rho: Self,
-                root: *mut Self,
-            ) -> c_int {
-                let mut info = 0;
-                unsafe { $laed4(&n, &at, d, z, gaps, &rho, root, &mut info) };
-                info
-            }
-            unsafe fn raw_larft(
-                n: c_int,
-                k: c_int,
-                v: *const Self,
-                tau: *const Self,
-                t: *mut Self,
-            ) {
-                let (forward, columns) = (b'F' as c_char, b'C' as c_char);
-                unsafe {
-                    lapack_sys::$larft(&forward, &columns, &n, &k, v.cast_mut(), &n, tau, t, &k)
-                };
-            }
         }
     };
 }
 real!(
     f32,
-    ["ssytrd", "sstedc", "ssterf", "slaed4"],
+    ["ssytrd", "sstedc", "ssterf"],
     f32::EPSILON as f64 / 2.0,
     2048,
     borrowed_or_row_major,
     ssytrd_,
     sstedc_,
-    ssterf_,
-    slarft_,
-    slaed4_
+    ssterf_
 );
 real!(
     f64,
-    ["dsytrd", "dstedc", "dsterf", "dlaed4"],
+    ["dsytrd", "dstedc", "dsterf"],
     f64::EPSILON / 2.0,
     512,
     |panel| CowArray::from(row_major(panel)),
     dsytrd_,
     dstedc_,
-    dsterf_,
-    dlarft_,
-    dlaed4_
+    dsterf_
 );
 
 /// (rows, columns) of zeros; large ones on huge pages.
