@@ -5,12 +5,13 @@
 
 use std::ops::Range;
 
-use ndarray::{Array2, s};
+use ndarray::{Array2, Axis, s};
 
 use super::product::multiply;
 use super::real::{Real, zeros};
-use super::secular;
+use super::secular::Roots;
 use crate::error::Result;
+use crate::lanes::widest;
 
 /// T = diag(T₁, T₂) + ρ·u·uᵀ, with T₁ = q₁ᵀ·diag(d₁)·q₁ and T₂ likewise: D + ρ·z·zᵀ in the basis of q₁ and q₂.
 struct Halves<T> {
@@ -35,6 +36,9 @@ struct Deflated<T> {
     rotations: Vec<(usize, usize, T, T)>,
 }
 
+/// Vectors that are put together at a time.
+const AT_ONCE: usize = 512;
+
 /// Sides from which halves are worth their own step.
 pub const WORTH_IT: usize = 128;
 
@@ -46,53 +50,48 @@ pub fn leading<T: Real>(d: &[T], e: &[T], q: usize) -> Result<(Vec<T>, Array2<T>
     let halves = Halves::of(&scaled(d), &scaled(e))?;
     let side = d.len();
     let deflated = halves.deflate();
-    let (roots, mut gaps) = deflated.roots(halves.rho);
-    let z = deflated.rederived_z(&gaps);
+    let roots = deflated.roots(halves.rho);
+    let z = deflated.rederived_z(&roots);
 
     // the q largest of both kinds, as (value, coupled?, position in its list)
     let mut pairs: Vec<(T, bool, usize)> = Vec::with_capacity(side);
-    pairs.extend(roots.iter().enumerate().map(|(at, &root)| (root, true, at)));
+    pairs.extend(
+        roots
+            .values()
+            .enumerate()
+            .map(|(at, root)| (root, true, at)),
+    );
     let alone = deflated.alone.iter().enumerate();
     pairs.extend(alone.map(|(at, &entry)| (deflated.d[entry], false, at)));
     pairs.sort_by(|a, b| b.0.partial_cmp(&a.0).unwrap_or(std::cmp::Ordering::Equal));
     pairs.truncate(q);
 
-    // each eigenvector in the basis of the halves' own: ẑᵢ/(dᵢ − λ), of unit length
-    let mut inner = zeros::<T>(q, side);
-    for (mut row, &(_, coupled, at)) in inner.rows_mut().into_iter().zip(&pairs) {
-        if !coupled {
-            row[deflated.alone[at]] = T::ONE;
-            continue;
-        }
-        let mut gap = gaps.row_mut(at);
-        let mut square = 0f64;
-        for (x, &z) in gap.iter_mut().zip(&z) {
-            *x = z / *x;
-            let wide: f64 = (*x).into();
-            square += wide * wide;
-        }
-        let scale = T::from_f64(1.0 / square.sqrt());
-        for (&entry, &x) in deflated.coupled.iter().zip(&gap) {
-            row[entry] = x * scale;
-        }
-    }
-    drop(gaps);
-    for &(p, j, c, s) in deflated.rotations.iter().rev() {
-        for mut row in inner.rows_mut() {
-            let (xp, xj) = (row[p], row[j]);
-            row[p] = c * xp - s * xj;
-            row[j] = s * xp + c * xj;
-        }
-    }
     let mut vectors = zeros::<T>(q, side);
-    for (half, basis) in halves.ranges().into_iter().zip(&halves.vectors) {
-        multiply(
-            &mut vectors.slice_mut(s![.., half.clone()]),
-            T::default(),
-            inner.slice(s![.., half]),
-            T::ONE,
-            basis.view(),
-        );
+    let mut inner = zeros::<T>(q.min(AT_ONCE), side);
+    for (pairs, mut vectors) in pairs
+        .chunks(AT_ONCE)
+        .zip(vectors.axis_chunks_iter_mut(Axis(0), AT_ONCE))
+    {
+        let mut inner = inner.slice_mut(s![..pairs.len(), ..]);
+        for (row, &(_, coupled, at)) in inner.rows_mut().into_iter().zip(pairs) {
+            let row = row.into_slice().expect("rows of a fresh array are dense");
+            row.fill(T::default());
+            if coupled {
+                deflated.vector(&roots, &z, at, row);
+            } else {
+                row[deflated.alone[at]] = T::ONE;
+            }
+            deflated.rotate(row);
+        }
+        for (half, basis) in halves.ranges().into_iter().zip(&halves.vectors) {
+            multiply(
+                &mut vectors.slice_mut(s![.., half.clone()]),
+                T::default(),
+                inner.slice(s![.., half]),
+                T::ONE,
+                basis.view(),
+            );
+        }
     }
     Ok((pairs.iter().map(|pair| pair.0 * size).collect(), vectors))
 }
@@ -201,24 +200,52 @@ impl<T: Real> Halves<T> {
 }
 
 impl<T: Real> Deflated<T> {
-    /// The eigenvalues of the coupled part, and dᵢ − λⱼ for each, row j of all i, to full relative precision.
-    fn roots(&self, rho: T) -> (Vec<T>, Array2<T>) {
+    /// The eigenvalues of the coupled part.
+    fn roots(&self, rho: T) -> Roots<T> {
         let pick = |from: &[T]| -> Vec<T> { self.coupled.iter().map(|&i| from[i]).collect() };
-        secular::roots(&pick(&self.d), &pick(&self.z), rho)
+        Roots::of(pick(&self.d), &pick(&self.z), rho)
+    }
+
+    /// Coupled eigenvector `at` in the basis of the halves' own: ẑᵢ/(dᵢ − λ), of unit length, before the rotations.
+    fn vector(&self, roots: &Roots<T>, z: &[T], at: usize, row: &mut [T]) {
+        let mut square = 0f64;
+        for ((&entry, &z), gap) in self.coupled.iter().zip(z).zip(roots.gaps(at)) {
+            let x = z / gap;
+            row[entry] = x;
+            let wide: f64 = x.into();
+            square += wide * wide;
+        }
+        let scale = T::from_f64(1.0 / square.sqrt());
+        row.iter_mut().for_each(|x| *x = *x * scale);
+    }
+
+    /// Undoes the rotations that set entries aside.
+    fn rotate(&self, row: &mut [T]) {
+        for &(p, j, c, s) in self.rotations.iter().rev() {
+            let (xp, xj) = (row[p], row[j]);
+            row[p] = c * xp - s * xj;
+            row[j] = s * xp + c * xj;
+        }
     }
 
     /// The z for which the computed roots are the exact eigenvalues: with it, the vectors are orthogonal (Gu & Eisenstat).
-    fn rederived_z(&self, gaps: &Array2<T>) -> Vec<T> {
-        let count = self.coupled.len();
-        let d: Vec<T> = self.coupled.iter().map(|&i| self.d[i]).collect();
-        let mut products: Vec<T> = (0..count).map(|i| gaps[(i, i)]).collect();
-        for (j, row) in gaps.rows().into_iter().enumerate() {
-            for (i, (product, &gap)) in products.iter_mut().zip(row).enumerate() {
-                if i != j {
-                    *product = *product * (gap / (d[i] - d[j]));
+    fn rederived_z(&self, roots: &Roots<T>) -> Vec<T> {
+        let d = roots.poles();
+        let mut products = vec![T::ONE; d.len()];
+        widest(
+            #[inline(always)]
+            || {
+                for (j, &pole) in d.iter().enumerate() {
+                    // of its own root, a pole takes the gap alone
+                    for (i, ((product, &d), gap)) in
+                        products.iter_mut().zip(d).zip(roots.gaps(j)).enumerate()
+                    {
+                        let apart = if i == j { T::ONE } else { d - pole };
+                        *product = *product * (gap / apart);
+                    }
                 }
-            }
-        }
+            },
+        );
         products
             .into_iter()
             .zip(&self.coupled)

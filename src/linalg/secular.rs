@@ -4,33 +4,60 @@
 //! time; between two poles, both sides' sums are replaced by what one pole each would make of them ("the middle way", Li
 //! 1993), and a bracket keeps every step between them.
 
-use ndarray::Array2;
-
-use super::real::{Real, zeros};
+use super::real::Real;
 use crate::lanes::{Simd, WithSimd, widest_of};
 
-/// The eigenvalues of diag(d) + ρ·z·zᵀ, ascending, and dᵢ − λⱼ, row j of all i, each to full relative precision.
-///
-/// d (n,) ascends strictly, ‖z‖ = 1 and no zᵢ is zero, ρ > 0.
-pub fn roots<T: Real>(d: &[T], z: &[T], rho: T) -> (Vec<T>, Array2<T>) {
-    /// A multiple of every processor's vectors.
-    const WIDEST: usize = 32;
-    let n = d.len();
-    let Some(&last) = d.last() else {
-        return (Vec::new(), zeros(0, 0));
-    };
-    let padded = n.next_multiple_of(WIDEST);
-    // weights of zero add nothing, and where the last pole is no other root comes
-    let mut poles = d.to_vec();
-    poles.resize(padded, last);
-    let mut weights: Vec<T> = z.iter().map(|&z| z * z).collect();
-    weights.resize(padded, T::default());
-    widest_of(Equation {
-        poles: &poles,
-        weights: &weights,
-        n,
-        rho,
-    })
+/// The eigenvalues λ of diag(d) + ρ·z·zᵀ, each as what it lies beyond a pole near to it.
+pub struct Roots<T> {
+    poles: Vec<T>,
+    from: Vec<T>,
+    distances: Vec<T>,
+}
+
+impl<T: Real> Roots<T> {
+    /// d (n,) ascends strictly, ‖z‖ = 1 and no zᵢ is zero, ρ > 0.
+    pub fn of(d: Vec<T>, z: &[T], rho: T) -> Self {
+        /// A multiple of every processor's vectors.
+        const WIDEST: usize = 32;
+        let n = d.len();
+        let padded = n.next_multiple_of(WIDEST);
+        // weights of zero add nothing, and where the last pole is no other root comes
+        let mut poles = d;
+        poles.resize(padded, poles.last().copied().unwrap_or_default());
+        let mut weights: Vec<T> = z.iter().map(|&z| z * z).collect();
+        weights.resize(padded, T::default());
+        let (from, distances) = widest_of(Equation {
+            poles: &poles,
+            weights: &weights,
+            n,
+            rho,
+        });
+        poles.truncate(n);
+        Self {
+            poles,
+            from,
+            distances,
+        }
+    }
+
+    /// d, ascending.
+    pub fn poles(&self) -> &[T] {
+        &self.poles
+    }
+
+    /// λ, ascending.
+    pub fn values(&self) -> impl Iterator<Item = T> {
+        let pairs = self.from.iter().zip(&self.distances);
+        pairs.map(|(&from, &distance)| from + distance)
+    }
+
+    /// dᵢ − λⱼ for all i, each to full relative precision.
+    #[inline(always)]
+    pub fn gaps(&self, j: usize) -> impl Iterator<Item = T> {
+        let (from, distance) = (self.from[j], self.distances[j]);
+        // from the nearer pole, so that the distance to it keeps all its digits
+        self.poles.iter().map(move |&pole| (pole - from) - distance)
+    }
 }
 
 struct Equation<'a, T> {
@@ -50,26 +77,22 @@ struct Sides {
 }
 
 impl<T: Real> WithSimd for Equation<'_, T> {
-    type Output = (Vec<T>, Array2<T>);
+    /// For each root, a pole near to it and its distance from there.
+    type Output = (Vec<T>, Vec<T>);
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
-        let mut gaps = zeros::<T>(self.n, self.n);
-        let mut roots = Vec::with_capacity(self.n);
-        for (at, mut row) in gaps.rows_mut().into_iter().enumerate() {
-            // from the nearer pole, so that the distance to it keeps all its digits
+        let (mut from, mut distances) = (Vec::new(), Vec::new());
+        for at in 0..self.n {
             let (origin, distance) = if at + 1 < self.n {
                 self.between(simd, at)
             } else {
                 (at, self.beyond(simd))
             };
-            let from = self.poles[origin];
-            for (gap, &pole) in row.iter_mut().zip(self.poles) {
-                *gap = (pole - from) - distance;
-            }
-            roots.push(from + distance);
+            from.push(self.poles[origin]);
+            distances.push(distance);
         }
-        (roots, gaps)
+        (from, distances)
     }
 }
 
@@ -226,18 +249,17 @@ mod tests {
     /// The eigenpairs are those of the matrix, with the vectors zᵢ/(dᵢ − λ).
     fn assert_eigenpairs<T: Real>(poles: &[T], z: &[T], rho: f64, tolerance: f64) {
         let n = poles.len();
-        let (roots, gaps) = roots(poles, z, T::from_f64(rho));
+        let roots = Roots::of(poles.to_vec(), z, T::from_f64(rho));
         let wide = |x: T| -> f64 { x.into() };
         let scale = poles.iter().fold(rho, |m, &d| m.max(wide(d).abs()));
         let mut vectors = Array2::<f64>::zeros((n, n));
-        for (j, &root) in roots.iter().enumerate() {
+        for (j, root) in roots.values().enumerate() {
             let root = wide(root);
             assert!(
                 root > wide(poles[j]) - 1e-6 * scale,
                 "root {j} is behind its pole"
             );
-            for i in 0..n {
-                let gap = wide(gaps[(j, i)]);
+            for (i, gap) in roots.gaps(j).map(wide).enumerate() {
                 assert_eq!(gap > 0.0, i > j, "gap {i} of root {j}: {gap}");
                 let off = gap - (wide(poles[i]) - root);
                 assert!(off.abs() < tolerance * scale, "gap {i} of root {j}");
@@ -257,7 +279,7 @@ mod tests {
                 );
             }
         }
-        let trace: f64 = roots.iter().map(|&x| wide(x)).sum();
+        let trace: f64 = roots.values().map(wide).sum();
         let norm: f64 = z.iter().map(|&z| wide(z).powi(2)).sum();
         let expected: f64 = poles.iter().map(|&d| wide(d)).sum::<f64>() + rho * norm;
         assert!(

@@ -219,9 +219,10 @@ impl Problem<'_> {
         if needs_double || !F32_SQUARES.contains(&self.norm_squared) {
             return Ok(Attempt::Unsuitable);
         }
-        // σ_q is not known yet. Spectra without a gap have it above the root mean square up to a quarter of the rank, and
-        // above two thirds of it up to a half; a guess that fails is caught by κ as it is measured
+        // σ_q is not known yet. Spectra without a gap have it a fifth above the root mean square up to an eighth of the rank,
+        // above it up to a quarter, and above two thirds of it up to a half; a guess that fails is caught by κ as it is measured
         let guess = match wanted {
+            Wanted::Triplets(q) if 8 * q <= side => 1.2,
             Wanted::Triplets(q) if 4 * q <= side => 1.0,
             Wanted::Triplets(q) if 2 * q <= side => 0.65,
             _ => 0.35,
