@@ -90,7 +90,7 @@ pub fn advice(error: &Error) -> Option<String> {
             "leave this weight as it is with --exclude"
         }
         Error::BaseChanged { .. } => {
-            "remove --out and decompose again, from files that stay as they are"
+            "repeat the command once nobody writes there; into another --out, if the bytes are others now"
         }
         Error::HeadNotTied { .. } => "leave out --untie-head",
         Error::Diverged { .. } => "lower --lr",

@@ -5,6 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use svdhub::base::Base;
+use svdhub::decompose;
+use svdhub::event::{Event, Observer, Silent, Stage};
 use svdhub::weights::Dtype;
 
 use crate::parts::assert_same;
@@ -227,6 +230,45 @@ fn a_matrix_that_a_power_cut_has_spoilt_is_computed_again() {
     );
     assert!(again.stderr.contains(&done), "{}", again.stderr);
     assert!(matrices() == before, "the same bytes again");
+}
+
+/// Writes to a file as soon as matrices are decomposed.
+struct Meddler(PathBuf);
+
+impl Observer for Meddler {
+    fn event(&self, event: &Event<'_>) {
+        let stage = Stage::Decompose;
+        if matches!(event, Event::Started { stage: begun, .. } if *begun == stage) {
+            // a later time, however coarse the clock of the file system is
+            std::thread::sleep(Duration::from_millis(20));
+            let bytes = std::fs::read(&self.0).expect("reads");
+            std::fs::write(&self.0, bytes).expect("writes");
+        }
+    }
+}
+
+#[test]
+fn a_base_that_is_written_to_meanwhile_is_refused() {
+    let world = World::new();
+    let (dir, out) = (
+        world.model("base", Dtype::BF16, u64::MAX),
+        world.path("svd"),
+    );
+    let base = Base::open(&dir, None, None).expect("opens");
+    let weights = dir.join("model.safetensors");
+    let decompose = |observer: &dyn Observer| {
+        decompose::run(&base, &out, &decompose::Options::default(), observer)
+    };
+    let refused = decompose(&Meddler(weights.clone())).expect_err("it was written to");
+    assert!(
+        refused
+            .to_string()
+            .contains("model.safetensors was written to"),
+        "{refused}"
+    );
+    assert!(!out.join("svd.safetensors.index.json").exists());
+    // the bytes were the same: nothing is lost
+    decompose(&Silent).expect("goes on");
 }
 
 #[test]
