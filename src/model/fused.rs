@@ -282,7 +282,7 @@ pub fn through_softmax(p: &[f32], dp: &mut [f32]) {
     )
 }
 
-/// Σ −log softmax(row)[target], leaving factor·(softmax − onehot), its gradient times a factor, in place of the logits.
+/// Σ −log `softmax(row)[target]`, leaving factor·(softmax − onehot), its gradient times a factor, in place of the logits.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor, factor: f64) -> Result<Option<f64>> {
     if !applies(&[logits]) {
         return Ok(None);
