@@ -30,12 +30,13 @@ impl Outliers {
 
 /// The largest few triplets of M (s, l) that stand out: `stands_out(σ², mean of the squares of all but sixteen)`.
 ///
-/// Those returned have ‖Mᵀ·(M·u) − σ²·u‖ ≤ 3·10⁻⁶·σ₁·σ, so that taking them out leaves nothing of them above single
-/// precision. A matrix without any costs three thin products.
+/// Those returned have ‖Mᵀ·(M·u) − σ²·u‖ ≤ tolerance·σ₁·σ: 3·10⁻⁶ leaves nothing of them above single precision. A matrix
+/// without any costs three thin products.
 pub fn outliers(
     matrix: &Operand,
     norm_squared: f64,
     stands_out: impl Fn(f64, f64) -> bool,
+    tolerance: f64,
     seed: u64,
 ) -> Result<Outliers> {
     const LOOKED_FOR: usize = 16;
@@ -73,7 +74,7 @@ pub fn outliers(
         let converged = (0..count)
             .take_while(|&i| {
                 let off = &back.row(i) - &(&x.row(i) * (squares[i] as f32));
-                rows::norm(off.view()) <= 3e-6 * (squares[0] * squares[i]).sqrt()
+                rows::norm(off.view()) <= tolerance * (squares[0] * squares[i]).sqrt()
             })
             .count();
         found = Outliers {

@@ -222,7 +222,7 @@ impl Problem<'_> {
         // σ_q is not known yet. Spectra without a gap have it a fifth above the root mean square up to an eighth of the rank,
         // above it up to a quarter, and above two thirds of it up to a half; a guess that fails is caught by κ as it is measured
         let guess = match wanted {
-            Wanted::Triplets(q) if 8 * q <= side => 1.2,
+            Wanted::Triplets(q) if 8 * q <= side && !self.algorithm.fast => 1.2,
             Wanted::Triplets(q) if 4 * q <= side => 1.0,
             Wanted::Triplets(q) if 2 * q <= side => 0.65,
             _ => 0.35,
@@ -232,6 +232,7 @@ impl Problem<'_> {
             &self.short,
             self.norm_squared,
             stands_out,
+            if self.algorithm.fast { 1e-3 } else { 3e-6 },
             self.algorithm.seed,
         )?;
         let large = large.at_most(match wanted {

@@ -19,7 +19,7 @@ mod targets;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use ndarray::{Array2, ArrayView2};
@@ -88,6 +88,9 @@ fn fraction(text: &str) -> std::result::Result<f64, String> {
     let value = text.parse::<f64>().ok().filter(|f| *f > 0.0 && *f <= 1.0);
     value.ok_or_else(|| "expected a number above 0, at most 1".into())
 }
+
+/// OpenMP's threads wait for more work on a core of their own for 200 ms: ours begin after that.
+const SPINNING: Duration = Duration::from_millis(300);
 
 const FRACTIONS: [f64; 4] = [0.1, 0.2, 0.5, 1.0];
 
@@ -164,7 +167,9 @@ fn main() -> ExitCode {
 
 /// Whether all that was asked for holds.
 fn run(args: &Args) -> Result<bool> {
+    // as the verbs do
     linalg::single_threaded_blas();
+    svdhub::heap::keep_some();
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let folder = target.join("bench");
     std::fs::create_dir_all(&folder)?;
@@ -397,6 +402,7 @@ fn compare(
         let mut theirs = vec![Vec::new(); contenders.len()];
         for round in 1..=args.rounds {
             eprintln!("{name}: round {round} of {}", args.rounds);
+            std::thread::sleep(SPINNING);
             let (wall, _) = at_once(&copies, |copy| Ok(linalg::gemm(copy, m > n, copy, m <= n)))?;
             gemm.push(per_matrix(wall));
             let (wall, found) = ours(&Algorithm::default())?;
@@ -408,6 +414,7 @@ fn compare(
                 }
             }
             if let Some(algorithm) = fast() {
+                std::thread::sleep(SPINNING);
                 let (wall, found) = ours(&algorithm)?;
                 fast_seconds.push(per_matrix(wall));
                 fast_svd.get_or_insert(found);
