@@ -327,18 +327,27 @@ impl Compute<'_> {
     ) -> (Vec<&'t PlannedTensor>, BTreeMap<String, Part>) {
         let count = wanted.len();
         let (mut missing, mut kept) = (wanted, BTreeMap::new());
-        missing.retain(|tensor| {
-            let module = tensor.module();
-            if joined.contains_key(module) {
-                return false;
-            }
-            // one that is not whole is computed again: it was not flushed, and a power cut may have come
-            let part = Part::read(self.folder, module);
-            match part.and_then(|part| part.check_tensors(&elsewhere).map(|()| part)) {
-                Ok(part) => kept.insert(module.to_string(), part).is_some(),
-                Err(_) => true,
-            }
+        missing.retain(|tensor| !joined.contains_key(tensor.module()));
+        let left = missing.iter().filter_map(|tensor| {
+            let part = Part::read(self.folder, tensor.module()).ok()?;
+            Some((tensor.module(), part))
         });
+        let left: BTreeMap<&str, Part> = left.collect();
+        let size = |part: &Part| part.file.as_ref().map_or(0, |file| file.bytes);
+        if !left.is_empty() {
+            let total = left.values().map(size).sum();
+            self.observer.start(Stage::Verify, total, Unit::Bytes);
+            for (module, part) in left {
+                let bytes = size(&part);
+                // one that is not whole is computed again: it was not flushed, and a power cut may have come
+                if part.check_tensors(&elsewhere).is_ok() {
+                    kept.insert(module.to_string(), part);
+                }
+                self.observer.advance(Stage::Verify, bytes, module);
+            }
+            self.observer.finish(Stage::Verify);
+        }
+        missing.retain(|tensor| !kept.contains_key(tensor.module()));
         if missing.len() < count {
             self.observer.note(format!(
                 "{} of {count} matrices are done already",

@@ -259,14 +259,12 @@ impl Factors {
                         *doubtful = *error >= usual_margin(dtype, x);
                         any |= *doubtful;
                     }
+                    if !any {
+                        return 0;
+                    }
                     // one in ten of an f32 weight, at random places: a branch would be mispredicted as often
                     let mut count = 0;
-                    for (k, &doubtful) in
-                        doubtful
-                            .iter()
-                            .enumerate()
-                            .take(if any { x.len() } else { 0 })
-                    {
+                    for (k, &doubtful) in doubtful.iter().enumerate() {
                         doubts[count] = k;
                         count += usize::from(doubtful);
                     }

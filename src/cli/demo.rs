@@ -125,7 +125,6 @@ struct Outcome {
 
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
-        heap::keep_all();
         let out = match &self.out {
             Some(out) => out.clone(),
             None => free_name("svdhub-demo"),
@@ -231,6 +230,8 @@ impl Walk<'_> {
         let decomposed = self.dir("decomposition");
         let split = decompose::run(&base, &decomposed, &options, self.observer)?;
         seconds.insert("decompose".into(), json!(started.elapsed().as_secs_f64()));
+        // after decomposing, which keeps less
+        heap::keep_all();
         let name = repo.rsplit('/').next().unwrap_or(&repo).to_string();
         let account = self.command.namespace.as_deref().unwrap_or("demo");
         let artifact = self.open(&decomposed, &base)?;

@@ -189,7 +189,8 @@ impl<T: Real> Equation<'_, T> {
         const PATIENCE: usize = 12;
         let constant = 1.0 / self.rho.into();
         let mut next = guess;
-        for count in 0.. {
+        let mut count = 0;
+        loop {
             // a NaN lies nowhere
             if !(next > low && next < high) || (count > PATIENCE && count % 2 == 0) {
                 next = (low + high) / 2.0;
@@ -210,8 +211,8 @@ impl<T: Real> Equation<'_, T> {
                 high = wide;
             }
             next = step(wide, &sides, value);
+            count += 1;
         }
-        unreachable!("a bracket cannot be halved for ever")
     }
 }
 

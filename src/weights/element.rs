@@ -264,6 +264,53 @@ mod tests {
         assert!(value.is_nan());
     }
 
+    #[test]
+    fn whatever_is_not_finite_is_found_and_nothing_else() {
+        // every pattern of 16 bits, and with them as the upper half those of 32
+        for bits in 0..=u16::MAX {
+            let wide = u32::from(bits) << 16;
+            let cases = [
+                (
+                    Dtype::F16,
+                    bits.to_le_bytes().to_vec(),
+                    f16::from_bits(bits).is_finite(),
+                ),
+                (
+                    Dtype::BF16,
+                    bits.to_le_bytes().to_vec(),
+                    f32::from_bits(wide).is_finite(),
+                ),
+                (
+                    Dtype::F32,
+                    wide.to_le_bytes().to_vec(),
+                    f32::from_bits(wide).is_finite(),
+                ),
+                (
+                    Dtype::F32,
+                    (wide | 1).to_le_bytes().to_vec(),
+                    f32::from_bits(wide | 1).is_finite(),
+                ),
+            ];
+            for (dtype, bytes, finite) in cases {
+                let shape = vec![1];
+                let found = Elements {
+                    dtype,
+                    shape,
+                    bytes,
+                }
+                .first_not_finite();
+                assert_eq!(found.is_none(), finite, "{dtype:?} {bits:#x}");
+            }
+        }
+        // at the ends of the blocks that are looked at together
+        for at in [0, 1023, 1024, 2047, 2500] {
+            let mut values = vec![-1f32; 2501];
+            values[at] = f32::NEG_INFINITY;
+            let found = Elements::from_f32(&[2501], &values).first_not_finite();
+            assert_eq!(found, Some((vec![at], f32::NEG_INFINITY)));
+        }
+    }
+
     proptest! {
         #[test]
         fn sixteen_bit_values_survive_the_way_through_f32(bits: u16, brain: bool) {
