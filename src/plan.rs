@@ -333,13 +333,12 @@ impl Foreseeable {
     ///
     /// - Gram: s² for the matrix, and half of that for its reflectors; then these, as much for the eigenvectors of the two
     ///   halves, and q·s for the wanted ones with some more while they are put together. In f64 twice as many bytes.
-    /// - Krylov: s² for the Gram matrix, and for a space of 0.6·s vectors in room for 0.74·s (a flat spectrum, the worst
-    ///   case): 0.6·s² for the basis, 0.74·s² for its transpose, 0.45·s² for the projection, and 2.2 times 0.36·s² to
-    ///   solve that: some 15·s² bytes.
+    /// - Krylov: s² for the Gram matrix, and for a space of 0.6·s vectors (a flat spectrum, the worst case): 0.6·s² for
+    ///   the basis, 0.45·s² for the projection, and 2.2 times 0.36·s² to solve that: some 12·s² bytes.
     fn solver_bytes(self, s: u64, q: u64) -> u64 {
         let wanted = (q + q.min(512)).max(s / 2);
         match self {
-            Self::Krylov => 15 * s * s,
+            Self::Krylov => 12 * s * s,
             Self::GramF32 => 4 * (s + wanted) * s,
             Self::GramF64 => 8 * (s + wanted) * s,
         }
@@ -1070,9 +1069,9 @@ mod tests {
             }) - KERNEL_BYTES
         };
         let (square, wide) = (1 << 22, 1 << 24);
-        // solving: M in f32, and of the short side 15 bytes for a Krylov space, 4·1.75 in f32, 8·2.25 in f64
+        // solving: M in f32, and of the short side 12 bytes for a Krylov space, 4·1.75 in f32, 8·2.25 in f64
         let sidecar = |f| bytes("q_proj", f, ArtifactLayout::Sidecar);
-        assert_eq!(sidecar(0.1), (4 + 15) * square);
+        assert_eq!(sidecar(0.1), (4 + 12) * square);
         assert_eq!(sidecar(0.5), (4 + 7) * square);
         assert_eq!(sidecar(1.0), (4 + 18) * square);
         // completing: M, both factors, half of the long one again

@@ -8,8 +8,8 @@ use ndarray::{Array1, Array2, ArrayView2, s};
 
 use super::halves;
 use super::panel::Panel;
-use super::product::{gemm, multiply, multiply_upper};
-use super::real::{LOWER, Real, check, int, work_len, zeros};
+use super::product::{add_square_lower, gemm, multiply, multiply_upper};
+use super::real::{Real, UPPER, check, int, work_len, zeros};
 use crate::error::Result;
 
 unsafe extern "C" {
@@ -267,20 +267,19 @@ pub fn cholesky_rows(a: &mut Array2<f32>, pivot_min: f32) -> Option<Array2<f32>>
         return Some(Array2::zeros((0, 0)));
     }
     let mut factor = Array2::<f32>::zeros((q, q));
-    multiply_upper(factor.view_mut(), a.view(), 1.0, a.t());
+    add_square_lower(factor.view_mut(), a.view());
     let (n, mut info) = (int(q), 0);
-    // SAFETY: factor is q × q. Row-major upper = column-major lower; potrf gives C with C·Cᵀ = gram there.
-    unsafe { lapack_sys::spotrf_(&LOWER, &n, factor.as_mut_ptr(), &n, &mut info) };
+    // SAFETY: factor is q × q. Row-major lower = column-major upper; potrf gives Cᵀ with C·Cᵀ = gram there.
+    unsafe { lapack_sys::spotrf_(&UPPER, &n, factor.as_mut_ptr(), &n, &mut info) };
     let sound = info == 0 && factor.diag().iter().all(|&pivot| pivot > pivot_min);
     if !sound {
         return None;
     }
-    let mut lower = factor.reversed_axes();
     for i in 0..q {
-        lower.slice_mut(s![i, i + 1..]).fill(0.0);
+        factor.slice_mut(s![i, i + 1..]).fill(0.0);
     }
-    solve_lower(lower.view(), a.view_mut());
-    Some(lower)
+    solve_lower(factor.view(), a.view_mut());
+    Some(factor)
 }
 
 /// x ← l⁻¹·x for a lower triangular l: halves solved in turn, so that nearly all of it is products.

@@ -88,6 +88,20 @@ impl<'a> Operand<'a> {
         }
     }
 
+    /// x (k, s) → M·Mᵀ·xᵀ (s, k)
+    pub fn square(&self, x: ArrayView2<f32>) -> Result<Array2<f32>> {
+        match self {
+            Self::Host(m) => {
+                let there = gemm(m.view(), true, x, true);
+                Ok(gemm(m.view(), false, there.view(), false))
+            }
+            Self::Device(m) => {
+                let there = upload(x, m.device())?.matmul(m)?;
+                download(&m.matmul(&there.t()?)?)
+            }
+        }
+    }
+
     /// M·Mᵀ in f32.
     pub fn gram(&self) -> Result<Gram> {
         Ok(match self {
@@ -148,11 +162,11 @@ impl<'a> Operand<'a> {
 }
 
 impl Gram {
-    /// x (k, s) → x·M·Mᵀ (k, s)
+    /// x (k, s) → M·Mᵀ·xᵀ (s, k)
     pub fn apply(&self, x: ArrayView2<f32>) -> Result<Array2<f32>> {
         match self {
-            Self::Host(g) => Ok(gemm(x, false, g.view(), false)),
-            Self::Device(g) => download(&upload(x, g.device())?.matmul(g)?),
+            Self::Host(g) => Ok(gemm(g.view(), false, x, true)),
+            Self::Device(g) => download(&g.matmul(&upload(x, g.device())?.t()?)?),
         }
     }
 

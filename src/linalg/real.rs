@@ -1,7 +1,7 @@
 //! The two precisions, each with its routines of LAPACK, and matrices of them.
 
 use libc::{c_char, c_int};
-use ndarray::{Array2, ArrayView2, Axis, CowArray, Ix2, LinalgScalar, ScalarOperand};
+use ndarray::{Array2, ArrayView2, CowArray, Ix2, LinalgScalar, ScalarOperand, s};
 // links the BLAS and LAPACK that the declarations below refer to
 use openblas_src as _;
 
@@ -37,6 +37,7 @@ pub(super) fn check(routine: &'static str, side: usize, info: c_int) -> Result<(
 }
 
 pub(super) const LOWER: c_char = b'L' as c_char;
+pub(super) const UPPER: c_char = b'U' as c_char;
 
 /// f32 and f64, each with its LAPACK routines.
 pub trait Real:
@@ -56,7 +57,7 @@ pub trait Real:
     fn from_f64(x: f64) -> Self;
     /// Columns of an f32 matrix to lay out at a time.
     const PANEL: usize;
-    /// A panel in this precision and row-major order, copied only if it must be.
+    /// A panel in this precision, its rows dense, copied only if it must be.
     fn laid_out(panel: ArrayView2<'_, f32>) -> CowArray<'_, Self, Ix2>;
     #[allow(clippy::too_many_arguments)]
     unsafe fn raw_sytrd(
@@ -109,7 +110,7 @@ pub trait Real:
 }
 
 fn borrowed_or_row_major(panel: ArrayView2<'_, f32>) -> CowArray<'_, f32, Ix2> {
-    if panel.is_standard_layout() {
+    if panel.strides()[1] == 1 {
         panel.into()
     } else {
         row_major(panel).into()
@@ -223,37 +224,42 @@ pub fn zeros<T: Real>(rows: usize, columns: usize) -> Array2<T> {
     zeros
 }
 
-/// A copy in row-major order and another precision.
+/// A copy in row-major order, in another precision if asked.
 ///
 /// Tiles of one cache line by one: a transposed source is read, and the copy written, by whole lines.
-pub fn row_major<T: Real>(a: ArrayView2<f32>) -> Array2<T> {
+pub fn row_major<S: Copy + Into<T>, T: Real>(a: ArrayView2<S>) -> Array2<T> {
     const TILE: usize = 16;
     let (rows, columns) = a.dim();
     let mut copy = zeros(rows, columns);
+    let whole = |side: usize| side / TILE * TILE;
+    // what no tile covers
+    let (mut below, mut right) = (whole(rows), whole(columns));
     let turned = a.t();
-    if turned.strides()[1] != 1 || rows % TILE > 0 || columns % TILE > 0 {
-        copy.zip_mut_with(&a, |to, &x| *to = T::from_f32(x));
-        return copy;
+    if turned.strides()[1] != 1 {
+        (below, right) = (0, 0);
     }
     let target = copy.as_slice_mut().expect("it was made dense");
-    for (sources, j) in turned
-        .axis_chunks_iter(Axis(0), TILE)
-        .zip((0..).step_by(TILE))
-    {
+    for j in (0..right).step_by(TILE) {
         let mut lines = [&[][..]; TILE];
+        let sources = turned.slice_move(s![j..j + TILE, ..]);
         for (line, source) in lines.iter_mut().zip(sources.rows()) {
             *line = source.to_slice().expect("its stride is 1");
         }
-        for i in (0..rows).step_by(TILE) {
-            let tile: [&[f32; TILE]; TILE] =
+        for i in (0..below).step_by(TILE) {
+            let tile: [&[S; TILE]; TILE] =
                 lines.map(|line| line[i..i + TILE].try_into().expect("as long as a tile"));
             for r in 0..TILE {
                 let to = &mut target[(i + r) * columns + j..][..TILE];
                 for (to, line) in to.iter_mut().zip(&tile) {
-                    *to = T::from_f32(line[r]);
+                    *to = line[r].into();
                 }
             }
         }
+    }
+    for (rows, columns) in [(below..rows, 0..columns), (0..below, right..columns)] {
+        let edge = s![rows, columns];
+        let mut to = copy.slice_mut(edge.clone());
+        to.zip_mut_with(&a.slice(edge), |to, &x| *to = x.into());
     }
     copy
 }
@@ -265,10 +271,10 @@ mod tests {
 
     #[test]
     fn a_copy_in_row_major_order_has_the_same_elements() {
-        for (rows, columns) in [(48, 32), (48, 33), (7, 5)] {
+        for (rows, columns) in [(48, 32), (48, 33), (37, 64), (7, 5)] {
             let a = normal(columns, rows, 5);
             for a in [a.t(), a.view()] {
-                let copy = row_major::<f64>(a);
+                let copy = row_major::<f32, f64>(a);
                 assert!(copy.is_standard_layout());
                 assert_eq!(copy, a.mapv(f64::from));
             }

@@ -32,6 +32,11 @@ struct Thresholds {
     krylov_side: usize,
     /// … for up to this share of the full rank.
     krylov_share: f64,
+    /// From this short side the Gram matrix outgrows the caches, and reducing it waits for memory: there, a Krylov space
+    /// is tried …
+    large_side: usize,
+    /// … for up to this share.
+    large_share: f64,
 }
 
 impl Default for Thresholds {
@@ -40,8 +45,10 @@ impl Default for Thresholds {
             full_side: 24,
             f64_side: 96,
             f64_share: 0.9,
-            krylov_side: 384,
-            krylov_share: 0.14,
+            krylov_side: 640,
+            krylov_share: 0.115,
+            large_side: 2560,
+            large_share: 0.18,
         }
     }
 }
@@ -52,7 +59,12 @@ impl Thresholds {
     }
 
     fn suits_krylov(&self, side: usize, q: usize) -> bool {
-        side >= self.krylov_side && q as f64 <= self.krylov_share * side as f64
+        let share = if side < self.large_side {
+            self.krylov_share
+        } else {
+            self.large_share
+        };
+        side >= self.krylov_side && q as f64 <= share * side as f64
     }
 }
 
@@ -317,16 +329,8 @@ impl Problem<'_> {
                 } else {
                     Route::Krylov
                 };
-                // forming the Gram matrix costs s²·l; without it every vector of the space costs 4·s·l, by products too thin
-                // to run at half the speed
-                let pairs = if 8 * growth.first < side {
-                    krylov::leading(
-                        |x| short.backward(short.forward(x)?.view()),
-                        side,
-                        q,
-                        &growth,
-                        algorithm.seed,
-                    )?
+                let pairs = if growth.is_cheaper_without_gram(short.dim()) {
+                    krylov::leading(|x| short.square(x), side, q, &growth, algorithm.seed)?
                 } else {
                     let gram = at_hand.insert(short.gram()?);
                     krylov::leading(|x| gram.apply(x), side, q, &growth, algorithm.seed)?
@@ -385,10 +389,9 @@ impl Problem<'_> {
             return None;
         }
         // degree against width: a larger block feeds the kernels better and needs more vectors
-        let block = (side / 48)
-            .next_multiple_of(16)
-            .clamp(16, 256)
-            .min(side / 4);
+        let blocks = if self.algorithm.fast { 32 } else { 44 };
+        let power_of_two = 1 << (side / blocks).max(1).ilog2();
+        let block = power_of_two.clamp(32, 256).min(side / 4);
         let whole = |vectors: f64| (vectors as usize).next_multiple_of(block);
         Some(if self.algorithm.fast {
             let first = whole(2.0 * q as f64 + block as f64);
