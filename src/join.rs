@@ -5,177 +5,36 @@
 //! folder. What is known of a shard is written beside it, and only then its parts go; so that a kill at any moment loses
 //! no finished matrix.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::Write;
+mod frame;
+mod shard;
+
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::base::{Base, card_facts, copy_side_files, remember, side_files};
+use crate::base::{copy_side_files, remember, side_files};
 use crate::contents::{Joint, Section};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{
-    ArtifactLayout, BASE_CONFIG, BASE_INDEX, ModuleRecord, ModuleTensors, Origin, Pin, Rank,
-    SCHEMA, Storing, Sums, SvdSection, base_header_tensor, untie,
+    BASE_CONFIG, BASE_INDEX, ModuleRecord, ModuleTensors, SCHEMA, SvdSection, base_header_tensor,
+    untie,
 };
-use crate::job::Job;
 use crate::json::{self, Tool};
-use crate::linalg::Algorithm;
 use crate::outlet::{Away, Finished, Outlet};
 use crate::part::Part;
-use crate::plan::{Plan, PlannedTensor, Trainable};
+use crate::plan::Trainable;
 use crate::report;
 use crate::spectrum::{self, Spectrum};
 use crate::sum::{Blake3, Sum, both, sha256_file, sha256_hex};
 use crate::weights::shard::{flush, rename, write_atomically};
-use crate::weights::{Checkpoint, Dtype, Entry, Header, Layout, ShardWriter};
+use crate::weights::{Checkpoint, Dtype, Header, Layout, ShardWriter};
 use crate::workers::Arrivals;
 use crate::workspace::{Workspace, forget_stretch};
+use shard::{Filling, Index, Placed, Shard, Source, Spool};
 
-/// The facts of a decomposition, as `report.json` keeps them.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Facts {
-    pub base: Pin,
-    pub model_type: String,
-    pub rank: Rank,
-    #[serde(flatten)]
-    pub storing: Storing,
-    /// The decomposition of which this one holds the leading triplets.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub nested_in: Option<Origin>,
-    pub algorithm: Algorithm,
-    pub linear_layers: usize,
-    pub parameters: u64,
-    pub trainable: Trainable,
-    /// The head was tied to the embedding and is now a weight of its own.
-    #[serde(default)]
-    pub untied_head: bool,
-    /// Σσ² of all kept triplets over Σ‖M‖²
-    pub captured_energy: f64,
-    /// Elements of M stored exactly beside M′, and their share.
-    pub exceptions: u64,
-    pub exceptions_share: f64,
-    /// Distance of the stored vectors from orthonormal ones, root mean square per row, of the worst matrix.
-    #[serde(default)]
-    pub orthogonality: f64,
-    /// Matrices for which single precision was not enough.
-    pub double_precision: usize,
-    pub bytes: u64,
-    pub base_bytes: u64,
-    pub threads: usize,
-    /// Of all machines together.
-    pub seconds: f64,
-    /// What the base's card says of itself (licence, language …).
-    pub base_card: Value,
-}
-
-/// Everything of a decomposition but its matrices: known before they are.
-pub struct Frame {
-    pub pin: Pin,
-    pub model_type: String,
-    pub rank: Rank,
-    pub storing: Storing,
-    /// The decomposition of which this one holds the leading triplets.
-    pub nested_in: Option<Origin>,
-    pub algorithm: Algorithm,
-    pub shard_bytes_max: u64,
-    /// What the shards hold, in their order.
-    pub items: Vec<Item>,
-    /// What is known of the bytes that are carried along; others are believed.
-    pub carried_sha256: BTreeMap<String, String>,
-    /// The header of each base file, in the residual layout.
-    pub headers: Vec<(String, Vec<u8>)>,
-    pub linear_layers: usize,
-    pub parameters: u64,
-    pub norms: u64,
-    pub embeddings: u64,
-    pub untied_head: bool,
-    pub base_bytes: u64,
-    pub base_card: Value,
-    /// The base's own `config.json` and, if it has one, its index.
-    pub base_config: PathBuf,
-    pub base_index: Option<PathBuf>,
-    /// Where tokenizer, templates and licences come from.
-    pub side_files: PathBuf,
-    /// A base that no Hub has: where it lies.
-    pub local_base: Option<PathBuf>,
-}
-
-/// One thing that the shards hold.
-pub enum Item {
-    /// A decomposed module.
-    Matrix(String),
-    /// A tensor that is carried along.
-    Carried(Entry),
-}
-
-impl Frame {
-    /// The frame of a base that is decomposed as planned.
-    pub fn of(base: &Base, job: &Job, plan: &Plan) -> Self {
-        let residual = plan.storing.layout == ArtifactLayout::Residual;
-        let inventory = &base.checkpoint.inventory;
-        let carried = |tensor: &PlannedTensor| {
-            let (_, entry) = inventory
-                .get(&tensor.name)
-                .expect("a plan names tensors of its own inventory");
-            Item::Carried(entry.clone())
-        };
-        let items = plan.tensors.iter().filter_map(|tensor| {
-            if tensor.is_decomposed() {
-                Some(Item::Matrix(tensor.module().into()))
-            } else {
-                residual.then(|| carried(tensor))
-            }
-        });
-        let headers = inventory.files.iter().filter(|_| residual);
-        let index = base.dir.join(Layout::Model.index_file());
-        Self {
-            pin: job.base.clone(),
-            model_type: plan.model_type.clone(),
-            rank: plan.rank,
-            storing: plan.storing,
-            nested_in: None,
-            algorithm: job.options.algorithm.clone(),
-            shard_bytes_max: job.options.shard_bytes_max,
-            items: items.collect(),
-            carried_sha256: BTreeMap::new(),
-            headers: headers
-                .map(|file| (file.name.clone(), file.header.prefix.clone()))
-                .collect(),
-            linear_layers: plan.linear_layers,
-            parameters: plan.parameters,
-            norms: plan.trainable.norms,
-            embeddings: plan.trainable.embeddings,
-            untied_head: job.options.plan.untie_head,
-            base_bytes: inventory.total_bytes(),
-            base_card: card_facts(&base.dir),
-            base_config: base.dir.join("config.json"),
-            base_index: base.checkpoint.indexed.then_some(index),
-            side_files: base.dir.clone(),
-            local_base: job.base.repo.is_none().then(|| base.dir.clone()),
-        }
-    }
-
-    /// The modules, in the order of the shards.
-    pub fn matrices(&self) -> impl Iterator<Item = &str> {
-        self.items.iter().filter_map(|item| match item {
-            Item::Matrix(module) => Some(module.as_str()),
-            Item::Carried(_) => None,
-        })
-    }
-
-    /// Bytes of what is carried along.
-    pub fn carried_bytes(&self) -> u64 {
-        let carried = self.items.iter().map(|item| match item {
-            Item::Matrix(_) => 0,
-            Item::Carried(entry) => entry.bytes,
-        });
-        carried.sum()
-    }
-}
+pub use frame::{Facts, Frame, Item};
 
 /// A decomposition being put together in its directory.
 pub struct Join<'a> {
@@ -200,58 +59,6 @@ pub struct Joined {
     shards: Vec<Shard>,
     /// Whether the writing is what is shown to those who watch.
     shown: bool,
-}
-
-/// A finished shard, as its record tells of it.
-#[derive(Serialize, Deserialize)]
-struct Shard {
-    sha256: String,
-    bytes: u64,
-    /// In the order of the file, each with the sha256 of its bytes.
-    tensors: Vec<(Placed, String)>,
-    /// Matrices of which nothing is left outside of this shard and those before it.
-    parts: BTreeMap<String, Part>,
-    /// The singular values in it, by module: the shard itself may be gone by the time they are told.
-    sigma: BTreeMap<String, Vec<f32>>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Placed {
-    name: String,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    source: Source,
-}
-
-/// Where a tensor of the artifact comes from.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-enum Source {
-    /// The part of this module.
-    Part(String),
-    Carried,
-    BaseHeader(String),
-}
-
-impl Placed {
-    fn bytes(&self) -> u64 {
-        (self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8) as u64
-    }
-}
-
-impl Shard {
-    /// The modules of which it holds something.
-    fn sources(&self) -> BTreeSet<&str> {
-        let sources = self.tensors.iter().map(|(placed, _)| &placed.source);
-        let modules = sources.filter_map(|source| match source {
-            Source::Part(module) => Some(module.as_str()),
-            _ => None,
-        });
-        modules.collect()
-    }
-
-    fn holds(&self, tensor: &str) -> bool {
-        self.tensors.iter().any(|(placed, _)| placed.name == tensor)
-    }
 }
 
 impl Joined {
@@ -426,9 +233,9 @@ impl Join<'_> {
                         };
                         joined.parts.insert(arrived, part);
                     }
-                    place_part(module, &joined.parts[module])
+                    Placed::of_part(module, &joined.parts[module])
                 }
-                Some(Item::Carried(entry)) => vec![place_carried(entry)],
+                Some(Item::Carried(entry)) => vec![Placed::carried(entry)],
                 None => headers.clone(),
             };
             for tensor in placed {
@@ -481,8 +288,8 @@ impl Join<'_> {
             .items
             .iter()
             .flat_map(|item| match item {
-                Item::Matrix(module) => place_part(module, &joined.parts[module]),
-                Item::Carried(entry) => vec![place_carried(entry)],
+                Item::Matrix(module) => Placed::of_part(module, &joined.parts[module]),
+                Item::Carried(entry) => vec![Placed::carried(entry)],
             })
             .chain(self.base_headers())
             .map(|placed| placed.bytes())
@@ -779,25 +586,6 @@ pub fn clean_up(workspace: &Workspace) {
     let _ = std::fs::remove_dir(workspace.state(PARTS));
 }
 
-fn place_carried(entry: &Entry) -> Placed {
-    Placed {
-        name: entry.name.clone(),
-        dtype: entry.dtype,
-        shape: entry.shape.clone(),
-        source: Source::Carried,
-    }
-}
-
-fn place_part(module: &str, part: &Part) -> Vec<Placed> {
-    let tensors = part.tensors.iter().map(|tensor| Placed {
-        name: tensor.name.clone(),
-        dtype: tensor.dtype,
-        shape: tensor.shape.clone(),
-        source: Source::Part(module.into()),
-    });
-    tensors.collect()
-}
-
 /// Copies a tensor of a part, and refuses one that is not what was written. `open` keeps the part for its next tensor.
 fn copy_part(
     writer: &mut ShardWriter,
@@ -828,136 +616,9 @@ fn copy_part(
     Ok(sum.finish())
 }
 
-/// What is carried along with a shard that never lies here as a file.
-struct Spool {
-    path: PathBuf,
-    file: Option<File>,
-    bytes: u64,
-}
-
-impl Spool {
-    fn new(path: PathBuf) -> Self {
-        Self {
-            path,
-            file: None,
-            bytes: 0,
-        }
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        let file = match &mut self.file {
-            Some(file) => file,
-            None => {
-                let made = File::create(&self.path).context("create", &self.path)?;
-                self.file.insert(made)
-            }
-        };
-        self.bytes += bytes.len() as u64;
-        file.write_all(bytes)
-            .map_err(|source| Error::io("write", &self.path, source))
-    }
-
-    /// The bytes that were written last.
-    fn last(&self, bytes: u64) -> Section {
-        Section::of(&self.path, self.bytes - bytes, bytes)
-    }
-
-    fn remove(self) -> Result<()> {
-        remove_if_there(&self.path)
-    }
-}
-
 fn remove_if_there(path: &Path) -> Result<()> {
     match path.exists() {
         true => std::fs::remove_file(path).context("remove", path),
         false => Ok(()),
-    }
-}
-
-/// The index as it grows.
-#[derive(Default)]
-struct Index {
-    total_size: u64,
-    weight_map: BTreeMap<String, String>,
-    sums: Sums,
-}
-
-impl Index {
-    fn add(&mut self, file: &str, shard: &Shard) {
-        self.sums.files.insert(file.into(), shard.sha256.clone());
-        for (tensor, sha256) in &shard.tensors {
-            self.total_size += tensor.bytes();
-            self.weight_map.insert(tensor.name.clone(), file.into());
-            let sums = &mut self.sums.tensors;
-            sums.insert(tensor.name.clone(), sha256.clone());
-        }
-    }
-}
-
-/// Fills shards in order; a tensor is never split.
-struct Filling {
-    shard: Vec<Placed>,
-    bytes: u64,
-    bytes_max: u64,
-}
-
-impl Filling {
-    fn new(bytes_max: u64) -> Self {
-        Self {
-            shard: Vec::new(),
-            bytes: 0,
-            bytes_max,
-        }
-    }
-
-    /// Adds a tensor; returns the shard that was full without it, and the one that is full with it.
-    fn add(&mut self, tensor: Placed) -> Vec<Vec<Placed>> {
-        let mut full = Vec::new();
-        if self.bytes > 0 && self.bytes + tensor.bytes() > self.bytes_max {
-            full.push(self.take());
-        }
-        self.bytes += tensor.bytes();
-        self.shard.push(tensor);
-        // what is larger than a shard stays alone
-        if self.bytes > self.bytes_max {
-            full.push(self.take());
-        }
-        full
-    }
-
-    fn take(&mut self) -> Vec<Placed> {
-        self.bytes = 0;
-        std::mem::take(&mut self.shard)
-    }
-
-    /// The last shard, which no other tensor has filled.
-    fn end(self) -> Option<Vec<Placed>> {
-        Some(self.shard).filter(|shard| !shard.is_empty())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shards_are_filled_in_order_and_never_split_a_tensor() {
-        let tensors = [("a", 4), ("b", 4), ("c", 20), ("d", 1)];
-        let mut filling = Filling::new(10);
-        let mut shards: Vec<Vec<Placed>> = Vec::new();
-        for (name, n) in tensors {
-            shards.extend(filling.add(Placed {
-                name: name.into(),
-                dtype: Dtype::U8,
-                shape: vec![n],
-                source: Source::Carried,
-            }));
-        }
-        shards.extend(filling.end());
-        let names: Vec<Vec<&str>> = shards
-            .iter()
-            .map(|s| s.iter().map(|t| t.name.as_str()).collect())
-            .collect();
-        assert_eq!(names, [vec!["a", "b"], vec!["c"], vec!["d"]]);
     }
 }

@@ -1,74 +1,22 @@
 //! What will be done with every tensor, known from `config.json` and the safetensors headers alone.
 
+mod cost;
+mod name;
+
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::Path;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::format::{
-    ArtifactLayout, FactorsDtype, ModuleTensors, Rank, Storing, base_header_tensor,
-};
-use crate::linalg::{Route, usual_route};
+use crate::format::{FactorsDtype, ModuleTensors, Rank, Storing, base_header_tensor};
 use crate::model::ModelConfig;
 use crate::model::memory::{self, Matrix, Part, Step, Training};
 use crate::weights::checkpoint::WeightFile;
 use crate::weights::element::is_float;
 use crate::weights::{Dtype, Entry, Header, Inventory, dtype_name};
 use crate::workers::Limits;
-
-/// A module name pattern: `*` stands for any run of characters.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Pattern(String);
-
-impl FromStr for Pattern {
-    type Err = std::convert::Infallible;
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(Self(text.into()))
-    }
-}
-
-impl fmt::Display for Pattern {
-    fn fmt(&self, out: &mut fmt::Formatter) -> fmt::Result {
-        out.write_str(&self.0)
-    }
-}
-
-impl Pattern {
-    /// Whether the pattern matches the whole name, or a run of its dot-separated parts (`q_proj`, `layers.3`).
-    pub fn matches(&self, name: &str) -> bool {
-        let whole = if self.0.contains('*') {
-            glob(self.0.as_bytes(), name.as_bytes())
-        } else {
-            self.0 == name
-        };
-        whole || format!(".{name}.").contains(&format!(".{}.", self.0))
-    }
-}
-
-fn glob(pattern: &[u8], name: &[u8]) -> bool {
-    // greedy with one step back: linear in practice, no recursion to blow up
-    let (mut p, mut n, mut star) = (0, 0, None);
-    while n < name.len() {
-        if p < pattern.len() && pattern[p] == b'*' {
-            star = Some((p, n));
-            p += 1;
-        } else if p < pattern.len() && pattern[p] == name[n] {
-            p += 1;
-            n += 1;
-        } else if let Some((at, from)) = star {
-            p = at + 1;
-            n = from + 1;
-            star = Some((at, from + 1));
-        } else {
-            return false;
-        }
-    }
-    pattern[p..].iter().all(|&c| c == b'*')
-}
+pub use name::{Pattern, Role, place, role};
 
 /// What a plan depends on beside the model.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -120,43 +68,6 @@ impl Default for PlanOptions {
     }
 }
 
-/// What a tensor is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Role {
-    Linear,
-    Head,
-    Embedding,
-    Norm,
-    Bias,
-    Other,
-}
-
-/// The one place that reads meaning into tensor names.
-pub fn role(tensor: &str) -> Role {
-    let parts: Vec<&str> = tensor.rsplit('.').collect();
-    match parts.as_slice() {
-        ["bias", ..] => Role::Bias,
-        ["weight", "lm_head" | "embed_out", ..] => Role::Head,
-        ["weight", "embed_tokens" | "embed_in", ..] => Role::Embedding,
-        ["weight", module, ..] if module.ends_with("_proj") => Role::Linear,
-        [
-            "weight",
-            "query_key_value" | "dense" | "dense_h_to_4h" | "dense_4h_to_h",
-            ..,
-        ] => Role::Linear,
-        ["weight", module, ..] if module.contains("norm") => Role::Norm,
-        _ => Role::Other,
-    }
-}
-
-/// Where a module stands: the number of its layer, if it is in one, and its part there (`q_proj`, `lm_head`).
-pub fn place(module: &str) -> (Option<u32>, &str) {
-    let layer = module.split('.').find_map(|part| part.parse().ok());
-    let part = module.rsplit('.').next().unwrap_or(module);
-    (layer, part)
-}
-
 /// What happens to a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -205,143 +116,6 @@ impl PlannedTensor {
     /// (m, n) of a planned decomposition.
     fn sides(&self) -> (usize, usize) {
         (self.shape[0], self.shape[1])
-    }
-
-    /// What decomposing costs, as floating-point operations of f32 products that take as long.
-    ///
-    /// With s and l the short and the long side: s²·l for the Gram matrix; 4/3·s³ for its tridiagonal form, half of it
-    /// bound by memory and three times as slow as products; 2·q·s² to bring q vectors back from there. Or, for few
-    /// triplets, 2·r·s² + 2·r²·s for a Krylov space of r vectors. Then 2·q·s·l for the long vectors, q²·l to polish
-    /// them, and 4·q·s·l for M′, whose product is in f64, where every operation counts for two. And what every element
-    /// costs, however many triplets are kept.
-    pub fn flops(&self) -> u64 {
-        if !self.is_decomposed() {
-            return 0;
-        }
-        let route = Foreseeable::of(self);
-        let (m, n) = self.sides();
-        let q = self.q.unwrap_or(self.q_max) as f64;
-        let (s, l) = (m.min(n) as f64, m.max(n) as f64);
-        let reduced = s * s * l + 3.0 * 4.0 / 3.0 * s.powi(3) + 2.0 * q * s * s;
-        let short = match route {
-            Foreseeable::Krylov => {
-                let r = 4.5 * q + 0.05 * s;
-                s * s * l + 2.0 * r * s * s + 2.0 * r * r * s
-            }
-            Foreseeable::GramF32 => reduced,
-            Foreseeable::GramF64 => 2.0 * reduced,
-        };
-        let split = 4.0 * q * s * l + FLOPS_PER_ELEMENT * s * l;
-        (short + 2.0 * q * s * l + q * q * l + split) as u64
-    }
-
-    /// What all singular values without their vectors cost, in the same unit: the Gram matrix and its form in f64.
-    pub fn spectrum_flops(&self) -> u64 {
-        if !self.is_decomposed() {
-            return 0;
-        }
-        let (m, n) = self.sides();
-        let (s, l) = (m.min(n) as f64, m.max(n) as f64);
-        (2.0 * (s * s * l + 3.0 * 4.0 / 3.0 * s.powi(3))) as u64
-    }
-
-    /// Bytes one worker holds at most while it decomposes this tensor, on the route that its shape and q foresee.
-    ///
-    /// With s and l the short and the long side, one of these moments is the peak:
-    ///
-    /// - reading: M as stored and in f32;
-    /// - solving: M in f32, and what [`Foreseeable::solver_bytes`] says of the short side;
-    /// - completing: M in f32, the short vectors, the long ones, and half of these again: they are put in order where they are not;
-    /// - splitting, for M′ only: M as stored and in f32, M′, both factors, and a tile with its share of them in f64; of
-    ///   an f32 weight also the elements that are stored exactly.
-    ///
-    /// Where outliers are taken out, one more M is there while solving.
-    pub(crate) fn worker_bytes(&self, storing: Storing) -> u64 {
-        if !self.is_decomposed() {
-            return self.bytes;
-        }
-        let q = self.q.unwrap_or(self.q_max) as u64;
-        let (m, n) = self.sides();
-        let (m, n) = (m as u64, n as u64);
-        let (s, l) = (m.min(n), m.max(n));
-        let matrix = 4 * m * n;
-        let factors = 4 * q * (m + n);
-        let widened = if self.dtype == "F32" { 0 } else { matrix };
-        let reading = self.bytes + widened;
-        let solving = matrix + Foreseeable::of(self).solver_bytes(s, q);
-        let completing = matrix + factors + 2 * q * l;
-        let splitting = match storing.layout {
-            ArtifactLayout::Residual => {
-                let (rows, columns) = (m.min(TILE), n.min(TILE));
-                let tile = 8 * (rows * columns + q * (rows + columns));
-                // a sixth of the elements: positions in 8 bytes, values in 4
-                let exact = if self.dtype == "F32" { 2 * m * n } else { 0 };
-                self.bytes + widened + matrix + factors + tile + exact
-            }
-            ArtifactLayout::Sidecar => 0,
-        };
-        KERNEL_BYTES + reading.max(solving).max(completing).max(splitting)
-    }
-
-    /// The most bytes that the tensor takes in the artifact.
-    pub fn artifact_bytes_max(&self, storing: Storing) -> u64 {
-        self.artifact_bytes(storing, self.q.unwrap_or(self.q_max))
-    }
-
-    /// Bytes the tensor takes in the artifact, with `q` triplets if it is decomposed.
-    fn artifact_bytes(&self, storing: Storing, q: usize) -> u64 {
-        match (self.action, storing.layout) {
-            (Action::Copy, ArtifactLayout::Residual) => self.bytes,
-            (Action::Copy, ArtifactLayout::Sidecar) => 0,
-            (Action::Decompose, _) => {
-                let (m, n) = self.sides();
-                let factors = storing.factors.bytes() * (q * (m + n)) as u64 + 4 * q as u64;
-                // of an f32 weight, 14–19 % of the elements are stored exactly, in 8 bytes each; of 16 bits, almost none
-                let exact = if self.dtype == "F32" { 5 } else { 4 };
-                match storing.layout {
-                    ArtifactLayout::Residual => factors + exact * (m * n) as u64,
-                    ArtifactLayout::Sidecar => factors,
-                }
-            }
-        }
-    }
-}
-
-/// The tiles that M′ is computed by (split).
-const TILE: u64 = 1024;
-
-/// The routes that shape and q foresee (linalg's thresholds); the numbers may force another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Foreseeable {
-    Krylov,
-    GramF32,
-    GramF64,
-}
-
-impl Foreseeable {
-    fn of(tensor: &PlannedTensor) -> Self {
-        let (m, n) = tensor.sides();
-        let side = m.min(n);
-        match usual_route(side, tensor.q) {
-            Route::Krylov => Self::Krylov,
-            Route::GramF32 => Self::GramF32,
-            _ => Self::GramF64,
-        }
-    }
-
-    /// Bytes of what solves the eigenproblem of a short side s, at its peak, without M.
-    ///
-    /// - Gram: s² for the matrix, and half of that for its reflectors; then these, as much for the eigenvectors of the two
-    ///   halves, and q·s for the wanted ones with some more while they are put together. In f64 twice as many bytes.
-    /// - Krylov: s² for the Gram matrix, and for a space of 0.6·s vectors (a flat spectrum, the worst case): 0.6·s² for
-    ///   the basis, 0.45·s² for the projection, and 2.2 times 0.36·s² to solve that: some 12·s² bytes.
-    fn solver_bytes(self, s: u64, q: u64) -> u64 {
-        let wanted = (q + q.min(512)).max(s / 2);
-        match self {
-            Self::Krylov => 12 * s * s,
-            Self::GramF32 => 4 * (s + wanted) * s,
-            Self::GramF64 => 8 * (s + wanted) * s,
-        }
     }
 }
 
@@ -397,15 +171,8 @@ pub struct Plan {
 /// Program and libraries (Linux, 2026-11: 10–15 MB).
 const PROCESS_BYTES: u64 = 12 << 20;
 
-/// What the kernels of a worker lay out for themselves, and what the allocator keeps (glibc 2.36, 2026-11: 8–20 MB).
-const KERNEL_BYTES: u64 = 8 << 20;
-
 /// Sustained rate of one core in f32 products, flop/s (Zen 5, AVX-512, 2026-11, on a busy machine: 240 at best).
 const FLOPS_PER_CORE: f64 = 120e9;
-
-/// Operations for which an element's way costs as much: read, hashed, widened, rounded to M′, hashed and written
-/// (Zen 5, 2026-11: 15 ns without M′, 40 ns with it).
-const FLOPS_PER_ELEMENT: f64 = 3000.0;
 
 impl Plan {
     /// Plans the decomposition of the model in `root` (named in errors only).
@@ -577,60 +344,6 @@ impl Plan {
                 self.tensors,
             )
         }
-    }
-
-    /// The least the artifact can take, whatever the ranks turn out to be.
-    pub fn disk_bytes_min(&self) -> u64 {
-        self.tensors
-            .iter()
-            .map(|t| t.artifact_bytes(self.storing, t.q.unwrap_or(1)))
-            .sum()
-    }
-
-    /// The most disk that decomposing takes at any moment.
-    ///
-    /// A matrix waits in its file until the shard with its last tensor is whole: beside everything there may be that
-    /// shard, which is larger than its limit where one tensor is, and what earlier shards hold of the same matrix.
-    pub fn disk_bytes_peak(&self, shard_bytes_max: u64) -> u64 {
-        let bytes = |t: &PlannedTensor| t.artifact_bytes_max(self.storing);
-        let largest = self.tensors.iter().map(bytes).max().unwrap_or(0);
-        let twice = shard_bytes_max.max(largest).saturating_add(largest);
-        self.disk_bytes + self.disk_bytes / 50 + self.disk_bytes.min(twice)
-    }
-
-    /// The disk that decomposing needs where shards do not stay: a shard, and the largest matrix beside it, which lies across
-    /// its end or is the next that is waited for. A file system that gives back no stretch of a file may hold one more.
-    pub fn disk_bytes_passing(&self, shard_bytes_max: u64) -> u64 {
-        let bytes = |t: &PlannedTensor| t.artifact_bytes_max(self.storing);
-        let largest = self.decomposed().map(bytes).max().unwrap_or(0);
-        let shard = shard_bytes_max.max(self.carried_bytes_max());
-        let passing = shard.saturating_add(largest);
-        passing.min(self.disk_bytes_peak(shard_bytes_max))
-    }
-
-    /// Of that, what copied tensors of a shard may take.
-    pub fn disk_bytes_carried(&self, shard_bytes_max: u64) -> u64 {
-        let most = shard_bytes_max.max(self.carried_bytes_max());
-        self.disk_bytes_copied().min(most)
-    }
-
-    fn carried_bytes_max(&self) -> u64 {
-        let copied = self.tensors.iter().filter(|t| !t.is_decomposed());
-        let bytes = copied.map(|t| t.artifact_bytes_max(self.storing));
-        bytes.max().unwrap_or(0)
-    }
-
-    /// The most disk that some finished matrices take.
-    pub fn disk_bytes_of(&self, tensors: &[&PlannedTensor]) -> u64 {
-        let bytes = tensors.iter().map(|t| t.artifact_bytes_max(self.storing));
-        let bytes: u64 = bytes.sum();
-        bytes + bytes / 50
-    }
-
-    /// The disk that what is copied takes.
-    pub fn disk_bytes_copied(&self) -> u64 {
-        let copied = self.tensors.iter().filter(|t| !t.is_decomposed());
-        copied.map(|t| t.artifact_bytes_max(self.storing)).sum()
     }
 
     /// What to decompose, shard by shard as far as sizes are known before, so that shards can be written early; and of
@@ -894,8 +607,10 @@ fn untied_head(
 
 #[cfg(test)]
 mod tests {
+    use super::cost::KERNEL_BYTES;
     use super::*;
     use crate::decompose::PASSING_SHARD_BYTES;
+    use crate::format::ArtifactLayout;
     use serde_json::{Value, json};
 
     fn plan(config: Value, rank: Rank) -> Plan {
@@ -1022,7 +737,7 @@ mod tests {
         assert_eq!(untied.linear_layers, tied.linear_layers + 1);
         let mut not_tied = small();
         not_tied["tie_word_embeddings"] = false.into();
-        options.exclude = vec![Pattern("lm_head".into())];
+        options.exclude = vec!["lm_head".parse().expect("any text")];
         for (config, reason) in [(not_tied, "own already"), (small(), "excluded")] {
             let error = try_plan(config, &options).expect_err("refused").to_string();
             assert!(error.contains(reason), "{error}");
@@ -1134,24 +849,6 @@ mod tests {
         assert!(order[0].name.contains("mlp") && order[1].name.contains("mlp"));
         let single = plan.in_shard_order(u64::MAX);
         assert!(single.is_sorted_by_key(|t| std::cmp::Reverse(t.flops())));
-    }
-
-    #[test]
-    fn patterns_match_names_and_parts() {
-        let name = "model.layers.12.self_attn.q_proj";
-        for yes in [
-            "q_proj",
-            "layers.12",
-            "model.layers.*.q_proj",
-            "*q_proj",
-            "self_attn",
-            name,
-        ] {
-            assert!(Pattern(yes.into()).matches(name), "{yes}");
-        }
-        for no in ["proj", "layers.1", "q_proj*x", "layers.*", "k_proj"] {
-            assert!(!Pattern(no.into()).matches(name), "{no}");
-        }
     }
 
     #[test]

@@ -258,7 +258,7 @@ pub fn row_major<S: Copy + Into<T>, T: Real>(a: ArrayView2<S>) -> Array2<T> {
     }
     for (rows, columns) in [(below..rows, 0..columns), (0..below, right..columns)] {
         let edge = s![rows, columns];
-        let mut to = copy.slice_mut(edge.clone());
+        let mut to = copy.slice_mut(edge);
         to.zip_mut_with(&a.slice(edge), |to, &x| *to = x.into());
     }
     copy

@@ -1,0 +1,99 @@
+//! Which way to the triplets is the cheapest, from the shape and q alone.
+
+use super::algorithm::{Algorithm, Route};
+use super::krylov::Growth;
+
+/// Where one way becomes cheaper, or safer, than another. Tests lower them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Thresholds {
+    /// Up to this short side, the full decomposition costs no more.
+    pub full_side: usize,
+    /// Up to this short side, double precision costs nothing worth saving.
+    pub f64_side: usize,
+    /// Above this share of the full rank σ_q is small and single precision never passes.
+    pub f64_share: f64,
+    /// From this short side, a Krylov space is tried …
+    pub krylov_side: usize,
+    /// … for up to this share of the full rank.
+    pub krylov_share: f64,
+    /// From this short side the Gram matrix outgrows the caches, and reducing it waits for memory: there, a Krylov space
+    /// is tried …
+    pub large_side: usize,
+    /// … for up to this share.
+    pub large_share: f64,
+}
+
+impl Default for Thresholds {
+    fn default() -> Self {
+        Self {
+            full_side: 24,
+            f64_side: 96,
+            f64_share: 0.9,
+            krylov_side: 640,
+            krylov_share: 0.115,
+            large_side: 2560,
+            large_share: 0.18,
+        }
+    }
+}
+
+impl Thresholds {
+    pub fn needs_double(&self, side: usize, q: usize) -> bool {
+        side <= self.f64_side || q as f64 >= self.f64_share * side as f64
+    }
+
+    fn suits_krylov(&self, side: usize, q: usize) -> bool {
+        let share = if side < self.large_side {
+            self.krylov_share
+        } else {
+            self.large_share
+        };
+        side >= self.krylov_side && q as f64 <= share * side as f64
+    }
+
+    /// How a Krylov space for q pairs of a Gram matrix of this side should grow, where one is worth it.
+    pub fn growth(&self, side: usize, q: usize, algorithm: &Algorithm) -> Option<Growth> {
+        if q == 0 || !(algorithm.fast || self.suits_krylov(side, q)) {
+            return None;
+        }
+        // degree against width: a larger block feeds the kernels better and needs more vectors
+        let blocks = if algorithm.fast { 32 } else { 44 };
+        let power_of_two = 1 << (side / blocks).max(1).ilog2();
+        let block = power_of_two.clamp(32, 256).min(side / 4);
+        let whole = |vectors: f64| (vectors as usize).next_multiple_of(block);
+        let (s, vectors) = (side as f64, q as f64);
+        if algorithm.fast {
+            let first = whole(2.0 * vectors + block as f64);
+            // where it would take most of the side, the exact way costs no more
+            return (first as f64 <= FAST_SHARE * s).then_some(Growth {
+                block,
+                first,
+                last: first,
+                residual: None,
+            });
+        }
+        Some(Growth {
+            block,
+            first: whole((0.19 * s + 2.8 * vectors).min(0.58 * s)),
+            last: whole(0.74 * s).min(side),
+            residual: Some(algorithm.residual()),
+        })
+    }
+}
+
+/// The largest share of the side that the space of [`Algorithm::fast`] may take.
+const FAST_SHARE: f64 = 0.6;
+
+/// The route of a matrix with the short side `side` in which nothing dwarfs the rest, for plans.
+///
+/// Without q, all values are computed before q is known.
+pub fn usual_route(side: usize, q: Option<usize>) -> Route {
+    let thresholds = Thresholds::default();
+    match q {
+        _ if side <= thresholds.full_side => Route::Full,
+        None => Route::GramF64,
+        Some(q) if thresholds.needs_double(side, q) => Route::GramF64,
+        Some(q) if thresholds.suits_krylov(side, q) => Route::Krylov,
+        Some(_) => Route::GramF32,
+    }
+}
