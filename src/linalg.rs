@@ -23,5 +23,5 @@ pub use exact::ExactSum;
 pub use lapack::single_threaded_blas;
 pub use operand::Backend;
 pub use product::{gemm, multiply};
-pub use route::usual_route;
+pub use route::{Usual, usual_way};
 pub use svd::{decompose, decompose_on, spectrum};

@@ -4,10 +4,10 @@
 //! that waits for the device leaves its core to the others.
 
 use candle_core::{DType, Device, Tensor};
-use ndarray::{Array2, ArrayView2, CowArray, Ix2};
+use ndarray::{Array2, ArrayView2, Axis, CowArray, Ix2};
 
-use super::product::{gemm, gram, multiply};
-use super::real::zeros;
+use super::product::{gemm, gram, gram_of_panels, multiply};
+use super::real::row_major;
 use crate::error::Result;
 
 /// Where products with a whole matrix are computed.
@@ -143,21 +143,84 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// M − xᵀ·(x·M): without the given left directions, x (k, s).
-    pub fn without(&self, x: &Array2<f32>) -> Result<Operand<'a>> {
-        Ok(match self {
-            Self::Host(m) => {
-                let part = gemm(x.view(), false, m.view(), false);
-                let mut rest = zeros(m.nrows(), m.ncols());
-                rest.assign(m);
-                multiply(&mut rest.view_mut(), 1.0, x.t(), -1.0, part.view());
-                Operand::Host(rest.into())
+    /// M without the given left directions, x (k, s), which are orthonormal.
+    pub fn without<'r>(&'r self, x: &'r Array2<f32>) -> Result<Rest<'r, 'a>> {
+        let part = self.forward(x.view())?;
+        Ok(Rest {
+            whole: self,
+            x,
+            part,
+        })
+    }
+}
+
+/// M − xᵀ·(x·M), never formed as a whole in this process's memory.
+pub struct Rest<'r, 'a> {
+    whole: &'r Operand<'a>,
+    /// (k, s)
+    x: &'r Array2<f32>,
+    /// x·M (k, l)
+    part: Array2<f32>,
+}
+
+impl Rest<'_, '_> {
+    /// (s, l)
+    pub fn dim(&self) -> (usize, usize) {
+        self.whole.dim()
+    }
+
+    /// y (k, s) → R·Rᵀ·yᵀ (s, k) of what is left, R.
+    pub fn square(&self, y: ArrayView2<f32>) -> Result<Array2<f32>> {
+        if self.x.is_empty() {
+            return self.whole.square(y);
+        }
+        let x = self.x.view();
+        let mut apart = y.to_owned();
+        let inside = gemm(y, false, x, true);
+        multiply(&mut apart.view_mut(), 1.0, inside.view(), -1.0, x);
+        let mut squared = self.whole.square(apart.view())?;
+        let inside = gemm(x, false, squared.view(), false);
+        multiply(&mut squared.view_mut(), 1.0, x.t(), -1.0, inside.view());
+        Ok(squared)
+    }
+
+    /// R·Rᵀ in f32.
+    pub fn gram(&self) -> Result<Gram> {
+        // as many columns at a time as keep the copies small
+        const COLUMNS: usize = 1024;
+        Ok(match self.whole {
+            whole if self.x.is_empty() => return whole.gram(),
+            Operand::Host(m) => {
+                let columns = m.axis_chunks_iter(Axis(1), COLUMNS);
+                let parts = self.part.axis_chunks_iter(Axis(1), COLUMNS);
+                let panels = columns.zip(parts).map(|(columns, part)| {
+                    let mut panel = row_major::<f32, f32>(columns);
+                    multiply(&mut panel.view_mut(), 1.0, self.x.t(), -1.0, part);
+                    panel.into()
+                });
+                Gram::Host(gram_of_panels(self.dim().0, panels))
             }
-            Self::Device(m) => {
-                let x = upload(x.view(), m.device())?;
-                Operand::Device(m.sub(&x.t()?.matmul(&x.matmul(m)?)?)?)
+            Operand::Device(m) => {
+                let rest = self.on_device(m)?;
+                Gram::Device(rest.matmul(&rest.t()?)?)
             }
         })
+    }
+
+    /// R·Rᵀ in f64 where it was computed, on a device that multiplies it fast.
+    pub fn gram_f64_there(&self) -> Result<Option<Tensor>> {
+        match self.whole {
+            Operand::Device(m) if !self.x.is_empty() => {
+                Operand::Device(self.on_device(m)?).gram_f64_there()
+            }
+            whole => whole.gram_f64_there(),
+        }
+    }
+
+    fn on_device(&self, m: &Tensor) -> Result<Tensor> {
+        let x = upload(self.x.view(), m.device())?;
+        let part = upload(self.part.view(), m.device())?;
+        Ok(m.sub(&x.t()?.matmul(&part)?)?)
     }
 }
 
@@ -212,22 +275,33 @@ mod tests {
 
     #[test]
     fn nothing_of_the_directions_taken_out_is_left() {
-        let matrix = normal(40, 60, 1) * 1e3;
+        let matrix = normal(40, 1060, 1) * 1e3;
         let mut x = normal(3, 40, 2);
         orthonormalise_rows(&mut x).expect("orthonormal");
+        let left = &matrix - &x.t().dot(&x.dot(&matrix));
+        let truth = left.dot(&left.t());
+        // rows of the matrix are some 3·10⁴ long; two sums of 1060 roundings, each of them some ε·√1060
+        let noise = 2.0 * 6e-8 * 33.0 * 9e8 * 3.0;
+        let y = normal(5, 40, 3);
         for backend in [Backend::Cpu, Backend::Device(Device::Cpu)] {
             let whole = Operand::new(matrix.view(), &backend).expect("uploads");
             let rest = whole.without(&x).expect("multiplies");
-            let left = rest.forward(x.view()).expect("multiplies");
-            // ‖x·M‖ is some 8·10³; two sums of 40 roundings
-            assert!(left.iter().all(|y| y.abs() < 80.0 * 6e-8 * 8e3), "{left}");
-            // and nothing else has gone
-            let y = normal(1, 40, 3);
-            let y = &y - &y.dot(&x.t()).dot(&x);
-            let before = whole.forward(y.view()).expect("multiplies");
-            let after = rest.forward(y.view()).expect("multiplies");
-            let off = after - before;
-            assert!(off.iter().all(|y| y.abs() < 80.0 * 6e-8 * 8e3), "{off}");
+            let gram = rest.gram().expect("multiplies");
+            let squared = rest.square(y.view()).expect("multiplies");
+            let applied = gram.apply(y.view()).expect("multiplies");
+            let gram = gram.into_host().expect("it is there");
+            let off = (&gram - &truth).fold(0f32, |most, x| most.max(x.abs()));
+            assert!(off < noise, "{off:e} of {noise:e}");
+            for found in [squared, applied] {
+                let off = (found - truth.dot(&y.t())).fold(0f32, |most, x| most.max(x.abs()));
+                // of 40 elements of some standard deviations
+                assert!(off < 15.0 * noise, "{off:e} of {noise:e}");
+            }
+            if let Some(double) = rest.gram_f64_there().expect("multiplies") {
+                let double = double.to_dtype(DType::F32).expect("narrows");
+                let off = download(&double).expect("it is there") - &truth;
+                assert!(off.iter().all(|x| x.abs() < noise));
+            }
         }
     }
 }

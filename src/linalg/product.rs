@@ -119,12 +119,17 @@ pub fn multiply_upper<T: Real>(
 /// M (m, n) is widened and laid out for the kernels by panels, so that it is never held twice as a whole.
 pub fn gram<T: Real>(matrix: ArrayView2<f32>) -> Array2<T> {
     let short = short_side_first(matrix);
-    let side = short.nrows();
+    let panels = short.axis_chunks_iter(Axis(1), T::PANEL).map(T::laid_out);
+    gram_of_panels(short.nrows(), panels)
+}
+
+/// Σ x·xᵀ (s, s) over panels x (s, k), their rows dense; both halves filled.
+pub fn gram_of_panels<'a, T: Real>(
+    side: usize,
+    panels: impl Iterator<Item = CowArray<'a, T, Ix2>>,
+) -> Array2<T> {
     let mut gram = zeros(side, side);
-    for panel in short.axis_chunks_iter(Axis(1), T::PANEL) {
-        let panel: CowArray<T, Ix2> = T::laid_out(panel);
-        add_square_lower(gram.view_mut(), panel.view());
-    }
+    panels.for_each(|panel| add_square_lower(gram.view_mut(), panel.view()));
     mirror(&mut gram);
     gram
 }

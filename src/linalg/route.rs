@@ -1,6 +1,6 @@
 //! Which way to the triplets is the cheapest, from the shape and q alone.
 
-use super::algorithm::{Algorithm, Route};
+use super::algorithm::Algorithm;
 use super::krylov::Growth;
 
 /// Where one way becomes cheaper, or safer, than another. Tests lower them.
@@ -84,16 +84,39 @@ impl Thresholds {
 /// The largest share of the side that the space of [`Algorithm::fast`] may take.
 const FAST_SHARE: f64 = 0.6;
 
-/// The route of a matrix with the short side `side` in which nothing dwarfs the rest, for plans.
+/// The way that a matrix usually takes, for plans.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Usual {
+    /// Of so many vectors, with the Gram matrix or without it.
+    Krylov {
+        vectors: usize,
+        forms_gram: bool,
+    },
+    GramF32,
+    GramF64,
+    Full,
+}
+
+/// The way of a matrix with the sides (s, l), s ≤ l, in which nothing dwarfs the rest.
 ///
 /// Without q, all values are computed before q is known.
-pub fn usual_route(side: usize, q: Option<usize>) -> Route {
+pub fn usual_way((side, length): (usize, usize), q: Option<usize>) -> Usual {
     let thresholds = Thresholds::default();
-    match q {
-        _ if side <= thresholds.full_side => Route::Full,
-        None => Route::GramF64,
-        Some(q) if thresholds.needs_double(side, q) => Route::GramF64,
-        Some(q) if thresholds.suits_krylov(side, q) => Route::Krylov,
-        Some(_) => Route::GramF32,
+    let Some(q) = q else {
+        return Usual::GramF64;
+    };
+    if side <= thresholds.full_side {
+        return Usual::Full;
+    }
+    if thresholds.needs_double(side, q) {
+        return Usual::GramF64;
+    }
+    match thresholds.growth(side, q, &Algorithm::default()) {
+        Some(growth) => Usual::Krylov {
+            // a flat spectrum takes some more than the first look finds
+            vectors: (growth.first + growth.first / 12).min(growth.last),
+            forms_gram: !growth.is_cheaper_without_gram((side, length)),
+        },
+        None => Usual::GramF32,
     }
 }

@@ -13,7 +13,7 @@ use super::certificate::certify_operand;
 use super::filtered;
 use super::krylov::{self, Pairs};
 use super::lapack::{Tridiagonal, orthonormalise_rows};
-use super::operand::{Backend, Operand};
+use super::operand::{Backend, Operand, Rest};
 use super::outliers::{Outliers, outliers};
 use super::product::{gemm, gram, short_side_first};
 use super::route::Thresholds;
@@ -190,14 +190,8 @@ impl Problem<'_> {
             Wanted::Triplets(q) => q - 1,
             Wanted::Energy(_) => side,
         });
-        let rest;
-        let short = if large.sigma.is_empty() {
-            &self.short
-        } else {
-            rest = self.short.without(&large.vectors)?;
-            &rest
-        };
-        let Some((route, (values, vectors))) = self.pairs(short, &large, wanted)? else {
+        let rest = self.short.without(&large.vectors)?;
+        let Some((route, (values, vectors))) = self.pairs(&rest, &large, wanted)? else {
             return Ok(Attempt::Unsuitable);
         };
         let deflate = |route| match route {
@@ -246,10 +240,10 @@ impl Problem<'_> {
         })
     }
 
-    /// Eigenpairs of the Gram matrix of `short`, beside those in `large`.
+    /// Eigenpairs of the Gram matrix of what is left without those in `large`.
     fn pairs(
         &self,
-        short: &Operand,
+        short: &Rest,
         large: &Outliers,
         wanted: Wanted,
     ) -> Result<Option<(Route, Pairs)>> {
@@ -304,7 +298,7 @@ impl Problem<'_> {
     }
 
     /// Pairs from a device that multiplies in double precision, where it has room for that.
-    fn filtered(&self, short: &Operand, q: usize) -> Result<Option<Pairs>> {
+    fn filtered(&self, short: &Rest, q: usize) -> Result<Option<Pairs>> {
         if !filtered::suits(short.dim().0, q) {
             return Ok(None);
         }

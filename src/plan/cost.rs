@@ -2,7 +2,7 @@
 
 use super::{Action, Plan, PlannedTensor};
 use crate::format::{ArtifactLayout, Storing};
-use crate::linalg::{Route, usual_route};
+use crate::linalg::{Usual, usual_way};
 
 /// What the kernels of a worker lay out for themselves, and what the allocator keeps (glibc 2.36, 2026-11: 8–20 MB).
 pub(super) const KERNEL_BYTES: u64 = 8 << 20;
@@ -16,28 +16,40 @@ impl PlannedTensor {
     ///
     /// With s and l the short and the long side: s²·l for the Gram matrix; 4/3·s³ for its tridiagonal form, half of it
     /// bound by memory and three times as slow as products; 2·q·s² to bring q vectors back from there. Or, for few
-    /// triplets, 2·r·s² + 2·r²·s for a Krylov space of r vectors. Then 2·q·s·l for the long vectors, q²·l to polish
+    /// triplets, 2·r·s² + 2·r²·s for a Krylov space of r vectors, or 4·r·s·l where the Gram matrix is not formed. Then 2·q·s·l for the long vectors, q²·l to polish
     /// them, and 4·q·s·l for M′, whose product is in f64, where every operation counts for two. And what every element
     /// costs, however many triplets are kept.
     pub fn flops(&self) -> u64 {
         if !self.is_decomposed() {
             return 0;
         }
-        let route = Foreseeable::of(self);
         let (m, n) = self.sides();
         let q = self.q.unwrap_or(self.q_max) as f64;
         let (s, l) = (m.min(n) as f64, m.max(n) as f64);
         let reduced = s * s * l + 3.0 * 4.0 / 3.0 * s.powi(3) + 2.0 * q * s * s;
-        let short = match route {
-            Foreseeable::Krylov => {
-                let r = 2.9 * q + 0.2 * s;
-                s * s * l + 2.0 * r * s * s + 2.0 * r * r * s
+        let short = match self.way() {
+            Usual::Krylov {
+                vectors,
+                forms_gram,
+            } => {
+                let r = vectors as f64;
+                let products = match forms_gram {
+                    true => s * s * l + 2.0 * r * s * s,
+                    false => 4.0 * r * s * l,
+                };
+                products + 2.0 * r * r * s
             }
-            Foreseeable::GramF32 => reduced,
-            Foreseeable::GramF64 => 2.0 * reduced,
+            Usual::GramF32 => reduced,
+            Usual::GramF64 | Usual::Full => 2.0 * reduced,
         };
         let split = 4.0 * q * s * l + FLOPS_PER_ELEMENT * s * l;
         (short + 2.0 * q * s * l + q * q * l + split) as u64
+    }
+
+    /// The way that shape and q foresee; the numbers may force another.
+    fn way(&self) -> Usual {
+        let (m, n) = self.sides();
+        usual_way((m.min(n), m.max(n)), self.q)
     }
 
     /// What all singular values without their vectors cost, in the same unit: the Gram matrix and its form in f64.
@@ -55,12 +67,10 @@ impl PlannedTensor {
     /// With s and l the short and the long side, one of these moments is the peak:
     ///
     /// - reading: M as stored and in f32;
-    /// - solving: M in f32, and what [`Foreseeable::solver_bytes`] says of the short side;
+    /// - solving: M in f32, and what [`solver_bytes`] says of the short side;
     /// - completing: M in f32, the short vectors, the long ones, and half of these again: they are put in order where they are not;
     /// - splitting, for M′ only: M as stored and in f32, M′, both factors, and a tile with its share of them in f64; of
     ///   an f32 weight also the elements that are stored exactly.
-    ///
-    /// Where outliers are taken out, one more M is there while solving.
     pub(crate) fn worker_bytes(&self, storing: Storing) -> u64 {
         if !self.is_decomposed() {
             return self.bytes;
@@ -73,7 +83,7 @@ impl PlannedTensor {
         let factors = 4 * q * (m + n);
         let widened = if self.dtype == "F32" { 0 } else { matrix };
         let reading = self.bytes + widened;
-        let solving = matrix + Foreseeable::of(self).solver_bytes(s, q);
+        let solving = matrix + solver_bytes(self.way(), s, q);
         let completing = matrix + factors + 2 * q * l;
         let splitting = match storing.layout {
             ArtifactLayout::Residual => {
@@ -171,37 +181,23 @@ impl Plan {
 /// The tiles that M′ is computed by (split).
 const TILE: u64 = 1024;
 
-/// The routes that shape and q foresee (linalg's thresholds); the numbers may force another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Foreseeable {
-    Krylov,
-    GramF32,
-    GramF64,
-}
-
-impl Foreseeable {
-    fn of(tensor: &PlannedTensor) -> Self {
-        let (m, n) = tensor.sides();
-        let side = m.min(n);
-        match usual_route(side, tensor.q) {
-            Route::Krylov => Self::Krylov,
-            Route::GramF32 => Self::GramF32,
-            _ => Self::GramF64,
+/// Bytes of what solves the eigenproblem of a short side s, at its peak, without M.
+///
+/// - Gram: s² for the matrix, and half of that for its reflectors; then these, as much for the eigenvectors of the two
+///   halves, and q·s for the wanted ones with some more while they are put together. In f64 twice as many bytes.
+/// - A Krylov space of r vectors: s² for the Gram matrix, where it is formed, r·s for the basis, 1.25·r² for the projection,
+///   and 2.2·r² to solve that.
+fn solver_bytes(way: Usual, s: u64, q: u64) -> u64 {
+    let wanted = (q + q.min(512)).max(s / 2);
+    match way {
+        Usual::Krylov {
+            vectors,
+            forms_gram,
+        } => {
+            let r = vectors as u64;
+            4 * (u64::from(forms_gram) * s * s + r * s) + 14 * r * r
         }
-    }
-
-    /// Bytes of what solves the eigenproblem of a short side s, at its peak, without M.
-    ///
-    /// - Gram: s² for the matrix, and half of that for its reflectors; then these, as much for the eigenvectors of the two
-    ///   halves, and q·s for the wanted ones with some more while they are put together. In f64 twice as many bytes.
-    /// - Krylov: s² for the Gram matrix, and for a space of 0.6·s vectors (a flat spectrum, the worst case): 0.6·s² for
-    ///   the basis, 0.45·s² for the projection, and 2.2 times 0.36·s² to solve that: some 12·s² bytes.
-    fn solver_bytes(self, s: u64, q: u64) -> u64 {
-        let wanted = (q + q.min(512)).max(s / 2);
-        match self {
-            Self::Krylov => 12 * s * s,
-            Self::GramF32 => 4 * (s + wanted) * s,
-            Self::GramF64 => 8 * (s + wanted) * s,
-        }
+        Usual::GramF32 => 4 * (s + wanted) * s,
+        Usual::GramF64 | Usual::Full => 8 * (s + wanted) * s,
     }
 }
