@@ -3,7 +3,9 @@
 //!
 //! A row-major (r, c) array is LAPACK's column-major (c, r); "upper" in one reading is "lower" in the other.
 
-use libc::c_int;
+use std::ops::Range;
+
+use libc::{c_char, c_int};
 use ndarray::{Array1, Array2, ArrayView2, s};
 
 use super::halves;
@@ -36,6 +38,11 @@ pub struct Tridiagonal<T> {
     reflectors: Vec<T>,
     tau: Vec<T>,
 }
+
+/// dstebz: the eigenvalues at some places …
+const BY_PLACE: c_char = b'I' as c_char;
+/// … in the order of the whole matrix.
+const ENTIRE: c_char = b'E' as c_char;
 
 /// Columns reduced between two rank-2k updates.
 const PANEL: usize = 32;
@@ -197,15 +204,59 @@ impl<T: Real> Tridiagonal<T> {
 }
 
 impl Tridiagonal<f32> {
+    /// Those of the eigenvalues, descending, whose places are in `range`, by bisection: a few cost little beside all.
+    pub fn values_from(&self, range: Range<usize>) -> Result<Vec<f32>> {
+        let side = self.side();
+        assert!(range.start < range.end && range.end <= side);
+        let d: Vec<f64> = self.diagonal.iter().map(|&x| x.into()).collect();
+        let e: Vec<f64> = self.off_diagonal.iter().map(|&x| x.into()).collect();
+        let (mut found, mut blocks, mut info) = (0, 0, 0);
+        let mut values = vec![0f64; side];
+        let (mut block_of, mut ends) = (vec![0; side], vec![0; side]);
+        let (mut work, mut iwork) = (vec![0f64; 4 * side], vec![0; 3 * side]);
+        // SAFETY: d has s values, e at least s − 1; of what is written, each has as many places as dstebz asks for.
+        unsafe {
+            lapack_sys::dstebz_(
+                &BY_PLACE,
+                &ENTIRE,
+                &int(side),
+                &0.0,
+                &0.0,
+                // ascending, from 1
+                &int(side + 1 - range.end),
+                &int(side - range.start),
+                // as precise as single precision is
+                &(f64::from(f32::EPSILON) * self.scale()),
+                d.as_ptr(),
+                e.as_ptr(),
+                &mut found,
+                &mut blocks,
+                values.as_mut_ptr(),
+                block_of.as_mut_ptr(),
+                ends.as_mut_ptr(),
+                work.as_mut_ptr(),
+                iwork.as_mut_ptr(),
+                &mut info,
+            );
+        }
+        check("dstebz", side, info)?;
+        assert_eq!(found as usize, range.len(), "as many as were asked for");
+        values.truncate(range.len());
+        Ok(values.into_iter().rev().map(|x| x as f32).collect())
+    }
+
+    /// The size of the largest diagonal element.
+    fn scale(&self) -> f64 {
+        let sizes = self.diagonal.iter().map(|&x| f64::from(x).abs());
+        sizes.fold(0.0, f64::max)
+    }
+
     /// Approximate eigenvectors for the eigenvalues `at`, one per row, by two steps of inverse iteration in f64.
     ///
     /// Good to look at: neighbours closer than rounding come out mixed.
     pub fn glimpse(&self, at: &[f32]) -> Array2<f32> {
         let side = self.side();
-        let scale = self
-            .diagonal
-            .iter()
-            .fold(0f64, |m, &x| m.max(f64::from(x).abs()));
+        let scale = self.scale();
         let mut vectors = Array2::zeros((at.len(), side));
         for (mut row, &value) in vectors.rows_mut().into_iter().zip(at) {
             // a shift a little off, so that the system is not singular to the last bit
@@ -373,6 +424,24 @@ mod tests {
         assert!((values[0] - 5.0).abs() < 1e-14 && (values[1] - 3.0).abs() < 1e-14);
         assert!((vectors[(0, 2)].abs() - 1.0).abs() < 1e-14);
         assert!((vectors[(1, 0)] - vectors[(1, 1)]).abs() < 1e-14);
+    }
+
+    #[test]
+    fn some_of_the_eigenvalues_are_those_of_all() {
+        for side in [1, 2, 70, 200] {
+            let a = normal(side, side, 3);
+            let reduced = Tridiagonal::reduce(&a + &a.t()).expect("reduces");
+            let all = reduced.eigenvalues().expect("converges");
+            for range in [0..1, side - 1..side, 0..side, side / 3..side.div_ceil(2)] {
+                let some = reduced.values_from(range.clone()).expect("converges");
+                assert_eq!(some.len(), range.len());
+                for (found, wanted) in some.iter().zip(&all[range]) {
+                    // sterf errs by some units of the largest, which is about 2·√(2·side)
+                    let unit = f32::EPSILON * (8.0 * side as f32).sqrt();
+                    assert!((found - wanted).abs() < 16.0 * unit, "{found} {wanted}");
+                }
+            }
+        }
     }
 
     #[test]

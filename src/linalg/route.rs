@@ -51,8 +51,13 @@ impl Thresholds {
         side >= self.krylov_side && q as f64 <= share * side as f64
     }
 
-    /// How a Krylov space for q pairs of a Gram matrix of this side should grow, where one is worth it.
-    pub fn growth(&self, side: usize, q: usize, algorithm: &Algorithm) -> Option<Growth> {
+    /// How a Krylov space for q pairs of the Gram matrix of M (s, l) should grow, where one is worth it.
+    pub fn growth(
+        &self,
+        (side, length): (usize, usize),
+        q: usize,
+        algorithm: &Algorithm,
+    ) -> Option<Growth> {
         if q == 0 || !(algorithm.fast || self.suits_krylov(side, q)) {
             return None;
         }
@@ -72,9 +77,11 @@ impl Thresholds {
                 residual: None,
             });
         }
+        // the longer M is, the closer its values are, and the less a vector more costs beside the Gram matrix
+        let least = if length < 2 * side { 0.19 } else { 0.25 };
         Some(Growth {
             block,
-            first: whole((0.19 * s + 2.8 * vectors).min(0.58 * s)),
+            first: whole((least * s + 2.8 * vectors).min(0.58 * s)),
             last: whole(0.74 * s).min(side),
             residual: Some(algorithm.residual()),
         })
@@ -111,7 +118,7 @@ pub fn usual_way((side, length): (usize, usize), q: Option<usize>) -> Usual {
     if thresholds.needs_double(side, q) {
         return Usual::GramF64;
     }
-    match thresholds.growth(side, q, &Algorithm::default()) {
+    match thresholds.growth((side, length), q, &Algorithm::default()) {
         Some(growth) => Usual::Krylov {
             // a flat spectrum takes some more than the first look finds
             vectors: (growth.first + growth.first / 12).min(growth.last),

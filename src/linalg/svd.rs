@@ -256,7 +256,7 @@ impl Problem<'_> {
             {
                 return Ok(Some((Route::Krylov, pairs)));
             }
-            if let Some(growth) = self.thresholds.growth(side, q, algorithm) {
+            if let Some(growth) = self.thresholds.growth(short.dim(), q, algorithm) {
                 let route = if growth.residual.is_none() {
                     Route::Fast
                 } else {
@@ -787,6 +787,8 @@ mod tests {
             with_outliers(400, 900, 3, 40.0),
             // so many of some forty kept that what is left of them in each other shows in all
             with_outliers(400, 900, 14, 40.0),
+            // just not so large that they are taken out first
+            with_outliers(800, 900, 3, 7.0),
         ] {
             let q = matrix.nrows() / 10;
             let algorithm = Algorithm {
