@@ -625,11 +625,15 @@ mod tests {
     fn every_route_is_taken_where_it_belongs() {
         let gauss = normal(260, 300, 1);
         let few = with_outliers(260, 300, 3, 40.0);
+        let far = with_outliers(260, 300, 3, 1000.0);
         // more values that dwarf the rest than are looked for
         let many = with_outliers(260, 300, 30, 40.0);
         let cases = [
             (&gauss, 26, Route::Krylov),
             (&few, 26, Route::DeflatedKrylov),
+            // so few that the Gram matrix is not formed, however far the largest stand out
+            (&gauss, 5, Route::Krylov),
+            (&far, 5, Route::DeflatedKrylov),
             (&gauss, 130, Route::GramF32),
             (&few, 130, Route::DeflatedGramF32),
             (&many, 130, Route::GramF64),
