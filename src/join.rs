@@ -31,7 +31,7 @@ use crate::sum::{Blake3, Sum, both, sha256_file, sha256_hex};
 use crate::weights::shard::{flush, rename, write_atomically};
 use crate::weights::{Checkpoint, Dtype, Header, Layout, ShardWriter};
 use crate::workers::Arrivals;
-use crate::workspace::{Workspace, forget_stretch};
+use crate::workspace::{Workspace, forget_stretch, remove_if_there};
 use shard::{Filling, Index, Placed, Shard, Source, Spool};
 
 pub use frame::{Facts, Frame, Item};
@@ -131,9 +131,7 @@ impl Join<'_> {
                 }
             }
             for ending in ["json", "safetensors"] {
-                let path = self.shard_path(number, ending);
-                if path.exists() {
-                    std::fs::remove_file(&path).context("remove", &path)?;
+                if remove_if_there(&self.shard_path(number, ending))? {
                     left += 1;
                 }
             }
@@ -614,11 +612,4 @@ fn copy_part(
     let written = written.expect("tensors are placed from this very list");
     written.check(&as_written.finish(), &file.path)?;
     Ok(sum.finish())
-}
-
-fn remove_if_there(path: &Path) -> Result<()> {
-    match path.exists() {
-        true => std::fs::remove_file(path).context("remove", path),
-        false => Ok(()),
-    }
 }

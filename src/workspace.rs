@@ -250,6 +250,15 @@ pub fn free_bytes(dir: &Path) -> Option<u64> {
     }
 }
 
+/// Removes a file, and says whether there was one.
+pub fn remove_if_there(path: &Path) -> Result<bool> {
+    let there = path.exists();
+    if there {
+        std::fs::remove_file(path).context("remove", path)?;
+    }
+    Ok(there)
+}
+
 /// Gives the disk back what a stretch of a file takes, where the file system can: it reads as zeros then. Says whether.
 pub fn forget_stretch(path: &Path, start: u64, bytes: u64) -> bool {
     #[cfg(target_os = "linux")]

@@ -12,6 +12,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::format::Sums;
 use crate::part::Part;
 use crate::weights::{Dtype, Entry};
+use crate::workspace::remove_if_there;
 
 /// A finished shard, as its record tells of it.
 #[derive(Serialize, Deserialize)]
@@ -184,7 +185,7 @@ impl Spool {
     }
 
     pub fn remove(self) -> Result<()> {
-        super::remove_if_there(&self.path)
+        remove_if_there(&self.path).map(drop)
     }
 }
 
