@@ -155,3 +155,32 @@ pub enum Wanted {
     /// As few as hold this share of ‖M‖², 0 < share ≤ 1.
     Energy(f64),
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fast_asks_less_of_its_factors_and_not_nothing() {
+        let certificate = |link| Certificate {
+            residual: 1e-2,
+            link: Some(link),
+            orthogonality: 1e-6,
+            tail: Some(1.2),
+        };
+        let fast = Algorithm {
+            fast: true,
+            ..Algorithm::default()
+        };
+        assert!(fast.accepts(&certificate(5e-4)) && !fast.accepts(&certificate(2e-3)));
+        let small = Certificate {
+            residual: 1e-3,
+            tail: Some(0.9),
+            ..certificate(5e-5)
+        };
+        let exact = Algorithm::default();
+        assert!(exact.accepts(&small) && !exact.accepts(&certificate(5e-5)));
+        let link = Some(5e-4);
+        assert!(!exact.accepts(&Certificate { link, ..small }));
+    }
+}

@@ -241,7 +241,7 @@ fn orthonormalise(directions: &mut Array2<f32>) -> Option<Array2<f32>> {
 }
 
 /// What is left of a block below this share of it is rounding: G maps the space into itself. A value 40,000 times the others
-/// leaves 3·10⁻⁵.
+/// would leave some 3·10⁻⁵.
 const EXHAUSTED: f64 = 1e-5;
 
 #[cfg(test)]
@@ -286,6 +286,27 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn too_small_a_rank_is_left_to_another_way_at_once() {
+        let growth = Growth {
+            block: 20,
+            first: 100,
+            last: 180,
+            residual: Some(1e-3),
+        };
+        // two blocks are all there is; what comes out of the second, or out of that, is rounding
+        let (left, right) = (normal(200, 40, 1), normal(40, 300, 2));
+        let matrix = gemm(left.view(), false, right.view(), false);
+        let short = Operand::new(matrix.view(), &Backend::Cpu).expect("m");
+        let applied = std::cell::Cell::new(0);
+        let apply = |x: ArrayView2<f32>| {
+            applied.set(applied.get() + 1);
+            short.square(x)
+        };
+        let found = leading(apply, 200, 9, &growth, 7).expect("runs");
+        assert!(found.is_none() && applied.get() <= 4, "{}", applied.get());
     }
 
     #[test]

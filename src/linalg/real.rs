@@ -53,7 +53,6 @@ pub trait Real:
     const ROUTINES: [&'static str; 3];
     /// Half the distance from 1 to the next number: the unit roundoff.
     const UNIT: f64;
-    fn from_f32(x: f32) -> Self;
     fn from_f64(x: f64) -> Self;
     /// Columns of an f32 matrix to lay out at a time.
     const PANEL: usize;
@@ -127,9 +126,6 @@ macro_rules! real {
                 x as Self
             }
             const PANEL: usize = $panel;
-            fn from_f32(x: f32) -> Self {
-                x.into()
-            }
             fn laid_out(panel: ArrayView2<'_, f32>) -> CowArray<'_, Self, Ix2> {
                 $laid_out(panel)
             }

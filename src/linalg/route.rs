@@ -127,3 +127,35 @@ pub fn usual_way((side, length): (usize, usize), q: Option<usize>) -> Usual {
         None => Usual::GramF32,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_usual_way_follows_from_shape_and_rank() {
+        let krylov = |vectors, forms_gram| Usual::Krylov {
+            vectors,
+            forms_gram,
+        };
+        for (sides, q, way) in [
+            ((20, 30), Some(4), Usual::Full),
+            ((80, 90), Some(4), Usual::GramF64),
+            ((2048, 2048), Some(1900), Usual::GramF64),
+            ((2048, 2048), None, Usual::GramF64),
+            ((576, 1536), Some(57), Usual::GramF32),
+            ((2048, 2048), Some(409), Usual::GramF32),
+            // 0.19·s + 2.8·q = 960, 30 blocks of 32; a twelfth more where the spectrum is flat
+            ((2048, 2048), Some(204), krylov(1040, true)),
+            // 0.25·s of a long one: 1088
+            ((2048, 8192), Some(204), krylov(1178, true)),
+            // so few that two products with M cost less: 0.19·s + 2.8·q = 1349, 22 blocks of 64
+            ((4096, 4096), Some(204), krylov(1525, false)),
+            // where the Gram matrix outgrows the caches, up to 0.18
+            ((4096, 4096), Some(700), krylov(2634, true)),
+            ((4096, 4096), Some(800), Usual::GramF32),
+        ] {
+            assert_eq!(usual_way(sides, q), way, "{q:?} of {sides:?}");
+        }
+    }
+}
