@@ -1,12 +1,18 @@
 //! `config.json` as the decoder and the plan understand it.
 
+mod attention;
+mod keys;
+
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use attention::{attention, ropes};
+use keys::{Keys, PARAMETERS_MAX, SIDE_MAX};
+
 use super::family::{
-    Activation, AttentionScale, Biases, Cap, EmbeddingScale, FAMILIES, Family, KNOWN_TO_DIFFER,
-    Names, NormKind, NormPlaces, Projections, QueryKeyNorm, Windows,
+    Activation, AttentionScale, Biases, EmbeddingScale, Names, NormKind, NormPlaces, Projections,
+    QueryKeyNorm,
 };
 use crate::error::{Error, Result};
 use crate::json;
@@ -135,6 +141,7 @@ impl ModelConfig {
     pub fn parse(path: &Path, json: &Value) -> Result<Self> {
         let key = Keys { path, json };
         key.refuse_other_kinds()?;
+        key.refuse_wrong_types()?;
         let family = key.family()?;
         let hidden = key.count("hidden_size")?;
         let heads = key.count("num_attention_heads")?;
@@ -198,7 +205,9 @@ impl ModelConfig {
             vocabulary,
             positions_max,
             norm: family.norm,
-            norm_eps: key.number(family.norm_eps.0)?.unwrap_or(family.norm_eps.1),
+            norm_eps: key
+                .not_negative(family.norm_eps.0)?
+                .unwrap_or(family.norm_eps.1),
             norm_offset: family.norm_offset,
             norm_places: family.norm_places,
             query_key_norm: family.query_key_norm,
@@ -324,369 +333,6 @@ pub fn token_ids(value: &Value) -> Vec<u32> {
         .map_or(std::slice::from_ref(value), Vec::as_slice);
     let id = |id: &Value| u32::try_from(id.as_u64()?).ok();
     list.iter().filter_map(id).collect()
-}
-
-/// What each layer sees; `ropes` is how many ropes there are.
-fn attention(key: &Keys, family: &Family, layers: usize, ropes: usize) -> Result<Vec<Attention>> {
-    let json = key.json;
-    let switched = json["use_sliding_window"].as_bool().unwrap_or(false);
-    let window = match (&family.windows, json.get("sliding_window")) {
-        (Windows::Nowhere, _) => None,
-        (Windows::Later | Windows::WithoutRope, _) if !switched => None,
-        (_, None) => family.window,
-        (_, Some(_)) => key.optional("sliding_window")?,
-    };
-    let turned = turned(key, family, layers)?;
-    let windowed: Vec<bool> = match (&family.windows, key.layer_types(layers)?) {
-        (Windows::Nowhere, _) => vec![false; layers],
-        (Windows::Everywhere, _) => vec![true; layers],
-        (_, Some(types)) => types,
-        (Windows::Later, None) => {
-            let first = key.optional("max_window_layers")?.unwrap_or(28);
-            (0..layers).map(|layer| layer >= first).collect()
-        }
-        (Windows::WithoutRope, None) => turned.iter().map(|turned| !turned).collect(),
-        (Windows::AllBut(usual), None) => {
-            let period = key.optional("sliding_window_pattern")?.unwrap_or(*usual);
-            let windowed = |layer: usize| !(layer + 1).is_multiple_of(period);
-            (0..layers).map(windowed).collect()
-        }
-    };
-    let layer = |(windowed, turned): (bool, bool)| Attention {
-        window: window.filter(|_| windowed),
-        rope: turned.then_some(if windowed { ropes - 1 } else { 0 }),
-    };
-    Ok(windowed.into_iter().zip(turned).map(layer).collect())
-}
-
-/// Which layers turn queries and keys.
-fn turned(key: &Keys, family: &Family, layers: usize) -> Result<Vec<bool>> {
-    if !family.rope_skips_layers {
-        return Ok(vec![true; layers]);
-    }
-    match &key.json["no_rope_layers"] {
-        Value::Null => {
-            let period = key.optional("no_rope_layer_interval")?.unwrap_or(4);
-            let turned = |layer: usize| !(layer + 1).is_multiple_of(period);
-            Ok((0..layers).map(turned).collect())
-        }
-        // 1 where there is a rope, 0 where there is none, whatever the name says
-        value => {
-            let flags = value.as_array().filter(|flags| flags.len() == layers);
-            flags
-                .and_then(|flags| flags.iter().map(|f| Some(f.as_u64()? != 0)).collect())
-                .ok_or_else(|| {
-                    let reason = format!("is not a list of {layers} numbers, one for each layer");
-                    key.refuse("no_rope_layers", &reason)
-                })
-        }
-    }
-}
-
-/// The rope of most layers, and behind it that of layers with a window where they have one of their own.
-fn ropes(key: &Keys, family: &Family, head_dim: usize, positions_max: usize) -> Result<Vec<Rope>> {
-    let json = key.json;
-    // transformers 5 keeps theta and scaling together in `rope_parameters`, once for each kind of layer where they differ
-    let (all, windows) = match &json["rope_parameters"] {
-        Value::Null => (&json["rope_scaling"], &Value::Null),
-        kinds if kinds["full_attention"].is_object() => {
-            (&kinds["full_attention"], &kinds["sliding_attention"])
-        }
-        one => (one, &Value::Null),
-    };
-    let theta = |parameters: &Value, (spelled, usual): (&str, f64)| {
-        let theta = parameters["rope_theta"].as_f64();
-        theta.or(json[spelled].as_f64()).unwrap_or(usual)
-    };
-    let mut ropes = vec![rope(
-        key,
-        family,
-        all,
-        theta(all, family.rope_theta),
-        head_dim,
-        positions_max,
-    )?];
-    if let Some(usual) = family.rope_of_windows {
-        let theta = theta(windows, usual);
-        ropes.push(rope(key, family, windows, theta, head_dim, positions_max)?);
-    }
-    Ok(ropes)
-}
-
-/// One rope; `scaling` is the object that tells how it is stretched.
-fn rope(
-    key: &Keys,
-    family: &Family,
-    scaling: &Value,
-    theta: f64,
-    head_dim: usize,
-    positions_max: usize,
-) -> Result<Rope> {
-    let json = key.json;
-    let (spelled, usual) = family.rope_share;
-    let share = scaling["partial_rotary_factor"]
-        .as_f64()
-        .or(json[spelled].as_f64())
-        .unwrap_or(usual);
-    if !(share > 0.0 && share <= 1.0) {
-        return Err(key.refuse(spelled, &format!("is {share}, not a share of a head")));
-    }
-    let dim = (head_dim as f64 * share) as usize;
-    let kind = scaling["rope_type"]
-        .as_str()
-        .or(scaling["type"].as_str())
-        .unwrap_or("default");
-    let number = |name: &str| {
-        let number = scaling[name].as_f64().filter(|&x| x > 0.0);
-        number.ok_or_else(|| {
-            key.refuse(
-                &format!("rope_scaling.{name}"),
-                "is missing or not a positive number",
-            )
-        })
-    };
-    let number_or = |name: &str, usual: f64| match &scaling[name] {
-        Value::Null => Ok(usual),
-        _ => number(name),
-    };
-    let list = |name: &str| -> Result<Vec<f64>> {
-        let values: Option<Vec<f64>> = scaling[name]
-            .as_array()
-            .and_then(|a| a.iter().map(Value::as_f64).collect());
-        match values {
-            Some(values) if values.len() == dim / 2 => Ok(values),
-            _ => Err(key.refuse(
-                &format!("rope_scaling.{name}"),
-                &format!("is not a list of {} numbers", dim / 2),
-            )),
-        }
-    };
-    let scaling = match kind {
-        "default" => Scaling::None,
-        "linear" => Scaling::Linear {
-            factor: number("factor")?,
-        },
-        "llama3" => Scaling::Llama3 {
-            factor: number("factor")?,
-            low: number("low_freq_factor")?,
-            high: number("high_freq_factor")?,
-            original: number("original_max_position_embeddings")?,
-        },
-        // Phi-3 once called it `su`, and `yarn`
-        "longrope" | "su" | "yarn" if kind != "yarn" || family.model_type == "phi3" => {
-            let original = json["original_max_position_embeddings"]
-                .as_u64()
-                .or(scaling["original_max_position_embeddings"].as_u64())
-                .map_or(positions_max, |n| n as usize);
-            let stretch = positions_max as f64 / original as f64;
-            let attention = scaling["attention_factor"].as_f64().unwrap_or_else(|| {
-                if stretch <= 1.0 {
-                    1.0
-                } else {
-                    (1.0 + stretch.ln() / (original as f64).ln()).sqrt()
-                }
-            });
-            Scaling::LongRope {
-                short: list("short_factor")?,
-                long: list("long_factor")?,
-                original,
-                attention,
-            }
-        }
-        "yarn" => {
-            let factor = number("factor")?;
-            let temperature = |slope: f64| match factor > 1.0 {
-                true => 0.1 * slope * factor.ln() + 1.0,
-                false => 1.0,
-            };
-            let slopes = ["mscale", "mscale_all_dim"].map(|name| scaling[name].as_f64());
-            let usual = match slopes {
-                [Some(one), Some(all)] if one != 0.0 && all != 0.0 => {
-                    temperature(one) / temperature(all)
-                }
-                _ => temperature(1.0),
-            };
-            Scaling::Yarn {
-                factor,
-                attention: number_or("attention_factor", usual)?,
-                fast: number_or("beta_fast", 32.0)?,
-                slow: number_or("beta_slow", 1.0)?,
-                original: number_or("original_max_position_embeddings", positions_max as f64)?,
-                truncate: scaling["truncate"].as_bool().unwrap_or(true),
-            }
-        }
-        "dynamic" => Scaling::Dynamic {
-            factor: number("factor")?,
-            original: positions_max as f64,
-        },
-        other => Scaling::Unsupported(other.into()),
-    };
-    Ok(Rope {
-        theta,
-        dim,
-        scaling,
-    })
-}
-
-/// The longest side: far beyond any model, and the bits of a matrix with two such sides still count in 64.
-const SIDE_MAX: usize = 1 << 28;
-
-/// The most layers: each has tensors with names, from a config of a few hundred bytes.
-const LAYERS_MAX: u64 = 4096;
-
-/// The most parameters: some hundred times those of the largest model, and sums of their bytes still count in 64 bits.
-const PARAMETERS_MAX: u128 = 1 << 48;
-
-/// Reads keys of one config and names them when they are wrong.
-struct Keys<'a> {
-    path: &'a Path,
-    json: &'a Value,
-}
-
-impl Keys<'_> {
-    fn refuse(&self, key: &str, reason: &str) -> Error {
-        Error::Config {
-            path: self.path.into(),
-            key: key.into(),
-            reason: reason.into(),
-        }
-    }
-
-    fn beyond(&self, key: &str, value: &Value) -> Error {
-        self.refuse(key, &format!("is {value}, which no model has"))
-    }
-
-    /// Models that no family here could be, by what their configs say beside the type.
-    fn refuse_other_kinds(&self) -> Result<()> {
-        const EXPERTS: [&str; 4] = [
-            "num_experts",
-            "num_local_experts",
-            "n_routed_experts",
-            "moe_num_experts",
-        ];
-        const OTHERS: [(&str, &str); 4] = [
-            (
-                "quantization_config",
-                "says that the weights are quantised: decompose the original checkpoint instead",
-            ),
-            (
-                "vision_config",
-                "describes a vision tower beside the language model, and only language models are known",
-            ),
-            (
-                "audio_config",
-                "describes an audio tower beside the language model, and only language models are known",
-            ),
-            (
-                "text_config",
-                "puts the language model inside another one, and only bare language models are known",
-            ),
-        ];
-        let json = self.json;
-        if let Some((key, reason)) = OTHERS.iter().find(|(key, _)| !json[*key].is_null()) {
-            return Err(self.refuse(key, reason));
-        }
-        if let Some(key) = EXPERTS.iter().find(|k| json[**k].as_u64() > Some(1)) {
-            let reason = format!(
-                "is {}: in a mixture of experts a router chooses the weights of each token, and no such layer is known",
-                json[*key]
-            );
-            return Err(self.refuse(key, &reason));
-        }
-        if json["use_bidirectional_attention"].as_bool() == Some(true) {
-            let reason = "is set: the model looks ahead, and predicts no next token";
-            return Err(self.refuse("use_bidirectional_attention", reason));
-        }
-        Ok(())
-    }
-
-    /// The row that `model_type` names.
-    fn family(&self) -> Result<&'static Family> {
-        let found = self.json["model_type"].as_str().unwrap_or_default();
-        if let Some(family) = FAMILIES.iter().find(|f| f.model_type == found) {
-            return Ok(family);
-        }
-        if let Some((_, reason)) = KNOWN_TO_DIFFER.iter().find(|(name, _)| *name == found) {
-            return Err(self.refuse("model_type", &format!("is `{found}`, which {reason}")));
-        }
-        let found = match found {
-            "" => self.json["architectures"][0].as_str(),
-            named => Some(named),
-        };
-        let supported: Vec<&str> = FAMILIES.iter().map(|f| f.model_type).collect();
-        Err(Error::Architecture {
-            path: self.path.into(),
-            found: found.unwrap_or("(no model_type)").into(),
-            supported: supported.join(", "),
-        })
-    }
-
-    fn number(&self, key: &str) -> Result<Option<f64>> {
-        match &self.json[key] {
-            Value::Null => Ok(None),
-            value => match value.as_f64().filter(|x| x.is_finite()) {
-                Some(number) => Ok(Some(number)),
-                None => Err(self.refuse(key, &format!("is {value}, not a number"))),
-            },
-        }
-    }
-
-    fn positive(&self, key: &str) -> Result<Option<f64>> {
-        match self.number(key)? {
-            Some(number) if number <= 0.0 => {
-                Err(self.refuse(key, &format!("is {number}, not a positive number")))
-            }
-            number => Ok(number),
-        }
-    }
-
-    fn cap(&self, key: &str, cap: &Cap) -> Result<Option<f64>> {
-        match cap {
-            Cap::Never => Ok(None),
-            Cap::OrElse(usual) if self.json.get(key).is_none() => Ok(*usual),
-            Cap::OrElse(_) => self.positive(key),
-        }
-    }
-
-    /// Which layers have a window, where the config lists it.
-    fn layer_types(&self, layers: usize) -> Result<Option<Vec<bool>>> {
-        let listed = match &self.json["layer_types"] {
-            Value::Null => return Ok(None),
-            Value::Array(types) if types.len() == layers => types,
-            _ => {
-                let reason = format!("is not a list of {layers} names, one for each layer");
-                return Err(self.refuse("layer_types", &reason));
-            }
-        };
-        let windowed = |kind: &Value| match kind.as_str() {
-            Some("sliding_attention") => Ok(true),
-            Some("full_attention") => Ok(false),
-            _ => Err(self.refuse(
-                "layer_types",
-                &format!("holds {kind}: full_attention and sliding_attention are known"),
-            )),
-        };
-        let windowed: Result<Vec<bool>> = listed.iter().map(windowed).collect();
-        windowed.map(Some)
-    }
-
-    fn optional(&self, key: &str) -> Result<Option<usize>> {
-        match &self.json[key] {
-            Value::Null => Ok(None),
-            value => match (key, value.as_u64()) {
-                ("max_window_layers", Some(0)) => Ok(Some(0)),
-                ("num_hidden_layers", Some(n)) if n > LAYERS_MAX => Err(self.beyond(key, value)),
-                (_, Some(n)) if n > SIDE_MAX as u64 => Err(self.beyond(key, value)),
-                (_, Some(n)) if n > 0 => Ok(Some(n as usize)),
-                _ => Err(self.refuse(key, &format!("is {value}, not a positive whole number"))),
-            },
-        }
-    }
-
-    fn count(&self, key: &str) -> Result<usize> {
-        self.optional(key)?
-            .ok_or_else(|| self.refuse(key, "is missing"))
-    }
 }
 
 #[cfg(test)]
@@ -870,6 +516,31 @@ mod tests {
     }
 
     #[test]
+    fn a_longrope_without_its_first_length_says_itself_how_far_it_is_stretched() {
+        let mut config = llama();
+        let head_dim = parse(llama()).expect("parses").head_dim;
+        let factors = vec![1.0; head_dim / 2];
+        config["max_position_embeddings"] = 64.into();
+        config["rope_scaling"] = json!({"rope_type": "longrope", "factor": 4.0, "short_factor": factors,
+            "long_factor": factors});
+        let rope = parse(config).expect("parses").ropes.remove(0);
+        let Scaling::LongRope {
+            original,
+            attention,
+            ..
+        } = rope.scaling
+        else {
+            panic!("{rope:?}");
+        };
+        // transformers 4.57, _compute_longrope_parameters
+        let wanted = (1.0 + 4f64.ln() / 64f64.ln()).sqrt();
+        assert!(
+            original == 64 && (attention - wanted).abs() < 1e-15,
+            "{attention}"
+        );
+    }
+
+    #[test]
     fn broken_values_are_named() {
         for (key, value, word) in [
             ("hidden_size", json!(-3), "hidden_size"),
@@ -879,6 +550,25 @@ mod tests {
             ("model_type", json!("mixtral"), "mixtral"),
             ("vocab_size", json!(null), "missing"),
             ("rope_scaling", json!({"rope_type": "llama3"}), "factor"),
+            ("rope_theta", json!(0.0), "rope_theta"),
+            ("rope_theta", json!(-1e4), "rope_theta"),
+            (
+                "rope_scaling",
+                json!({"type": "longrope", "original_max_position_embeddings": 1}),
+                "too few",
+            ),
+            ("rope_theta", json!("500000"), "not a number"),
+            (
+                "rope_parameters",
+                json!({"rope_theta": "7"}),
+                "`rope_parameters.rope_theta` is \"7\", not a number",
+            ),
+            ("rope_scaling", json!("linear"), "not an object"),
+            ("hidden_act", json!(5), "not a text"),
+            ("attention_bias", json!("no"), "not true or false"),
+            ("tie_word_embeddings", json!("yes"), "not true or false"),
+            ("eos_token_id", json!("x"), "not a token"),
+            ("rms_norm_eps", json!(-1), "not a positive number"),
             ("quantization_config", json!({"bits": 4}), "quantised"),
             ("num_experts", json!(64), "mixture of experts"),
             ("num_local_experts", json!(8), "mixture of experts"),

@@ -1,0 +1,232 @@
+//! What each layer sees, and how it turns queries and keys.
+
+use serde_json::Value;
+
+use super::keys::Keys;
+use super::{Attention, Rope, Scaling};
+use crate::error::Result;
+use crate::model::family::{Family, Windows};
+
+/// What each layer sees; `ropes` is how many ropes there are.
+pub fn attention(
+    key: &Keys,
+    family: &Family,
+    layers: usize,
+    ropes: usize,
+) -> Result<Vec<Attention>> {
+    let json = key.json;
+    let switched = json["use_sliding_window"].as_bool().unwrap_or(false);
+    let window = match (&family.windows, json.get("sliding_window")) {
+        (Windows::Nowhere, _) => None,
+        (Windows::Later | Windows::WithoutRope, _) if !switched => None,
+        (_, None) => family.window,
+        (_, Some(_)) => key.optional("sliding_window")?,
+    };
+    let turned = turned(key, family, layers)?;
+    let windowed: Vec<bool> = match (&family.windows, key.layer_types(layers)?) {
+        (Windows::Nowhere, _) => vec![false; layers],
+        (Windows::Everywhere, _) => vec![true; layers],
+        (_, Some(types)) => types,
+        (Windows::Later, None) => {
+            let first = key.optional("max_window_layers")?.unwrap_or(28);
+            (0..layers).map(|layer| layer >= first).collect()
+        }
+        (Windows::WithoutRope, None) => turned.iter().map(|turned| !turned).collect(),
+        (Windows::AllBut(usual), None) => {
+            let period = key.optional("sliding_window_pattern")?.unwrap_or(*usual);
+            let windowed = |layer: usize| !(layer + 1).is_multiple_of(period);
+            (0..layers).map(windowed).collect()
+        }
+    };
+    let layer = |(windowed, turned): (bool, bool)| Attention {
+        window: window.filter(|_| windowed),
+        rope: turned.then_some(if windowed { ropes - 1 } else { 0 }),
+    };
+    Ok(windowed.into_iter().zip(turned).map(layer).collect())
+}
+
+/// Which layers turn queries and keys.
+fn turned(key: &Keys, family: &Family, layers: usize) -> Result<Vec<bool>> {
+    if !family.rope_skips_layers {
+        return Ok(vec![true; layers]);
+    }
+    match &key.json["no_rope_layers"] {
+        Value::Null => {
+            let period = key.optional("no_rope_layer_interval")?.unwrap_or(4);
+            let turned = |layer: usize| !(layer + 1).is_multiple_of(period);
+            Ok((0..layers).map(turned).collect())
+        }
+        // 1 where there is a rope, 0 where there is none, whatever the name says
+        value => {
+            let flags = value.as_array().filter(|flags| flags.len() == layers);
+            flags
+                .and_then(|flags| flags.iter().map(|f| Some(f.as_u64()? != 0)).collect())
+                .ok_or_else(|| {
+                    let reason = format!("is not a list of {layers} numbers, one for each layer");
+                    key.refuse("no_rope_layers", &reason)
+                })
+        }
+    }
+}
+
+/// The rope of most layers, and behind it that of layers with a window where they have one of their own.
+pub fn ropes(
+    key: &Keys,
+    family: &Family,
+    head_dim: usize,
+    positions_max: usize,
+) -> Result<Vec<Rope>> {
+    let json = key.json;
+    // transformers 5 keeps theta and scaling together in `rope_parameters`, once for each kind of layer where they differ
+    let (all, windows) = match &json["rope_parameters"] {
+        Value::Null => (&json["rope_scaling"], &Value::Null),
+        kinds if kinds["full_attention"].is_object() => {
+            (&kinds["full_attention"], &kinds["sliding_attention"])
+        }
+        one => (one, &Value::Null),
+    };
+    let theta = |parameters: &Value, (spelled, usual): (&str, f64)| {
+        let theta = parameters["rope_theta"].as_f64();
+        let theta = theta.or(json[spelled].as_f64()).unwrap_or(usual);
+        // dimensions turn by powers of it, and its logarithm divides
+        match theta > 1.0 {
+            true => Ok(theta),
+            false => Err(key.refuse(spelled, &format!("is {theta}, and no rope turns by that"))),
+        }
+    };
+    let mut ropes = vec![rope(
+        key,
+        family,
+        all,
+        theta(all, family.rope_theta)?,
+        head_dim,
+        positions_max,
+    )?];
+    if let Some(usual) = family.rope_of_windows {
+        let theta = theta(windows, usual)?;
+        ropes.push(rope(key, family, windows, theta, head_dim, positions_max)?);
+    }
+    Ok(ropes)
+}
+
+/// One rope; `scaling` is the object that tells how it is stretched.
+fn rope(
+    key: &Keys,
+    family: &Family,
+    scaling: &Value,
+    theta: f64,
+    head_dim: usize,
+    positions_max: usize,
+) -> Result<Rope> {
+    let json = key.json;
+    let (spelled, usual) = family.rope_share;
+    let share = scaling["partial_rotary_factor"]
+        .as_f64()
+        .or(json[spelled].as_f64())
+        .unwrap_or(usual);
+    if !(share > 0.0 && share <= 1.0) {
+        return Err(key.refuse(spelled, &format!("is {share}, not a share of a head")));
+    }
+    let dim = (head_dim as f64 * share) as usize;
+    let kind = scaling["rope_type"]
+        .as_str()
+        .or(scaling["type"].as_str())
+        .unwrap_or("default");
+    let number = |name: &str| {
+        let number = scaling[name].as_f64().filter(|&x| x > 0.0);
+        number.ok_or_else(|| {
+            key.refuse(
+                &format!("rope_scaling.{name}"),
+                "is missing or not a positive number",
+            )
+        })
+    };
+    let number_or = |name: &str, usual: f64| match &scaling[name] {
+        Value::Null => Ok(usual),
+        _ => number(name),
+    };
+    let list = |name: &str| -> Result<Vec<f64>> {
+        let values: Option<Vec<f64>> = scaling[name]
+            .as_array()
+            .and_then(|a| a.iter().map(Value::as_f64).collect());
+        match values {
+            Some(values) if values.len() == dim / 2 => Ok(values),
+            _ => Err(key.refuse(
+                &format!("rope_scaling.{name}"),
+                &format!("is not a list of {} numbers", dim / 2),
+            )),
+        }
+    };
+    let scaling = match kind {
+        "default" => Scaling::None,
+        "linear" => Scaling::Linear {
+            factor: number("factor")?,
+        },
+        "llama3" => Scaling::Llama3 {
+            factor: number("factor")?,
+            low: number("low_freq_factor")?,
+            high: number("high_freq_factor")?,
+            original: number("original_max_position_embeddings")?,
+        },
+        // Phi-3 once called it `su`, and `yarn`
+        "longrope" | "su" | "yarn" if kind != "yarn" || family.model_type == "phi3" => {
+            let known = json["original_max_position_embeddings"].as_u64();
+            let known = known.or(scaling["original_max_position_embeddings"].as_u64());
+            let original = known.map_or(positions_max, |n| n as usize);
+            if original < 2 {
+                let reason = format!("is {original}, too few to stretch");
+                return Err(key.refuse("original_max_position_embeddings", &reason));
+            }
+            // without it the config says itself how far it is stretched
+            let stretch = match known {
+                Some(_) => positions_max as f64 / original as f64,
+                None => number_or("factor", 1.0)?,
+            };
+            let attention = scaling["attention_factor"].as_f64().unwrap_or_else(|| {
+                if stretch <= 1.0 {
+                    1.0
+                } else {
+                    (1.0 + stretch.ln() / (original as f64).ln()).sqrt()
+                }
+            });
+            Scaling::LongRope {
+                short: list("short_factor")?,
+                long: list("long_factor")?,
+                original,
+                attention,
+            }
+        }
+        "yarn" => {
+            let factor = number("factor")?;
+            let temperature = |slope: f64| match factor > 1.0 {
+                true => 0.1 * slope * factor.ln() + 1.0,
+                false => 1.0,
+            };
+            let slopes = ["mscale", "mscale_all_dim"].map(|name| scaling[name].as_f64());
+            let usual = match slopes {
+                [Some(one), Some(all)] if one != 0.0 && all != 0.0 => {
+                    temperature(one) / temperature(all)
+                }
+                _ => temperature(1.0),
+            };
+            Scaling::Yarn {
+                factor,
+                attention: number_or("attention_factor", usual)?,
+                fast: number_or("beta_fast", 32.0)?,
+                slow: number_or("beta_slow", 1.0)?,
+                original: number_or("original_max_position_embeddings", positions_max as f64)?,
+                truncate: scaling["truncate"].as_bool().unwrap_or(true),
+            }
+        }
+        "dynamic" => Scaling::Dynamic {
+            factor: number("factor")?,
+            original: positions_max as f64,
+        },
+        other => Scaling::Unsupported(other.into()),
+    };
+    Ok(Rope {
+        theta,
+        dim,
+        scaling,
+    })
+}
