@@ -1,7 +1,9 @@
 //! The one door to the template engine: for pages of ours, and for the chat templates of models.
 
+use std::fmt::Write as _;
+
 use chrono::NaiveDateTime;
-use chrono::format::{Item, StrftimeItems};
+use chrono::format::{Fixed, Item, StrftimeItems};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, ValueKind};
 use minijinja::{Environment, ErrorKind, escape_formatter};
@@ -67,12 +69,23 @@ pub fn chat(
         Err::<Shown, _>(minijinja::Error::new(ErrorKind::InvalidOperation, message))
     });
     environment.add_function("strftime_now", move |format: String| {
-        let items: Vec<Item> = StrftimeItems::new(&format).collect();
-        if items.contains(&Item::Error) {
-            let message = format!("strftime_now does not know the format {format:?}");
-            return Err(minijinja::Error::new(ErrorKind::InvalidOperation, message));
+        let items = StrftimeItems::new(&format);
+        // a time without a zone has none to tell: Python leaves these empty
+        let zone = |item: &Item| {
+            matches!(
+                item,
+                Item::Fixed(Fixed::TimezoneName | Fixed::TimezoneOffset)
+            )
+        };
+        let items: Vec<Item> = items.filter(|item| !zone(item)).collect();
+        let mut text = String::new();
+        match write!(text, "{}", now.format_with_items(items.into_iter())) {
+            Ok(()) => Ok(text),
+            Err(_) => {
+                let message = format!("strftime_now does not know the format {format:?}");
+                Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+            }
         }
-        Ok(now.format_with_items(items.into_iter()).to_string())
     });
     let template = without_tracking(template);
     let rendered = environment
@@ -101,11 +114,18 @@ fn without_tracking(template: &str) -> String {
     plain
 }
 
+/// A template of a stranger may ask for any number.
+const INDENT_MAX: usize = 64;
+
 /// Python's `json.dumps`, which unlike the engine's own filter escapes nothing for HTML.
 fn to_json(value: Shown, options: Kwargs) -> Result<String, minijinja::Error> {
     let indent: Option<usize> = options.get("indent")?;
     let ascii: Option<bool> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
+    if let Some(spaces) = indent.filter(|&spaces| spaces > INDENT_MAX) {
+        let message = format!("tojson indents by {INDENT_MAX} at most, not by {spaces}");
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, message));
+    }
     let json = match indent {
         Some(spaces) => written(
             &value,
@@ -212,8 +232,13 @@ mod tests {
     fn the_present_is_what_it_is_told() {
         let rendered = render("{{ strftime_now('%d %b %Y, %A %H:%M:%S') }}").expect("renders");
         assert_eq!(rendered, "07 Mar 2026, Saturday 14:05:09");
-        let error = render("{{ strftime_now('%Q') }}").expect_err("no format");
-        assert!(chain(&error).contains("%Q"), "{}", chain(&error));
+        let rendered = render("{{ strftime_now('%H%z%Z:%M') }}").expect("renders");
+        assert_eq!(rendered, "14:05");
+        for format in ["%Q", "%+", "%"] {
+            let error = render(&format!("{{{{ strftime_now('{format}') }}}}"));
+            let text = chain(&error.expect_err("no format"));
+            assert!(text.contains(format), "{text}");
+        }
     }
 
     #[test]
@@ -225,6 +250,9 @@ mod tests {
             render("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}");
         assert!(chain(&error.expect_err("without end")).contains("fuel"));
         render("{% if %}").expect_err("no template");
+        let error = render("{{ messages | tojson(indent=9999999999999999) }}");
+        let text = chain(&error.expect_err("too wide"));
+        assert!(text.contains("indent"), "{text}");
     }
 
     #[test]
