@@ -2,19 +2,22 @@
 //! own thin layer for all other bytes, because hf-hub 1.0.0 stores error pages as weights, accepts truncated files and sends
 //! large files inline.
 
+mod cache;
 mod client;
 mod download;
 mod lfs;
 mod oidc;
 mod outlet;
 mod refusal;
+mod remote;
 mod sender;
 pub mod server;
 mod upload;
 mod xet;
 
+pub use cache::Snapshot;
 pub use client::{Hub, HubOptions, Token};
-pub use download::{Downloaded, Snapshot};
+pub use download::Downloaded;
 pub use oidc::{Identity, Login};
 pub use outlet::HubOutlet;
 pub use upload::{PushOptions, Pushed, published_files};

@@ -1,17 +1,21 @@
 //! `publish`: renders the card, pushes a directory to the Hub, and makes sure that it arrived.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::card;
+use serde_json::Value;
+
+use crate::adapter::{self, Adapter};
 use crate::error::{Error, IoContext, Result};
 use crate::event::Observer;
-use crate::format::is_repo_id;
+use crate::format::{Sums, is_repo_id};
 use crate::hub::{Hub, PushOptions, Pushed};
 use crate::kind::Kind;
-use crate::report;
+use crate::weights::Layout;
 use crate::weights::place::refuse_links_outside;
 use crate::weights::shard::write_atomically;
 use crate::workspace::refuse_unfinished;
+use crate::{card, json, report};
 
 /// Writes the card of `dir`, unless somebody wrote one of their own there or changed ours.
 pub fn write_card(dir: &Path, repo: &str, observer: &dyn Observer) -> Result<()> {
@@ -77,5 +81,32 @@ pub fn run(
     refuse_unfinished(dir)?;
     refuse_no_repo(repo)?;
     write_card(dir, repo, observer)?;
-    hub.push(dir, repo, options, observer)
+    hub.push(dir, repo, &stated(dir)?, options, observer)
+}
+
+/// The sha256 of each file of weights, as the directory says itself: what was damaged since is not published.
+fn stated(dir: &Path) -> Result<BTreeMap<String, String>> {
+    let of_sections = |sections: &[&str]| -> Result<BTreeMap<String, String>> {
+        let mut report = report::read(dir)?;
+        let sums = sections.iter().find_map(|section| {
+            let sums = report.remove(*section)?.get_mut("sha256")?.take();
+            serde_json::from_value(sums).ok()
+        });
+        Ok(sums.unwrap_or_default())
+    };
+    match Kind::of(dir) {
+        Kind::Decomposition => {
+            let path = dir.join(Layout::Decomposition.index_file());
+            let mut index: Value = json::read(&path)?;
+            let sums: Sums = json::interpret(&path, index["metadata"]["sha256"].take())?;
+            Ok(sums.files)
+        }
+        Kind::Adapter => {
+            let stated = Adapter::read(dir)?.config.weights_sha256;
+            let sums = stated.map(|sum| (adapter::WEIGHTS_FILE.into(), sum));
+            Ok(sums.into_iter().collect())
+        }
+        Kind::Model => of_sections(&["merge"]),
+        Kind::Lora | Kind::StateDict => of_sections(&["export", "train"]),
+    }
 }

@@ -194,7 +194,13 @@ impl Walk<'_> {
             other => {
                 let (dir, name) = self.local_model(other.as_ref())?;
                 let repo = format!("demo/{name}");
-                own_hub.push(&dir, &repo, &PushOptions::default(), &Silent)?;
+                own_hub.push(
+                    &dir,
+                    &repo,
+                    &BTreeMap::new(),
+                    &PushOptions::default(),
+                    &Silent,
+                )?;
                 (&own_hub, repo, "main".to_string())
             }
         };

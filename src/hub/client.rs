@@ -122,7 +122,23 @@ pub(super) const USER_AGENT: &str = concat!("svdhub/", env!("CARGO_PKG_VERSION")
 
 impl Hub {
     /// Prepares a client; nothing is sent yet.
+    ///
+    /// # Errors
+    /// An address with a user's name or password in it: it would be in every message.
     pub fn new(options: HubOptions) -> Result<Self> {
+        if let Ok(url) = reqwest::Url::parse(&options.endpoint)
+            && !(url.username().is_empty() && url.password().is_none())
+        {
+            return Err(Error::Parse {
+                what: "the address of a Hub",
+                value: format!(
+                    "{}://…@{}",
+                    url.scheme(),
+                    url.host_str().unwrap_or_default()
+                ),
+                reason: "it holds a name or a password: a Hub is given a token, in HF_TOKEN".into(),
+            });
+        }
         let http = Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             // in the blocking client: of waiting for an answer, and of each single read of its body

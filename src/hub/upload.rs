@@ -1,6 +1,6 @@
 //! A directory to the Hub: large files through Xet or LFS, the rest in commits, and then compared with what arrived.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -13,8 +13,8 @@ use hf_hub::{HFClientSync, RepoTypeModel};
 use reqwest::Method;
 use serde_json::{Value, json};
 
+use super::cache::digests;
 use super::client::{Asked, Hub, TRIES, segment};
-use super::download::digests;
 use crate::contents::Contents;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
@@ -191,6 +191,7 @@ impl Hub {
         &self,
         dir: &Path,
         repo: &str,
+        stated: &BTreeMap<String, String>,
         options: &PushOptions,
         observer: &dyn Observer,
     ) -> Result<Pushed> {
@@ -198,6 +199,16 @@ impl Hub {
             return Err(Error::Offline { repo: repo.into() });
         }
         let mut files = local_files(dir, observer)?;
+        for file in &files {
+            if let Some(expected) = stated.get(&file.name).filter(|sum| **sum != file.sha256) {
+                return Err(Error::Checksum {
+                    what: format!("`{}`", file.name),
+                    path: file.path.clone(),
+                    expected: expected.clone(),
+                    found: file.sha256.clone(),
+                });
+            }
+        }
         let api = self.api()?;
         let branch = options.branch.clone().unwrap_or_else(|| "main".into());
         self.prepare(&api, repo, &branch, options)?;

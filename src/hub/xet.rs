@@ -18,8 +18,8 @@ use xet::xet_session::{
     XetUploadCommit,
 };
 
+use super::cache::open_partial;
 use super::client::{Asked, CONNECT_TIMEOUT, FIRST_PAUSE, Hub, RemoteFile, TRIES, segment};
-use super::download::open_partial;
 use super::upload::{LocalFile, Push};
 use crate::contents::Contents;
 use crate::error::{Error, IoContext, Result};

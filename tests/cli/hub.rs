@@ -256,6 +256,70 @@ fn a_long_listing_is_read_to_its_end() {
 }
 
 #[test]
+fn a_download_replaces_what_a_download_brought_and_nothing_else() {
+    let world = published_base(u64::MAX);
+    let fetch = ["hub", "download", "org/base", "--out", "fetched"];
+    std::fs::create_dir_all(world.path("fetched")).expect("creates");
+    let config = world.path("fetched/config.json");
+    std::fs::write(&config, "mine").expect("writes");
+    world
+        .run(&fetch)
+        .refuses(&["fetched/config.json is there already", "did not write it"]);
+    assert_eq!(files(&world.path("fetched")).len(), 1, "nothing was begun");
+    std::fs::remove_file(&config).expect("removes");
+    world.run(&fetch).succeeds();
+
+    // the next commit's takes the place of this one's
+    let base = world.path("base");
+    let mut text = std::fs::read_to_string(base.join("config.json")).expect("reads");
+    text.push('\n');
+    std::fs::write(base.join("config.json"), &text).expect("writes");
+    world.run(&["publish", arg(&base), "org/base"]).succeeds();
+    world.run(&fetch).succeeds();
+    assert_eq!(std::fs::read_to_string(&config).expect("reads"), text);
+}
+
+#[test]
+fn a_hub_is_not_made_of_a_folder_that_holds_something() {
+    let world = World::new();
+    let parts = world.path("home/parts");
+    std::fs::create_dir_all(&parts).expect("creates");
+    std::fs::write(parts.join("mine"), "mine").expect("writes");
+    let home = world.path("home");
+    let serve = ["hub", "serve", arg(&home), "--port", "0"];
+    world
+        .run(&serve)
+        .refuses(&["home", "no Hub of svdhub's wrote"]);
+    assert!(parts.join("mine").exists() && !home.join("incoming").exists());
+}
+
+#[test]
+fn processes_that_ask_for_one_repository_at_the_same_moment_share_the_cache() {
+    let world = published_base(600_000);
+    for round in 0..4 {
+        let cache = world.path(&format!("cache-{round}"));
+        let children: Vec<_> = (0..4)
+            .map(|_| {
+                let mut command = world.command(&["verify", "org/base"]);
+                command.env("HF_HUB_CACHE", &cache);
+                command.spawn().expect("starts")
+            })
+            .collect();
+        for child in children {
+            let done = child.wait_with_output().expect("ends");
+            let said = String::from_utf8_lossy(&done.stderr);
+            assert!(done.status.success(), "{said}");
+        }
+        for (name, _) in files(&cache) {
+            assert!(
+                !name.contains(".partial") && !name.ends_with(".link"),
+                "{name}"
+            );
+        }
+    }
+}
+
+#[test]
 fn a_repository_larger_than_the_disk_is_refused_before_it_starts() {
     let world = published_base(u64::MAX);
     let listing = |size: u64| {

@@ -19,6 +19,9 @@ pub enum Target<'a> {
 }
 
 /// What an upload to the CDN promises, if its address was given out by this Hub.
+/// The most parts of one object, as S3 has it.
+const PARTS_MAX: u64 = 10_000;
+
 pub fn upload_target<'a>(hub: &Hub, call: &'a Call) -> Result<Target<'a>, Refusal> {
     let number = call.segments.get(2).and_then(|number| number.parse().ok());
     match (call.segments.as_slice(), number) {
@@ -97,8 +100,18 @@ impl Visit<'_> {
                     answer["actions"] = json!({"upload": pass});
                 }
                 (true, false) => {
-                    let upload = self.upload_action(oid, size.as_u64().unwrap_or(0), part_bytes);
-                    answer["actions"] = json!({"upload": upload, "verify": {"href": verify}});
+                    let size = size.as_u64().unwrap_or(0);
+                    match part_bytes {
+                        Some(bytes) if bytes > 0 && size.div_ceil(bytes) > PARTS_MAX => {
+                            let message = format!("more than {PARTS_MAX} parts of {bytes} bytes");
+                            answer["error"] = json!({"code": 422, "message": message});
+                        }
+                        _ => {
+                            let upload = self.upload_action(oid, size, part_bytes);
+                            answer["actions"] =
+                                json!({"upload": upload, "verify": {"href": verify}});
+                        }
+                    }
                 }
                 (false, true) => {
                     let download = json!({"href": object_url(self.hub, "download", oid)});

@@ -51,12 +51,28 @@ pub struct Store {
 }
 
 impl Store {
+    /// Opens a folder that another store left, or begins one where nothing is.
+    ///
+    /// # Errors
+    /// The folder holds what is not ours: what is left over is removed here, and nobody else's files with it.
     pub fn open(root: &Path) -> io::Result<Store> {
         let incoming = root.join("incoming");
-        fs::create_dir_all(root.join("objects"))?;
+        // every store has had one from its first moment on
+        let is_ours = incoming.is_dir();
+        if !is_ours && fs::read_dir(root).is_ok_and(|mut found| found.next().is_some()) {
+            let reason =
+                "it holds files that no Hub of svdhub's wrote: name an empty folder, or a new one";
+            return Err(io::Error::new(io::ErrorKind::DirectoryNotEmpty, reason));
+        }
         fs::create_dir_all(&incoming)?;
-        if root.join("parts").exists() {
-            fs::remove_dir_all(root.join("parts"))?;
+        fs::create_dir_all(root.join("objects"))?;
+        let parts = root.join("parts");
+        let left_over = fs::read_dir(&parts).into_iter().flatten();
+        for object in left_over {
+            let object = object?;
+            if is_sha256(&object.file_name().to_string_lossy()) {
+                fs::remove_dir_all(object.path())?;
+            }
         }
         for left_over in fs::read_dir(&incoming)? {
             fs::remove_file(left_over?.path())?;
@@ -291,8 +307,7 @@ impl Store {
     }
 
     fn part_path(&self, sha256: &str, number: usize) -> Option<PathBuf> {
-        let valid = sha256.len() == 64 && is_hex(sha256);
-        let folder = valid.then(|| self.root.join("parts").join(sha256))?;
+        let folder = is_sha256(sha256).then(|| self.root.join("parts").join(sha256))?;
         Some(folder.join(number.to_string()))
     }
 
@@ -306,8 +321,7 @@ impl Store {
     }
 
     fn object_path(&self, sha256: &str) -> Option<PathBuf> {
-        let valid = sha256.len() == 64 && is_hex(sha256);
-        valid.then(|| self.root.join("objects").join(&sha256[..2]).join(sha256))
+        is_sha256(sha256).then(|| self.root.join("objects").join(&sha256[..2]).join(sha256))
     }
 
     fn commit_path(&self, id: &RepoId, commit: &str) -> PathBuf {
@@ -422,6 +436,10 @@ impl Store {
         file.sync_all()?;
         rename_durably(&temporary, path)
     }
+}
+
+fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && is_hex(text)
 }
 
 /// A content on its way in: hashed while it is written, kept only when it is whole.

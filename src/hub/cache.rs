@@ -1,0 +1,384 @@
+//! The cache on this machine's disk, which Python's huggingface_hub shares, and what lies in it of a commit.
+
+use std::fs::{File, OpenOptions};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use sha1::Sha1;
+use sha2::{Digest, Sha256};
+
+use super::client::RemoteFile;
+use crate::base::is_weights_or_media;
+use crate::error::{Error, IoContext, Result};
+use crate::sum::hex;
+use crate::weights::Layout;
+use crate::weights::checkpoint::Index;
+use crate::weights::shard::write_atomically;
+
+/// A repository at one commit, on this machine's disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    pub dir: PathBuf,
+    /// Hub id, if it came from one.
+    pub repo: Option<String>,
+    /// 40 hex digits.
+    pub commit: Option<String>,
+}
+
+/// sha256 of an LFS file, git's blob id of a regular one.
+pub(super) fn digest(path: &Path, lfs: bool) -> Result<String> {
+    if lfs {
+        return crate::sum::sha256_file(path, |_| {});
+    }
+    let mut opened = File::open(path).context("open", path)?;
+    let length = opened.metadata().context("read", path)?.len();
+    let mut hash = Sha1::new_with_prefix(format!("blob {length}\0"));
+    let mut buffer = vec![0u8; 1 << 20];
+    loop {
+        // a listing may call any file a regular one: it need not fit into memory
+        let n = opened.read(&mut buffer).context("read", path)?;
+        if n == 0 {
+            return Ok(hex(&hash.finalize()));
+        }
+        hash.update(&buffer[..n]);
+    }
+}
+
+/// Where a folder keeps what downloads into it leave.
+const STATE: &str = ".cache/svdhub";
+
+/// What there begins with this is of that file.
+fn name_in_state(file: &str) -> String {
+    crate::sum::sha256_hex(file.as_bytes())[..16].into()
+}
+
+/// Where a download goes, and what it uses on its way.
+pub(super) struct Place {
+    pub lock: PathBuf,
+    pub partial: PathBuf,
+    pub target: PathBuf,
+    /// The target's name is its hash: nothing else can be there.
+    named_by_hash: bool,
+}
+
+impl Place {
+    pub fn in_folder(dir: &Path, file: &RemoteFile) -> Self {
+        let state = dir.join(STATE);
+        // a beginning of other contents is no beginning of these
+        let name = format!("{}-{}", name_in_state(&file.path), file.oid);
+        Self {
+            lock: state.join(format!("{name}.lock")),
+            partial: state.join(format!("{name}.incomplete")),
+            target: dir.join(&file.path),
+            named_by_hash: false,
+        }
+    }
+
+    /// Refuses a file that lies where this one would, unless some download brought it: what was damaged since is mended.
+    pub fn refuse_foreign(dir: &Path, file: &RemoteFile) -> Result<()> {
+        let path = dir.join(&file.path);
+        if path.symlink_metadata().is_err() {
+            return Ok(());
+        }
+        let name = name_in_state(&file.path);
+        let mut state = std::fs::read_dir(dir.join(STATE)).into_iter().flatten();
+        let is_ours = state.any(|entry| {
+            entry.is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with(&name))
+        });
+        match is_ours {
+            true => Ok(()),
+            false => Err(Error::ForeignFile { path }),
+        }
+    }
+
+    pub fn is_filled(&self, file: &RemoteFile) -> Result<bool> {
+        if self.named_by_hash {
+            return Ok(self.target.exists());
+        }
+        let size = std::fs::metadata(&self.target).map(|found| found.len());
+        Ok(size.is_ok_and(|size| size == file.size) && digest(&self.target, file.lfs)? == file.oid)
+    }
+}
+
+/// A file that transfers append to, and its bytes so far; one that is longer than it may become begins anew.
+pub(super) fn open_partial(partial: &Path, size: u64) -> Result<(File, u64)> {
+    let out = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(partial)
+        .context("open", partial)?;
+    let received = out.metadata().context("read", partial)?.len();
+    if received <= size {
+        return Ok((out, received));
+    }
+    out.set_len(0).context("write", partial)?;
+    Ok((out, 0))
+}
+
+/// Of a repository's files, those that some verb reads.
+pub(super) fn needed(mut files: Vec<RemoteFile>, weights: &[String]) -> Vec<RemoteFile> {
+    files.retain(|file| is_read(&file.path, weights));
+    files
+}
+
+/// Whether some verb reads a file: one of the `weights`, or what is small and lies at the top.
+fn is_read(path: &str, weights: &[String]) -> bool {
+    let index = path.ends_with(".safetensors.index.json");
+    let named = weights.iter().any(|name| name == path);
+    !path.contains('/') && (named || index || !is_weights_or_media(path))
+}
+
+/// One repository's part of the cache, laid out as huggingface_hub does.
+pub(super) struct Cache {
+    pub root: PathBuf,
+    locks: PathBuf,
+}
+
+impl Cache {
+    pub fn of(cache: &Path, repo: &str) -> Self {
+        let name = format!("models--{}", repo.replace('/', "--"));
+        Self {
+            root: cache.join(&name),
+            locks: cache.join(".locks").join(&name),
+        }
+    }
+
+    pub fn blob(&self, oid: &str) -> PathBuf {
+        self.root.join("blobs").join(oid)
+    }
+
+    pub fn place(&self, oid: &str) -> Place {
+        let blob = self.blob(oid);
+        Place {
+            lock: self.locks.join(format!("{oid}.lock")),
+            partial: blob.with_extension("incomplete"),
+            target: blob,
+            named_by_hash: true,
+        }
+    }
+
+    /// Where huggingface_hub 2 keeps the listing of a commit, and looks for it.
+    fn listing_path(&self, commit: &str) -> PathBuf {
+        self.root.join("trees").join(format!("{commit}.json"))
+    }
+
+    /// Held while names are given: another process may bring the same repository at the same moment.
+    fn lock(&self) -> Result<File> {
+        let path = self.locks.join("svdhub.lock");
+        std::fs::create_dir_all(&self.locks).context("create", &self.locks)?;
+        let lock = File::create(&path).context("create", &path)?;
+        lock.lock().context("lock", &path)?;
+        Ok(lock)
+    }
+
+    /// Keeps the listing of a commit: offline, it tells what is missing.
+    pub fn list(&self, commit: &str, files: &[RemoteFile]) -> Result<()> {
+        let path = self.listing_path(commit);
+        let _held = self.lock()?;
+        if path.exists() {
+            return Ok(());
+        }
+        let entry = |file: &RemoteFile| {
+            let mut entry = json!({"size": file.size, "blob_id": file.blob_id});
+            if file.lfs {
+                entry["lfs_sha256"] = json!(file.oid);
+                entry["lfs_size"] = json!(file.size);
+            }
+            if let Some(hash) = &file.xet_hash {
+                entry["xet_hash"] = json!(hash);
+            }
+            (file.path.clone(), entry)
+        };
+        let files: serde_json::Map<_, _> = files.iter().map(entry).collect();
+        let listing = json!({"format_version": 1, "files": files});
+        let folder = path.parent().expect("a listing lies in a folder");
+        std::fs::create_dir_all(folder).context("create", folder)?;
+        write_atomically(&path, listing.to_string().as_bytes()).map(drop)
+    }
+
+    /// The paths of a commit's files, where its listing was kept.
+    fn listed(&self, commit: &str) -> Option<Vec<String>> {
+        let text = std::fs::read(self.listing_path(commit)).ok()?;
+        let listing: Value = serde_json::from_slice(&text).ok()?;
+        let files = listing["files"].as_object()?;
+        Some(files.keys().cloned().collect())
+    }
+
+    /// Links the files of a commit to their contents.
+    pub fn link(&self, commit: &str, files: &[RemoteFile]) -> Result<PathBuf> {
+        let dir = self.root.join("snapshots").join(commit);
+        let _held = self.lock()?;
+        std::fs::create_dir_all(&dir).context("create", &dir)?;
+        for file in files {
+            let link = dir.join(&file.path);
+            let target = PathBuf::from("../../blobs").join(&file.oid);
+            if std::fs::read_link(&link).is_ok_and(|found| found == target) {
+                continue;
+            }
+            let temporary = dir.join(format!(".{}.link", file.path));
+            let _ = std::fs::remove_file(&temporary);
+            std::os::unix::fs::symlink(&target, &temporary).context("link", &temporary)?;
+            std::fs::rename(&temporary, &link).context("rename", &link)?;
+        }
+        Ok(dir)
+    }
+
+    pub fn remember(&self, revision: &str, commit: &str) -> Result<()> {
+        let path = self.root.join("refs").join(revision);
+        let folder = path.parent().expect("a ref lies in a folder");
+        let _held = self.lock()?;
+        std::fs::create_dir_all(folder).context("create", folder)?;
+        write_atomically(&path, commit.as_bytes()).map(drop)
+    }
+
+    /// A commit as it lies in the cache, if nothing of it is missing: of these names, or of what verbs read.
+    pub fn kept(&self, repo: &str, revision: &str, names: Option<&[&str]>) -> Result<Snapshot> {
+        let named = std::fs::read_to_string(self.root.join("refs").join(revision));
+        let commit = named.unwrap_or_else(|_| revision.to_string());
+        let commit = commit.trim().to_string();
+        let dir = self.root.join("snapshots").join(&commit);
+        if !dir.is_dir() {
+            return Err(Error::Offline { repo: repo.into() });
+        }
+        let listed = self.listed(&commit);
+        let wanted = match (names, listed) {
+            (Some(names), Some(listed)) => {
+                let named = |path: &String| names.contains(&path.as_str());
+                listed.into_iter().filter(named).collect()
+            }
+            (Some(_), None) => Vec::new(),
+            (None, listed) => self.needed(&dir, listed)?,
+        };
+        let missing: Vec<String> = wanted
+            .into_iter()
+            .filter(|path| !dir.join(path).is_file())
+            .collect();
+        if !missing.is_empty() {
+            return Err(Error::NotAllCached {
+                repo: repo.into(),
+                missing,
+            });
+        }
+        Ok(Snapshot {
+            dir,
+            repo: Some(repo.into()),
+            commit: Some(commit),
+        })
+    }
+
+    /// What verbs read of a snapshot, by its listing; without one, what lies there and what its indices name.
+    fn needed(&self, dir: &Path, listed: Option<Vec<String>>) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(dir).context("list", dir)? {
+            names.extend(entry.context("list", dir)?.file_name().into_string());
+        }
+        let mut shards = Vec::new();
+        let mut weights = vec![crate::adapter::WEIGHTS_FILE.to_string()];
+        for layout in [Layout::Model, Layout::Decomposition] {
+            weights.push(layout.single_file());
+            let index = dir.join(layout.index_file());
+            if let Ok(bytes) = std::fs::read(&index) {
+                shards.extend(Index::parse(&index, &bytes)?.files());
+            }
+        }
+        let mut wanted = listed.unwrap_or(names);
+        wanted.retain(|path| is_read(path, &weights));
+        wanted.extend(shards);
+        Ok(wanted)
+    }
+}
+
+/// What identifies the contents of a file.
+pub(super) struct Digests {
+    pub size: u64,
+    pub sha256: String,
+    /// The id git gives them, of a file that is no larger than asked.
+    pub blob_id: Option<String>,
+}
+
+/// Reads a file once, for all that identifies it.
+pub(super) fn digests(path: &Path, blob_bytes_max: u64) -> Result<Digests> {
+    let mut file = File::open(path).context("open", path)?;
+    let told = file.metadata().context("read", path)?.len();
+    let mut blob =
+        (told <= blob_bytes_max).then(|| Sha1::new_with_prefix(format!("blob {told}\0")));
+    let (mut hash, mut size) = (Sha256::new(), 0);
+    let mut buffer = vec![0u8; 1 << 20];
+    loop {
+        let n = file.read(&mut buffer).context("read", path)?;
+        if n == 0 {
+            break;
+        }
+        hash.update(&buffer[..n]);
+        if let Some(blob) = &mut blob {
+            blob.update(&buffer[..n]);
+        }
+        size += n as u64;
+    }
+    Ok(Digests {
+        size,
+        sha256: hex(&hash.finalize()),
+        blob_id: blob.map(|blob| hex(&blob.finalize())),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_reading_gives_gits_id_and_the_sha256() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("hello");
+        std::fs::write(&path, "hello\n").expect("writes");
+        // sha256sum, and git hash-object
+        let found = digests(&path, 6).expect("reads");
+        let sha256 = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03";
+        assert_eq!((found.size, found.sha256.as_str()), (6, sha256));
+        let blob = "ce013625030ba8dba906f756967f9e9ca394464a";
+        assert_eq!(found.blob_id.as_deref(), Some(blob));
+        assert_eq!(digests(&path, 5).expect("reads").blob_id, None);
+    }
+
+    #[test]
+    fn only_what_a_verb_reads_is_fetched() {
+        let file = |path: &&str| RemoteFile {
+            path: path.to_string(),
+            size: 1,
+            oid: String::new(),
+            blob_id: String::new(),
+            xet_hash: None,
+            lfs: false,
+        };
+        let all = [
+            "config.json",
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "onnx/config.json",
+            "consolidated.safetensors",
+            "odd-00001.safetensors",
+            "logo.png",
+            "chat_template.jinja",
+        ];
+        let weights = [
+            "model.safetensors".to_string(),
+            "odd-00001.safetensors".into(),
+        ];
+        let kept: Vec<String> = needed(all.iter().map(file).collect(), &weights)
+            .into_iter()
+            .map(|f| f.path)
+            .collect();
+        assert_eq!(
+            kept,
+            [
+                "config.json",
+                "model.safetensors",
+                "model.safetensors.index.json",
+                "odd-00001.safetensors",
+                "chat_template.jinja"
+            ]
+        );
+    }
+}
