@@ -107,6 +107,17 @@ impl Adapter {
     /// Reads an adapter and refuses it if it was not trained on `artifact`.
     pub fn open(dir: &Path, artifact: &Artifact) -> Result<Self> {
         let adapter = Self::read(dir)?;
+        if let Some(expected) = &adapter.config.weights_sha256 {
+            let found = adapter.sha256()?;
+            if found != *expected {
+                return Err(Error::Checksum {
+                    what: "the adapter's weights".into(),
+                    path: dir.join(WEIGHTS_FILE),
+                    expected: expected.clone(),
+                    found,
+                });
+            }
+        }
         let pin = &adapter.config.decomposition;
         if pin.content_sha256 != artifact.content_sha256 {
             return Err(Error::AdapterMismatch {
@@ -316,6 +327,12 @@ impl Mixture {
             delta: self.delta(module, q),
             core: sum.mapv(|x| x as f32),
         }
+    }
+
+    /// Whether any of them trained the tensor.
+    pub fn trains(&self, tensor: &str) -> bool {
+        let mut adapters = self.parts.iter().map(|(adapter, _)| adapter);
+        adapters.any(|adapter| adapter.tensors.contains_key(tensor))
     }
 
     /// base + Σ weight·(trained − base), or `None` where no part trained the tensor.

@@ -412,7 +412,10 @@ impl Conversion<'_> {
         Ok(ModuleRecord {
             q: k,
             // with nothing dropped, the very same numbers
-            captured_energy: before.captured_energy * (left / (left + dropped)),
+            captured_energy: match left + dropped > 0.0 {
+                true => before.captured_energy * (left / (left + dropped)),
+                false => before.captured_energy,
+            },
             residual_norm: before.residual_norm.hypot(dropped.sqrt()),
             sigma_max: sigma[0],
             sigma_min: sigma[k - 1],

@@ -17,11 +17,11 @@ use crate::format::{ArtifactLayout, FactorsDtype, ModuleRecord, Pin, Rank};
 use crate::job::{Job, MATRICES, Share, ShareRecord};
 use crate::join::{self, Frame, Join, PARTS};
 use crate::json::Tool;
-use crate::linalg::{self, Wanted, certify};
+use crate::linalg::{self, Backend, Wanted, certify};
 use crate::model::ModelConfig;
 use crate::outlet::Outlet;
 use crate::part::Part;
-use crate::plan::{Plan, PlannedTensor};
+use crate::plan::{Plan, PlannedTensor, place};
 use crate::split::Factors;
 use crate::sum::sha256_hex;
 use crate::weights::shard::{flush, write_atomically};
@@ -65,7 +65,7 @@ pub fn run_to(
     let (mut workspace, claim) = Workspace::claim(out, "decompose", settings)?;
     match claim {
         Claim::Finished => {
-            join::clean_up(&workspace);
+            clean_up(&workspace);
             observer.note(format!("{} is complete already", out.display()));
             return report::section(out, "decompose");
         }
@@ -125,9 +125,7 @@ pub fn run_to(
     seen.refuse_change()?;
     let facts = join.complete(joined, plan.threads, started.elapsed().as_secs_f64())?;
     workspace.finish()?;
-    join::clean_up(&workspace);
-    let _ = std::fs::remove_dir_all(spectra);
-    let _ = std::fs::remove_file(workspace.state(BASE_SUMS));
+    clean_up(&workspace);
     Ok(facts)
 }
 
@@ -156,6 +154,7 @@ pub fn run_share(
     match claim {
         Claim::Finished => match ShareRecord::read(out) {
             Ok(record) if is_whole(&record, &folder) => {
+                forget_what_was_read(&workspace);
                 observer.note(format!("{} is complete already", out.display()));
                 return Ok(record);
             }
@@ -213,8 +212,7 @@ pub fn run_share(
     let json = serde_json::to_vec_pretty(&record).expect("a record serialises");
     write_atomically(&out.join(PART_FILE), &json)?;
     workspace.finish()?;
-    let _ = std::fs::remove_dir_all(spectra);
-    let _ = std::fs::remove_file(workspace.state(BASE_SUMS));
+    forget_what_was_read(&workspace);
     Ok(record)
 }
 
@@ -229,6 +227,17 @@ const SPECTRA: &str = "spectra";
 
 /// Where the sums of tensors are kept that are read over a network.
 const BASE_SUMS: &str = "base-sums.json";
+
+/// Removes what helps to go on: nothing is left to be done.
+fn clean_up(workspace: &Workspace) {
+    join::clean_up(workspace);
+    forget_what_was_read(workspace);
+}
+
+fn forget_what_was_read(workspace: &Workspace) {
+    let _ = std::fs::remove_dir_all(workspace.state(SPECTRA));
+    let _ = std::fs::remove_file(workspace.state(BASE_SUMS));
+}
 
 /// Refuses a disk without the bytes needed; where ranks are open these are an upper bound, and worth a warning only.
 fn check_room(out: &Path, plan: &Plan, bytes: u64, observer: &dyn Observer) -> Result<()> {
@@ -289,6 +298,14 @@ fn prepare(base: &Base, options: &Options, observer: &dyn Observer) -> Result<Pr
         &base.checkpoint.inventory,
         &options.plan,
     )?;
+    let names = base.checkpoint.inventory.entries();
+    let layers = names.filter_map(|(_, entry)| place(&entry.name).0);
+    if let Some(last) = layers.max().filter(|&last| last as usize >= config.layers) {
+        observer.warn(format!(
+            "config.json knows {} layers, and there are weights of layer {last}: they are carried along, and nobody uses them",
+            config.layers
+        ));
+    }
     let seen = Seen::of(&base.checkpoint)?;
     let (sha256, base) = base.summed(observer)?;
     let job = Job {
@@ -427,13 +444,17 @@ impl Compute<'_> {
             let lying = stored.as_ref().and_then(Elements::as_f32);
             let matrix = ArrayView2::from_shape(shape, lying.unwrap_or(&widened))
                 .expect("a tensor has as many values as its shape says");
-            let svd = linalg::decompose_on(
-                &self.options.backend,
-                module,
-                matrix,
-                wanted,
-                &self.options.algorithm,
-            )?;
+            let algorithm = &self.options.algorithm;
+            let on = |backend| linalg::decompose_on(backend, module, matrix, wanted, algorithm);
+            let svd = match on(&self.options.backend) {
+                Err(error) if error.is_out_of_device_memory() => {
+                    self.observer.note(format!(
+                        "{module}: the device has no memory left; on the CPU instead"
+                    ));
+                    on(&Backend::Cpu)?
+                }
+                tried => tried?,
+            };
             let q = svd.sigma.len();
             if let Some(refused) = &svd.refused {
                 self.observer.note(format!(

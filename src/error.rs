@@ -38,10 +38,12 @@ pub enum Error {
     NotAModel { path: PathBuf, missing: String },
     #[error("{} already holds {found}", path.display())]
     OutputOccupied { path: PathBuf, found: String },
-    #[error("{} holds unfinished work of another job: {what} was {before}, now {now}", path.display())]
+    #[error("{} holds {work} work of another job: {what} was {before}, now {now}", path.display())]
     OutputMismatch {
         path: PathBuf,
         what: String,
+        /// Whether it is finished, in words.
+        work: &'static str,
         before: String,
         now: String,
     },
@@ -406,10 +408,18 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether a device refused memory: CUDA's own words, which its bindings hand on.
+    /// Whether a device refused memory: CUDA's own words, and those of cuBLAS where it finds none to begin with.
     pub fn is_out_of_device_memory(&self) -> bool {
+        const WORDS: [&str; 3] = [
+            "OUT_OF_MEMORY",
+            "ALLOC_FAILED",
+            "CUBLAS_STATUS_NOT_INITIALIZED",
+        ];
         match self {
-            Self::Candle(error) => error.to_string().contains("OUT_OF_MEMORY"),
+            Self::Candle(error) => {
+                let text = error.to_string();
+                WORDS.iter().any(|words| text.contains(words))
+            }
             _ => false,
         }
     }

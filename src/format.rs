@@ -146,8 +146,8 @@ pub struct Origin {
     pub content_sha256: String,
 }
 
-/// What rounding the vectors to bf16 does to their lengths and angles, at most.
-const BF16_TOLERANCE: f64 = 1.0 / 256.0;
+/// What rounding the vectors to bf16 does to their lengths and angles, at most: 2⁻⁸ to each number, twice that to squares.
+const BF16_TOLERANCE: f64 = 1.0 / 127.0;
 
 impl SvdSection {
     /// Whether the stored triplets, looked at anew, are what this section promises.

@@ -20,6 +20,7 @@ pub mod card;
 pub mod contents;
 pub mod convert;
 pub mod decompose;
+pub mod device;
 pub mod error;
 pub mod evaluate;
 pub mod event;

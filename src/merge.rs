@@ -17,6 +17,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{BASE_CONFIG, BASE_INDEX, untie};
 
+use crate::model::ModelConfig;
 use crate::outlet::{Away, Finished, Outlet};
 use crate::split::RoundingLoss;
 use crate::sum::{hex, sha256_hex};
@@ -146,7 +147,16 @@ pub fn run_to(
     let room = match outlet {
         Some(outlet) if passes_through => workspace.room(outlet.room(), 0)?,
         _ => {
-            check_free_space(out, total.saturating_sub(bytes_in(out)))?;
+            // what an earlier try left is replaced file by file: the old one is there until the new one is whole
+            let largest = headers.iter().map(|(_, header)| header.file_bytes()).max();
+            let more = match claim {
+                Claim::Interrupted => largest.unwrap_or(0),
+                _ => 0,
+            };
+            check_free_space(
+                out,
+                total.saturating_sub(bytes_in(out)).saturating_add(more),
+            )?;
             u64::MAX
         }
     };
@@ -160,6 +170,7 @@ pub fn run_to(
         mixture,
         options,
         observer,
+        tied_head: tied_head(artifact, mixture, &base_headers)?,
     };
     let (mut sha256, mut sha256_of_base) = (BTreeMap::new(), BTreeMap::new());
     let (mut tally, mut away) = (Tally::default(), Away::default());
@@ -270,6 +281,28 @@ fn with_untied_heads(
     Ok(headers)
 }
 
+/// The head and the embedding, where the base stores both as one weight and training moves it.
+fn tied_head(
+    artifact: &Artifact,
+    mixture: &Mixture,
+    base: &[(String, Header)],
+) -> Result<Option<(String, String)>> {
+    let stored = |name: &str| {
+        let mut entries = base.iter().flat_map(|(_, header)| &header.entries);
+        entries.any(|entry| entry.name == name)
+    };
+    let config = ModelConfig::parse(&artifact.dir.join("config.json"), &artifact.config)?;
+    let head = format!("{}.weight", config.names.head);
+    let embedding = config.embedding(config.prefix(stored));
+    let is_one = config.tied && artifact.untied().next().is_none();
+    if !is_one || !stored(&head) || !mixture.trains(&embedding) {
+        return Ok(None);
+    }
+    // which of two different ones is the head, nobody can say: both stay what they are
+    let same = artifact.base_tensor(&head)?.bytes == artifact.base_tensor(&embedding)?.bytes;
+    Ok(same.then_some((head, embedding)))
+}
+
 /// The header with every float tensor in another dtype.
 fn recast(header: Header, dtype: Option<Dtype>) -> Result<Header> {
     let Some(dtype) = dtype else {
@@ -291,6 +324,8 @@ struct Merge<'a> {
     mixture: &'a Mixture,
     options: &'a Options,
     observer: &'a dyn Observer,
+    /// A head that is stored although it is the embedding, which was trained, and that.
+    tied_head: Option<(String, String)>,
 }
 
 /// What adds up over all files.
@@ -345,8 +380,14 @@ impl Merge<'_> {
         let (artifact, mixture) = (self.artifact, self.mixture);
         let rounder = Rounder::new(self.options.rounding, entry.dtype, &entry.name);
         let Some((module, record)) = artifact.module_of(&entry.name) else {
-            let base = artifact.base_tensor(&entry.name)?;
-            let cast = match mixture.tensor(&entry.name, &base) {
+            // a stored copy of a tied head goes along with the embedding, to the same bytes
+            let name = match &self.tied_head {
+                Some((head, embedding)) if *head == entry.name => embedding,
+                _ => &entry.name,
+            };
+            let rounder = Rounder::new(self.options.rounding, entry.dtype, name);
+            let base = artifact.base_tensor(name)?;
+            let cast = match mixture.tensor(name, &base) {
                 Some(trained) => rounded(&trained, &base.shape, &rounder),
                 None if is_float(base.dtype) => base.round(&rounder),
                 None => base,

@@ -41,9 +41,9 @@ impl Names {
     }
 }
 
-/// The name of a weight that is carried whole, by its module's name in the model.
-pub fn saved_name(module: &str) -> String {
-    format!("{PREFIX}{module}.weight")
+/// The name of a tensor that is carried whole, by its name in the model.
+pub fn saved_name(tensor: &str) -> String {
+    format!("{PREFIX}{tensor}")
 }
 
 /// A name of the checkpoint as a model for generation has it: some checkpoints were saved from the model inside, and hold

@@ -51,7 +51,12 @@ impl Source {
             let of_tied = tied.then(|| shapes.get(&embedding)).flatten();
             shapes.get(name).or(of_tied).cloned()
         };
-        let lora = LoraAdapter::open(dir, inner, shape_of)?;
+        let untied = self.untied_head().is_some();
+        let is_tied = |name: &str| {
+            let head = name.strip_suffix(".weight") == Some(config.names.head);
+            config.tied && !untied && (head || name == embedding)
+        };
+        let lora = LoraAdapter::open(dir, inner, shape_of, is_tied)?;
         let (source, mut loras) = match self {
             Self::WithLoras { source, loras } => (source, loras),
             source => (Box::new(source), Vec::new()),

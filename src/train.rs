@@ -206,6 +206,9 @@ pub fn run(
         let loss = run
             .step(&batch, learning_rate, is_checked(step, first))
             .map_err(|error| with_plan(error, source, options))?;
+        if is_checked(step, first) && (!is_checked(step + 1, first) || step + 1 == steps) {
+            warn_of_silence(&run.silent, observer);
+        }
         tokens += batch.iter().map(|window| window.len()).sum::<usize>();
         observer.event(&Event::Stepped {
             step: step + 1,
@@ -364,6 +367,22 @@ fn learning_rate(step: usize, steps: usize, options: &Options) -> f64 {
     options.learning_rate * options.schedule.factor(step, steps, options.warmup)
 }
 
+/// Tells of what does not move, which is no error where weights are zero, or windows too short for attention.
+fn warn_of_silence(silent: &[String], observer: &dyn Observer) {
+    const NAMED: usize = 3;
+    if silent.is_empty() {
+        return;
+    }
+    let named = silent[..silent.len().min(NAMED)].join(", ");
+    let more = match silent.len().saturating_sub(NAMED) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    observer.warn(format!(
+        "only zeros reach {named}{more}: weights of zeros beside them, or windows of two tokens, let no gradient through"
+    ));
+}
+
 /// Whether a gradient is demanded for everything: twice, because what begins still moves from the second step on.
 fn is_checked(step: usize, first: usize) -> bool {
     step < first + 2
@@ -448,6 +467,8 @@ pub struct Run<'a> {
     pub losses: Vec<f32>,
     /// Those that share each step.
     pub group: Arc<dyn Group>,
+    /// What the last checked step had only zeros for: weights of zeros around it let no gradient through.
+    pub silent: Vec<String>,
 }
 
 /// Process 0 tells the others by this instead of a number of steps that the run ended before.
@@ -467,6 +488,7 @@ impl<'a> Run<'a> {
             optimizer: AdamW::new(options.weight_decay),
             losses: Vec::new(),
             group: options.group.clone(),
+            silent: Vec::new(),
         }
     }
 
@@ -523,7 +545,7 @@ impl<'a> Run<'a> {
     /// One step on windows of equal length, of which this process takes its share. Returns the mean loss of all before the
     /// update.
     ///
-    /// `check` refuses tensors that no gradient reaches.
+    /// `check` refuses tensors that no gradient reaches, and notes those that only zeros do.
     pub fn step(&mut self, batch: &[&[u32]], learning_rate: f64, check: bool) -> Result<f32> {
         let group = self.group.clone();
         let mine = share(batch, &*group)?;
@@ -537,7 +559,14 @@ impl<'a> Run<'a> {
         if !loss.is_finite() {
             return Err(Error::Diverged { step, loss });
         }
-        let mut dead = Vec::new();
+        let unreached = self.decoder.variables.keys();
+        let unreached = unreached.filter(|name| check && !tensors.contains_key(*name));
+        let dead: Vec<String> = unreached.cloned().collect();
+        // the run ends with this: nothing of the step is kept
+        if !dead.is_empty() {
+            return Err(Error::DeadGradient { dead });
+        }
+        let mut silent = Vec::new();
         self.optimizer.begin_step();
         for bundle in self.bundles() {
             // freed one by one: where whole weights move, all of them are a second model
@@ -569,14 +598,13 @@ impl<'a> Run<'a> {
                 }
                 let still = step == 1 && self.method.begins_still(name);
                 if check && !still && gradient.iter().all(|&g| g == 0.0) {
-                    dead.push((*name).into());
+                    silent.push((*name).into());
                 }
             }
             self.update(&bundle, &there, &gradient, learning_rate)?;
         }
-        // the run ends with this: nothing of the step is kept
-        if !dead.is_empty() {
-            return Err(Error::DeadGradient { dead });
+        if check {
+            self.silent = silent;
         }
         self.losses.push(loss);
         Ok(loss)
@@ -705,6 +733,9 @@ mod tests {
         // as cudarc words it
         let full = Msg(r#"DriverError(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")"#.into());
         assert!(Error::Candle(full).is_out_of_device_memory());
+        // a cuBLAS of its own for one more queue takes memory too
+        let none = Msg("CublasError(CUBLAS_STATUS_ALLOC_FAILED)".into());
+        assert!(Error::Candle(none).is_out_of_device_memory());
         let other = Msg(r#"DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, "an illegal address")"#.into());
         assert!(!Error::Candle(other).is_out_of_device_memory());
     }

@@ -43,6 +43,9 @@ struct Job {
     verb: String,
     finished: bool,
     settings: BTreeMap<String, String>,
+    /// The bytes of what lay in the directory when it was finished, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    files: BTreeMap<String, u64>,
 }
 
 impl Workspace {
@@ -89,17 +92,17 @@ impl Workspace {
             verb: verb.into(),
             finished: false,
             settings,
+            files: BTreeMap::new(),
         };
         let claim = if job_file.exists() {
             let before: Job = json::read(&job_file)?;
             if before.verb != job.verb {
                 return Err(occupied(format!("the work of `svdhub {}`", before.verb)));
             }
-            same_settings(dir, &before.settings, &job.settings)?;
-            if before.finished {
-                Claim::Finished
-            } else {
-                Claim::Interrupted
+            same_settings(dir, &before, &job.settings)?;
+            match before.finished && before.lost(dir).is_none() {
+                true => Claim::Finished,
+                false => Claim::Interrupted,
             }
         } else {
             Claim::Fresh
@@ -109,7 +112,7 @@ impl Workspace {
             job,
             _lock: lock,
         };
-        if claim == Claim::Fresh {
+        if claim != Claim::Finished {
             workspace.save()?;
         }
         Ok((workspace, claim))
@@ -148,6 +151,7 @@ impl Workspace {
     /// Notes that the job is complete. What helped to resume it is removed after this, not before.
     pub fn finish(&mut self) -> Result<()> {
         self.job.finished = true;
+        self.job.files = files(&self.dir)?;
         self.save()
     }
 
@@ -157,11 +161,37 @@ impl Workspace {
     }
 }
 
-fn same_settings(
-    dir: &Path,
-    before: &BTreeMap<String, String>,
-    now: &BTreeMap<String, String>,
-) -> Result<()> {
+impl Job {
+    /// A file of a finished directory that is no longer what it was.
+    fn lost(&self, dir: &Path) -> Option<&str> {
+        let lost = |name: &str, bytes: u64| {
+            let found = std::fs::metadata(dir.join(name)).map(|found| found.len());
+            // reports gather sections, and cards are their readers' to edit: weights are nobody's
+            let grows = !name.ends_with(".safetensors");
+            !found.is_ok_and(|found| found == bytes || grows)
+        };
+        let mut files = self.files.iter();
+        let (name, _) = files.find(|(name, bytes)| lost(name, **bytes))?;
+        Some(name)
+    }
+}
+
+/// The files at the top of a directory, but those that only help to read it.
+fn files(dir: &Path) -> Result<BTreeMap<String, u64>> {
+    let mut files = BTreeMap::new();
+    for entry in std::fs::read_dir(dir).context("list", dir)? {
+        let entry = entry.context("list", dir)?;
+        let metadata = entry.metadata().context("read", entry.path())?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if metadata.is_file() && !name.ends_with(".md") {
+            files.insert(name, metadata.len());
+        }
+    }
+    Ok(files)
+}
+
+fn same_settings(dir: &Path, job: &Job, now: &BTreeMap<String, String>) -> Result<()> {
+    let before = &job.settings;
     let none = String::from("(not set)");
     for what in before.keys().chain(now.keys()) {
         let (a, b) = (
@@ -172,6 +202,11 @@ fn same_settings(
             return Err(Error::OutputMismatch {
                 path: dir.into(),
                 what: what.clone(),
+                work: if job.finished {
+                    "the finished"
+                } else {
+                    "unfinished"
+                },
                 before: a.clone(),
                 now: b.clone(),
             });

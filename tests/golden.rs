@@ -165,6 +165,7 @@ fn first_ten_steps_match_pytorch() {
             }
         }
         run.step(&windows, learning_rate, step == 0).expect("steps");
+        assert!(run.silent.is_empty(), "every one receives a gradient");
     }
     let losses: Vec<f64> = run.losses.iter().map(|&x| x.into()).collect();
     let off = difference(&losses, &numbers(&golden["losses"]));
@@ -205,6 +206,7 @@ fn ten_steps(source: &Source, batches: &Value, device: &Device, dtype: DType) ->
         let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
         let learning_rate = golden["lr"].as_f64().expect("lr");
         run.step(&windows, learning_rate, step == 0).expect("steps");
+        assert!(run.silent.is_empty(), "every one receives a gradient");
     }
     let moved = decoder.variables.iter().map(|(name, variable)| {
         let module = name.strip_suffix(".delta").expect("Δσ");
@@ -227,7 +229,7 @@ fn steps_in_bf16_stray_no_further_than_those_of_pytorch() {
         mixture: Mixture::default(),
     };
     strays_no_further(&source, &Device::Cpu, "on the CPU");
-    let gpu = match svdhub::model::gpu::open(0) {
+    let gpu = match svdhub::device::open(0) {
         Ok(gpu) => gpu,
         Err(error) => return eprintln!("SKIPPED, no GPU: {error}"),
     };

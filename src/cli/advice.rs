@@ -7,7 +7,7 @@ use svdhub::job::MATRICES;
 pub fn advice(error: &Error) -> Option<String> {
     let text = match error {
         Error::DiskFull { .. } | Error::DiskTooSmall { .. } => {
-            "free some space, or choose another disk with --out; the same command then goes on where it stopped"
+            "free some space, or choose another disk with --out; the same command then goes on, or begins anew"
         }
         Error::RoomTooSmall { .. } => {
             "allow more with --disk, or make less of each file with a smaller --shard-size; the largest matrix has to fit"
@@ -16,6 +16,9 @@ pub fn advice(error: &Error) -> Option<String> {
             "add --resume to go on, or choose another --out"
         }
         Error::OutputOccupied { .. } => "choose another --out; nothing there was touched",
+        Error::OutputMismatch { work, .. } if *work == "the finished" => {
+            "choose another --out; nothing there was touched"
+        }
         Error::OutputMismatch { .. } => {
             "repeat the first command to finish that job, or choose another --out"
         }
@@ -37,7 +40,9 @@ pub fn advice(error: &Error) -> Option<String> {
             "copy it again, or remove that file and run its `svdhub decompose --part` again: only this matrix is then repeated"
         }
         Error::PartChanged { .. } => "run the command again: this matrix is then repeated",
-        Error::ForeignFile { .. } => "choose another file name; nothing there was touched",
+        Error::ForeignFile { .. } => {
+            "remove it, or choose another place; nothing there was touched"
+        }
         Error::LinkOutside { .. } => {
             "put the file itself in its place if the link is yours; a stranger's link is best deleted"
         }
@@ -95,7 +100,7 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::HeadNotTied { .. } => "leave out --untie-head",
         Error::Diverged { .. } => "lower --lr",
         Error::DeadGradient { .. } => {
-            "windows of two tokens teach attention nothing; otherwise this is a defect of svdhub: please report it with the model's config.json"
+            "this is a defect of svdhub: please report it with the model's config.json"
         }
         Error::BrokenGradient { .. } => "lower --lr",
         Error::BrokenLoss { .. } => {
@@ -161,6 +166,9 @@ pub fn advice(error: &Error) -> Option<String> {
         }
         Error::RemoteDiffers { .. } => "run the same command again: it sends what differs",
         Error::Device { .. } => "use --device cpu",
+        error if error.is_out_of_device_memory() => {
+            "end other programs that use this GPU, or compute with --device cpu"
+        }
         Error::DeviceMemory { .. } => {
             "--recompute keeps of each block only what it reads; a smaller --batch and a shorter --length need less in proportion"
         }

@@ -8,6 +8,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use svdhub::card::bytes;
 use svdhub::event::{Event, Observer, Stage, Unit};
 
+use super::session::complain;
+
 /// Draws what a verb reports.
 pub struct Progress {
     mode: Mode,
@@ -59,8 +61,8 @@ impl Progress {
 
     fn say(&self, text: &str) {
         match self.running().as_ref().and_then(|r| r.bar.as_ref()) {
-            Some(bar) => bar.suspend(|| eprintln!("{text}")),
-            None => eprintln!("{text}"),
+            Some(bar) => bar.suspend(|| complain(text)),
+            None => complain(text),
         }
     }
 }
@@ -184,7 +186,7 @@ impl Observer for Progress {
                     }
                     None if running.said.elapsed() >= LINE_EVERY => {
                         running.said = Instant::now();
-                        eprintln!("{}", running.line());
+                        complain(&running.line());
                     }
                     None => {}
                 }
@@ -202,7 +204,11 @@ impl Observer for Progress {
                             0 => String::new(),
                             done => format!(": {}", amount(done as f64, running.unit)),
                         };
-                        eprintln!("{} done{done} in {}", name(*stage), clock(seconds));
+                        complain(&format!(
+                            "{} done{done} in {}",
+                            name(*stage),
+                            clock(seconds)
+                        ));
                     }
                 }
             }

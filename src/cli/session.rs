@@ -10,11 +10,11 @@ use serde::Serialize;
 use svdhub::adapter::{Adapter, Mixture};
 use svdhub::artifact::{Artifact, is_artifact};
 use svdhub::base::{self, Base};
+use svdhub::device;
 use svdhub::event::Observer;
 use svdhub::format::{ArtifactLayout, Origin, Pin};
 use svdhub::hub::{Hub, ModelRef, Snapshot};
 use svdhub::kind::Kind;
-use svdhub::model::gpu;
 use svdhub::parallel::{self, Alone, Group};
 use svdhub::source::Source;
 use svdhub::weights::Layout;
@@ -62,20 +62,20 @@ impl Session {
 
     /// Tells what went wrong, why, and what helps.
     pub fn explain(&self, error: &Error) {
-        eprintln!("error: {error}");
+        complain(&format!("error: {error}"));
         let mut source = std::error::Error::source(error);
         let mut said = error.to_string();
         while let Some(cause) = source {
             let text = cause.to_string();
             // many libraries repeat their source in their own text
             if !said.contains(&text) {
-                eprintln!("  because: {text}");
+                complain(&format!("  because: {text}"));
                 said.push_str(&text);
             }
             source = cause.source();
         }
         if let Some(help) = advice::advice(error) {
-            eprintln!("  help: {help}");
+            complain(&format!("  help: {help}"));
         }
     }
 
@@ -345,9 +345,9 @@ impl Session {
     fn device_of(&self, choice: DeviceChoice, process: usize) -> Result<Device> {
         match choice {
             DeviceChoice::Cpu => Ok(Device::Cpu),
-            DeviceChoice::Cuda(n) => gpu::open(n),
+            DeviceChoice::Cuda(n) => device::open(n),
             DeviceChoice::Auto if !candle_core::utils::cuda_is_available() => Ok(Device::Cpu),
-            DeviceChoice::Auto => gpu::open(process).or_else(|error| {
+            DeviceChoice::Auto => device::open(process).or_else(|error| {
                 self.observer()
                     .warn(format!("{error}; computing on the CPU"));
                 Ok(Device::Cpu)
@@ -384,6 +384,11 @@ pub fn tell(text: &str) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Writes a line to standard error. Where nobody can read it, work goes on without.
+pub fn complain(line: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
 
 /// A directory in one's own terms: relative where it lies below the current one.

@@ -53,7 +53,7 @@ pub struct Command {
     #[arg(long, value_name = "N", default_value_t = 0)]
     warmup: usize,
     /// Pull of what moves towards zero: of Δσ and R, that is towards the base model
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = not_negative)]
     weight_decay: f64,
     /// Windows per step
     #[arg(long, value_name = "N", default_value_t = NonZeroUsize::new(Options::default().batch).expect("the default is positive"))]
@@ -152,14 +152,20 @@ pub enum Group {
 }
 
 pub fn positive(text: &str) -> Result<f64> {
-    let value = text
-        .parse::<f64>()
-        .ok()
-        .filter(|x| *x > 0.0 && x.is_finite());
+    number(text, |x| x > 0.0, "expected one above 0")
+}
+
+fn not_negative(text: &str) -> Result<f64> {
+    number(text, |x| x >= 0.0, "expected 0, or one above it")
+}
+
+fn number(text: &str, fits: impl Fn(f64) -> bool, reason: &str) -> Result<f64> {
+    let value = text.parse::<f64>().ok();
+    let value = value.filter(|&x| fits(x) && x.is_finite());
     value.ok_or_else(|| Error::Parse {
         what: "a number",
         value: text.into(),
-        reason: "expected one above 0".into(),
+        reason: reason.into(),
     })
 }
 

@@ -82,7 +82,8 @@ impl Planned {
 struct Norm {
     /// In the model.
     module: String,
-    values: Elements,
+    /// Its weight, and its bias where it has one.
+    tensors: Vec<(String, Elements)>,
 }
 
 impl Plan {
@@ -124,7 +125,7 @@ impl Plan {
             &self.modules,
             job.threads,
             |planned| {
-                let factors = job.artifact.factors(&planned.module)?;
+                let factors = job.artifact.checked_factors(&planned.module)?;
                 Ok(Pair::of(&factors, &planned.delta, self.kept_max))
             },
             |planned, pair| {
@@ -149,7 +150,9 @@ impl Plan {
         )?;
         job.observer.finish(Stage::Export);
         for norm in &self.norms {
-            writer.put(&saved_name(&norm.module), &norm.values.bytes)?;
+            for (tensor, values) in &norm.tensors {
+                writer.put(&saved_name(tensor), &values.bytes)?;
+            }
         }
         let sha256 = writer.finish()?;
         let saved: Vec<String> = self.norms.into_iter().map(|norm| norm.module).collect();
@@ -202,7 +205,9 @@ impl Plan {
             tensors.push((names.b, vec![m, self.rank]));
         }
         for norm in &self.norms {
-            tensors.push((saved_name(&norm.module), norm.values.shape.clone()));
+            for (tensor, values) in &norm.tensors {
+                tensors.push((saved_name(tensor), values.shape.clone()));
+            }
         }
         Header::compose(
             tensors
@@ -273,9 +278,18 @@ fn norms(job: &Job) -> Result<Vec<Norm>> {
                 .expect("a trained tensor is in the mixture");
             values.refuse_not_finite(tensor, Path::new("(merged)"))?;
             let module = tensor.strip_suffix(".weight").expect("a norm is a weight");
+            let name = job.name_in_model(module);
+            let mut tensors = vec![(format!("{name}.weight"), values)];
+            // PEFT carries a module whole, and asks for all of it
+            let bias = format!("{module}.bias");
+            if job.artifact.base_entry(&bias).is_some() {
+                let bias = job.artifact.base_tensor(&bias)?.to_f32();
+                let bias = Elements::from_f32(&[bias.len()], &bias);
+                tensors.push((format!("{name}.bias"), bias));
+            }
             Ok(Norm {
-                module: job.name_in_model(module),
-                values,
+                module: name,
+                tensors,
             })
         })
         .collect()
@@ -322,7 +336,8 @@ impl Squares {
 
 fn relative(part: f64, whole: f64) -> f64 {
     if whole > 0.0 {
-        (part / whole).sqrt()
+        // a sum of nothing is −0
+        (part.abs() / whole).sqrt()
     } else {
         0.0
     }

@@ -12,7 +12,8 @@ use super::certificate::Certificate;
 #[serde(deny_unknown_fields)]
 pub struct Algorithm {
     pub name: String,
-    /// Largest relative error of each kept singular value.
+    /// Largest relative error of each kept singular value, down to some millionths of the largest: the square of that is lost
+    /// in the Gram matrix even in double precision.
     pub tolerance: f64,
     /// Seed of the starting vectors and of the probes that check the result.
     pub seed: u64,
@@ -24,6 +25,9 @@ pub struct Algorithm {
 
 /// What [`Algorithm::fast`] may leave of one triplet in another, relative to σ₁: little beside the errors of its values.
 pub(super) const FAST_RESIDUAL: f64 = 1e-3;
+
+/// What [`Algorithm::fast`] may leave beside σ_q: its values err by some 15 % at most.
+const FAST_TAIL_MAX: f64 = 1.25;
 
 impl Default for Algorithm {
     fn default() -> Self {
@@ -47,7 +51,9 @@ impl Algorithm {
     /// Whether triplets with this certificate are what was asked for.
     pub fn accepts(&self, certificate: &Certificate) -> bool {
         if self.fast {
-            certificate.are_consistent(self.tolerance.max(FAST_RESIDUAL))
+            // a NaN is no bound
+            let leads = certificate.tail.is_none_or(|tail| tail <= FAST_TAIL_MAX);
+            leads && certificate.are_consistent(self.tolerance.max(FAST_RESIDUAL))
         } else {
             certificate.holds(self.tolerance)
         }
@@ -105,6 +111,8 @@ pub struct Svd {
     pub v: Array2<f32>,
     /// ‖M‖², Frobenius
     pub norm_squared: f64,
+    /// ‖M′‖², Frobenius
+    pub left_squared: f64,
     pub route: Route,
     pub certificate: Certificate,
     /// A cheaper route whose result was not good enough, if one was tried.
@@ -114,10 +122,9 @@ pub struct Svd {
 impl Svd {
     /// Share of ‖M‖² in the triplets, and the norm of what is left.
     pub fn energy(&self) -> (f64, f64) {
-        let (total, kept) = (self.norm_squared, self.sigma.mapv(f64::from));
-        let kept = kept.dot(&kept);
-        let share = if total > 0.0 { kept / total } else { 1.0 };
-        (share.min(1.0), (total - kept).max(0.0).sqrt())
+        let (total, left) = (self.norm_squared, self.left_squared);
+        let share = if total > 0.0 { 1.0 - left / total } else { 1.0 };
+        (share.max(0.0), left.sqrt())
     }
 }
 

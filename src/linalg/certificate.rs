@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::operand::{Backend, Operand};
 use super::product::{gemm, short_side_first};
 use super::rows;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::random::{normal, random_signs};
 
 /// What the probes found.
@@ -65,7 +65,8 @@ pub fn certify(
     } else {
         (v, u)
     };
-    certify_operand(&operand, short, sigma, long, seed)
+    let (short, long) = (Operand::here(short), Operand::here(long));
+    certify_operand(&operand, &short, sigma, &long, seed)
 }
 
 /// Distance of u·uᵀ and v·vᵀ from the identity, root mean square per row, the larger of the two.
@@ -84,9 +85,9 @@ pub fn orthogonality(u: &Array2<f32>, v: &Array2<f32>, seed: u64) -> f64 {
 /// For z of independent signs, E‖R·z‖² = ‖R‖²_F: a probe measures the whole residual, not a sample of it.
 pub fn certify_operand(
     matrix: &Operand,
-    u: &Array2<f32>,
+    u: &Operand,
     sigma: &Array1<f32>,
-    v: &Array2<f32>,
+    v: &Operand,
     seed: u64,
 ) -> Result<Certificate> {
     let q = sigma.len();
@@ -96,29 +97,28 @@ pub fn certify_operand(
         let sum: f64 = difference.iter().map(|&x| f64::from(x).powi(2)).sum();
         (sum / (PROBES * q) as f64).sqrt()
     };
-    let plain = |a: &Array2<f32>, b: &Array2<f32>| gemm(a.view(), false, b.view(), false);
-    let (zu, zv) = (plain(&z, u), plain(&z, v));
+    let (zu, zv) = (u.forward(z.view())?, v.forward(z.view())?);
     // the probes of M′ ride along: one pass over the matrix serves both
-    let mut start = normal(PROBES, v.ncols(), seed ^ 0x7a11);
-    rows::to_unit_length(&mut start);
+    let mut start = normal(PROBES, v.dim().1, seed ^ 0x7a11);
+    rows::to_unit_length(start.view_mut());
     let there = matrix.backward(concatenate![Axis(0), zv, start].view())?;
-    let right = per_row(&there.slice(s![..PROBES, ..]) - &plain(&scaled, u));
-    let mut tail = there.slice(s![PROBES.., ..]).to_owned() - kept(&start, v, sigma, u);
+    let right = per_row(&there.slice(s![..PROBES, ..]) - &u.forward(scaled.view())?);
+    let mut tail = there.slice(s![PROBES.., ..]).to_owned() - kept(&start, v, sigma, u)?;
     // after every pass, so that no square of a singular value has to fit f32
-    rows::to_unit_length(&mut tail);
+    rows::to_unit_length(tail.view_mut());
     let back = matrix.forward(concatenate![Axis(0), zu, tail].view())?;
-    let left = per_row(&back.slice(s![..PROBES, ..]) - &plain(&scaled, v));
-    let mut x = back.slice(s![PROBES.., ..]).to_owned() - kept(&tail, u, sigma, v);
-    rows::to_unit_length(&mut x);
-    let mut y = matrix.backward(x.view())? - kept(&x, v, sigma, u);
-    rows::to_unit_length(&mut y);
-    let x = matrix.forward(y.view())? - kept(&y, u, sigma, v);
+    let left = per_row(&back.slice(s![..PROBES, ..]) - &v.forward(scaled.view())?);
+    let mut x = back.slice(s![PROBES.., ..]).to_owned() - kept(&tail, u, sigma, v)?;
+    rows::to_unit_length(x.view_mut());
+    let mut y = matrix.backward(x.view())? - kept(&x, v, sigma, u)?;
+    rows::to_unit_length(y.view_mut());
+    let x = matrix.forward(y.view())? - kept(&y, u, sigma, v)?;
     let tail_norm = x.rows().into_iter().map(rows::norm).fold(0.0, max);
 
     let largest = f64::from(sigma[0]).max(f64::MIN_POSITIVE);
     let smallest = f64::from(sigma[q - 1]);
     let orthogonality =
-        |w: &Array2<f32>, zw: &Array2<f32>| per_row(gemm(zw.view(), false, w.view(), true) - &z);
+        |w: &Operand, zw: &Array2<f32>| Ok::<_, Error>(per_row(w.backward(zw.view())? - &z));
     let tail = if tail_norm <= smallest + NOISE * largest {
         // within what f32 factors resolve: a zero σ_q must not make noise infinite
         (tail_norm / smallest.max(tail_norm).max(f64::MIN_POSITIVE)).min(1.0)
@@ -128,15 +128,15 @@ pub fn certify_operand(
     Ok(Certificate {
         residual: max(right, left) / largest,
         link: Some(min(right, left) / largest),
-        orthogonality: max(orthogonality(u, &zu), orthogonality(v, &zv)),
+        orthogonality: max(orthogonality(u, &zu)?, orthogonality(v, &zv)?),
         tail: Some(tail),
     })
 }
 
 /// x·(uᵀ·diag(σ)·v) for rows x, through the factors `from` (of x's side) and `to`.
-fn kept(x: &Array2<f32>, from: &Array2<f32>, sigma: &Array1<f32>, to: &Array2<f32>) -> Array2<f32> {
-    let inner = gemm(x.view(), false, from.view(), true) * sigma;
-    gemm(inner.view(), false, to.view(), false)
+fn kept(x: &Array2<f32>, from: &Operand, sigma: &Array1<f32>, to: &Operand) -> Result<Array2<f32>> {
+    let inner = from.backward(x.view())? * sigma;
+    to.forward(inner.view())
 }
 
 /// The larger of two, and NaN if either is: a broken factor must not slip through a comparison.

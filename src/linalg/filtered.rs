@@ -4,12 +4,13 @@
 //! below the wanted values lifts a block of vectors towards theirs. Nearly all of it are products with the matrix on the
 //! device; the eigenproblem of the block's own size is solved here, while the device works for other matrices.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use ndarray::{Array2, Axis};
 use ndarray_linalg::{Cholesky, UPLO};
 
 use super::krylov::Pairs;
 use super::lapack::{Tridiagonal, solve_lower};
+use super::operand::{download, upload};
 use crate::error::Result;
 use crate::random::normal;
 
@@ -42,7 +43,7 @@ fn width(side: usize, q: usize) -> usize {
 pub fn leading(g: &Tensor, q: usize, residual: f64, seed: u64) -> Result<Option<Pairs>> {
     let side = g.dim(0)?;
     let drawn = normal(width(side, q), side, seed).mapv(f64::from);
-    let Some(x) = orthonormal(upload(&drawn, g.device())?.matmul(g)?)? else {
+    let Some(x) = orthonormal(upload(drawn.view(), g.device())?.matmul(g)?)? else {
         return Ok(None);
     };
     let mut ritz = Ritz::of(g, &x)?;
@@ -79,10 +80,10 @@ struct Ritz {
 impl Ritz {
     fn of(g: &Tensor, x: &Tensor) -> Result<Self> {
         let gx = x.matmul(g)?;
-        let inside = download(&gx.matmul(&x.t()?)?)?;
+        let inside: Array2<f64> = download(&gx.matmul(&x.t()?)?)?;
         let inside = (&inside + &inside.t()) * 0.5;
         let (values, turn) = Tridiagonal::reduce(inside)?.leading(x.dim(0)?)?;
-        let turn = upload(&turn, g.device())?;
+        let turn = upload(turn.view(), g.device())?;
         Ok(Self {
             values,
             x: turn.matmul(x)?,
@@ -152,7 +153,7 @@ impl Ritz {
 
     fn first(&self, q: usize) -> Result<Pairs> {
         let values = self.values[..q].iter().map(|&x| x as f32).collect();
-        let vectors = download(&self.x.narrow(0, 0, q)?.contiguous()?)?;
+        let vectors: Array2<f64> = download(&self.x.narrow(0, 0, q)?.contiguous()?)?;
         Ok((values, vectors.mapv(|x| x as f32)))
     }
 }
@@ -160,7 +161,7 @@ impl Ritz {
 /// An orthonormal basis of independent rows, in their order (Cholesky-QR, twice: Yamamoto et al. 2015).
 fn orthonormal(mut x: Tensor) -> Result<Option<Tensor>> {
     for _ in 0..2 {
-        let mut products = download(&x.matmul(&x.t()?)?)?;
+        let mut products: Array2<f64> = download(&x.matmul(&x.t()?)?)?;
         let lengths = products.diag().mapv(|square| square.sqrt().recip());
         if !lengths.iter().all(|x| x.is_finite()) {
             return Ok(None);
@@ -172,36 +173,25 @@ fn orthonormal(mut x: Tensor) -> Result<Option<Tensor>> {
         };
         let mut turn = Array2::from_diag(&lengths);
         solve_lower(factor.view(), turn.view_mut());
-        x = upload(&turn, x.device())?.matmul(&x)?;
+        x = upload(turn.view(), x.device())?.matmul(&x)?;
     }
     Ok(Some(x))
-}
-
-fn upload(a: &Array2<f64>, device: &Device) -> Result<Tensor> {
-    let dense = a.as_standard_layout();
-    let values = dense.as_slice().expect("it was made dense");
-    Ok(Tensor::from_slice(values, a.dim(), device)?)
-}
-
-fn download(x: &Tensor) -> Result<Array2<f64>> {
-    debug_assert_eq!(x.dtype(), DType::F64);
-    let values = x.flatten_all()?.to_vec1::<f64>()?;
-    Ok(Array2::from_shape_vec(x.dims2()?, values).expect("a tensor has the elements of its shape"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::Device;
 
     /// Orthogonal vectors in rows, and G = Σ λ·x·xᵀ of given values.
     fn with_values(values: &[f64]) -> (Tensor, Array2<f64>) {
         let side = values.len();
         let drawn = normal(side, side, 5).mapv(f64::from);
-        let x = orthonormal(upload(&drawn, &Device::Cpu).expect("x")).expect("a basis");
-        let x = download(&x.expect("independent rows")).expect("x");
+        let x = orthonormal(upload(drawn.view(), &Device::Cpu).expect("x")).expect("a basis");
+        let x: Array2<f64> = download(&x.expect("independent rows")).expect("x");
         let scaled = &x * &ndarray::Array1::from(values.to_vec()).insert_axis(Axis(1));
         let g = x.t().dot(&scaled);
-        (upload(&g, &Device::Cpu).expect("g"), x)
+        (upload(g.view(), &Device::Cpu).expect("g"), x)
     }
 
     #[test]

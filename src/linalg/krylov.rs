@@ -120,9 +120,9 @@ impl Space {
             return Ok(None);
         }
         let mut first = in_rows(&apply(normal(block, side, seed).view())?);
-        rows::to_unit_length(&mut first);
+        rows::to_unit_length(first.view_mut());
         // values that dwarf the rest make all rows nearly the same
-        orthonormalise_rows(&mut first)?;
+        orthonormalise_rows(first.view_mut())?;
         let mut basis = zeros(capacity, side);
         basis.slice_mut(s![..block, ..]).assign(&first);
         Ok(Some(Self {
@@ -235,8 +235,8 @@ fn orthonormalise(directions: &mut Array2<f32>) -> Option<Array2<f32>> {
         return None;
     }
     *directions /= scale;
-    let first = cholesky_rows(directions, 1e-3)?;
-    let second = cholesky_rows(directions, 0.5)?;
+    let first = cholesky_rows(directions.view_mut(), 1e-3)?;
+    let second = cholesky_rows(directions.view_mut(), 0.5)?;
     Some(first.dot(&second) * scale)
 }
 

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use libc::{c_char, c_int};
-use ndarray::{Array1, Array2, ArrayView2, s};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, s};
 
 use super::halves;
 use super::panel::Panel;
@@ -294,17 +294,25 @@ impl Tridiagonal<f32> {
     }
 }
 
+/// A pivot below, near the rounding noise of the unit diagonal, is a direction made of noise.
+pub const FIRST_PIVOT_MIN: f32 = 1e-2;
+
+/// One below magnifies rounding, which a second pass takes out (CholeskyQR2: Yamamoto et al. 2015) …
+pub const EXACT_PIVOT_MIN: f32 = 0.9;
+
+/// … if it finds none below this.
+pub const SECOND_PIVOT_MIN: f32 = 0.5;
+
 /// Makes the rows orthonormal, each orthogonal to the ones before it: the first rows keep their direction.
 ///
 /// Cholesky-QR; where the rows are too dependent for it, Householder QR. A symmetric (Löwdin) polish would let
 /// badly determined last rows tilt the leading ones.
-pub fn orthonormalise_rows(a: &mut Array2<f32>) -> Result<()> {
-    // a pivot near the rounding noise of the unit diagonal means a direction made of noise; one far from 1 magnifies
-    // rounding, which a second pass takes out (CholeskyQR2: Yamamoto et al. 2015)
-    let pivots = cholesky_rows(a, 1e-2).map(|c| c.diag().iter().fold(1f32, |m, &p| m.min(p)));
-    match pivots {
-        Some(least) if least > 0.9 => Ok(()),
-        Some(_) if cholesky_rows(a, 0.5).is_some() => Ok(()),
+pub fn orthonormalise_rows(mut a: ArrayViewMut2<f32>) -> Result<()> {
+    let pivots = cholesky_rows(a.view_mut(), FIRST_PIVOT_MIN);
+    let least = pivots.map(|c| c.diag().iter().fold(1f32, |m, &p| m.min(p)));
+    match least {
+        Some(least) if least > EXACT_PIVOT_MIN => Ok(()),
+        Some(_) if cholesky_rows(a.view_mut(), SECOND_PIVOT_MIN).is_some() => Ok(()),
         _ => householder_rows(a),
     }
 }
@@ -312,29 +320,34 @@ pub fn orthonormalise_rows(a: &mut Array2<f32>) -> Result<()> {
 /// Replaces the rows A by C⁻¹·A with C lower triangular and C·Cᵀ = A·Aᵀ, and returns C.
 ///
 /// Nothing is changed and `None` returned if a pivot of C is not above `pivot_min`: the rows are too dependent.
-pub fn cholesky_rows(a: &mut Array2<f32>, pivot_min: f32) -> Option<Array2<f32>> {
-    let q = a.nrows();
-    if q == 0 {
-        return Some(Array2::zeros((0, 0)));
-    }
-    let mut factor = Array2::<f32>::zeros((q, q));
-    add_square_lower(factor.view_mut(), a.view());
-    let (n, mut info) = (int(q), 0);
-    // SAFETY: factor is q × q. Row-major lower = column-major upper; potrf gives Cᵀ with C·Cᵀ = gram there.
-    unsafe { lapack_sys::spotrf_(&UPPER, &n, factor.as_mut_ptr(), &n, &mut info) };
-    let sound = info == 0 && factor.diag().iter().all(|&pivot| pivot > pivot_min);
-    if !sound {
-        return None;
-    }
-    for i in 0..q {
-        factor.slice_mut(s![i, i + 1..]).fill(0.0);
-    }
-    solve_lower(factor.view(), a.view_mut());
+pub fn cholesky_rows(a: ArrayViewMut2<f32>, pivot_min: f32) -> Option<Array2<f32>> {
+    let mut products = Array2::zeros((a.nrows(), a.nrows()));
+    add_square_lower(products.view_mut(), a.view());
+    let factor = cholesky(products, pivot_min)?;
+    solve_lower(factor.view(), a);
     Some(factor)
 }
 
+/// C, lower triangular, with C·Cᵀ = A for a symmetric A, of which the lower half is read.
+///
+/// `None` if a pivot of C is not above `pivot_min`.
+pub fn cholesky(mut a: Array2<f32>, pivot_min: f32) -> Option<Array2<f32>> {
+    assert!(a.is_square() && a.is_standard_layout());
+    let (n, mut info) = (int(a.nrows()), 0);
+    // SAFETY: a is square and dense. Row-major lower = column-major upper; potrf gives Cᵀ with C·Cᵀ = A there.
+    unsafe { lapack_sys::spotrf_(&UPPER, &n, a.as_mut_ptr(), &n.max(1), &mut info) };
+    let sound = info == 0 && a.diag().iter().all(|&pivot| pivot > pivot_min);
+    if !sound {
+        return None;
+    }
+    for i in 0..a.nrows() {
+        a.slice_mut(s![i, i + 1..]).fill(0.0);
+    }
+    Some(a)
+}
+
 /// x ← l⁻¹·x for a lower triangular l: halves solved in turn, so that nearly all of it is products.
-pub fn solve_lower<T: Real>(l: ArrayView2<T>, mut x: ndarray::ArrayViewMut2<T>) {
+pub fn solve_lower<T: Real>(l: ArrayView2<T>, mut x: ArrayViewMut2<T>) {
     const DIRECT: usize = 16;
     let side = l.nrows();
     if side <= DIRECT {
@@ -362,7 +375,8 @@ pub fn solve_lower<T: Real>(l: ArrayView2<T>, mut x: ndarray::ArrayViewMut2<T>) 
     solve_lower(l.slice(s![half.., half..]), bottom);
 }
 
-fn householder_rows(a: &mut Array2<f32>) -> Result<()> {
+fn householder_rows(mut a: ArrayViewMut2<f32>) -> Result<()> {
+    assert!(a.is_standard_layout());
     let (q, l) = a.dim();
     let (n, m) = (int(q), int(l));
     let mut tau = vec![0f32; q];
@@ -485,7 +499,7 @@ mod tests {
             [0.6, 0.8, 1e-9, 0.0],
             [0.0, 0.0, 0.0, 0.0]
         ];
-        orthonormalise_rows(&mut a).expect("orthonormal");
+        orthonormalise_rows(a.view_mut()).expect("orthonormal");
         let gram = a.dot(&a.t());
         for ((i, j), g) in gram.indexed_iter() {
             let wanted = if i == j { 1.0 } else { 0.0 };
@@ -500,7 +514,7 @@ mod tests {
         for q in [1, 15, 16, 17, 70] {
             let before = normal(q, 200, q as u64);
             let mut a = before.clone();
-            let lower = cholesky_rows(&mut a, 1e-3).expect("independent");
+            let lower = cholesky_rows(a.view_mut(), 1e-3).expect("independent");
             let unit = a.dot(&a.t()) - Array2::<f32>::eye(q);
             assert!(unit.iter().all(|x| x.abs() < 1e-5), "q {q}");
             let off = lower.dot(&a) - before;

@@ -1,13 +1,20 @@
-//! A weight where its products are computed: in this process's memory, or on a device through candle.
+//! A matrix where its products are computed: in this process's memory, or on a device through candle.
 //!
-//! Only products run on a device. The small eigenproblems stay on the CPU, where they overlap with the next matrix: a worker
-//! that waits for the device leaves its core to the others.
+//! What is as long as a weight stays on the device, and so does what is made of it. The small eigenproblems are solved on the
+//! CPU, where they overlap with the next matrix: a worker that waits for the device leaves its core to the others.
 
-use candle_core::{DType, Device, Tensor};
+use std::sync::Arc;
+
+use candle_core::{D, DType, Device, Tensor, WithDType};
 use ndarray::{Array2, ArrayView2, Axis, CowArray, Ix2};
 
+use super::lapack::{
+    EXACT_PIVOT_MIN, FIRST_PIVOT_MIN, SECOND_PIVOT_MIN, cholesky, orthonormalise_rows, solve_lower,
+};
 use super::product::{gemm, gram, gram_of_panels, multiply};
 use super::real::row_major;
+use super::rows;
+use crate::device::{Queue, Queues, multiplies_double};
 use crate::error::Result;
 
 /// Where products with a whole matrix are computed.
@@ -17,15 +24,15 @@ pub enum Backend {
     #[default]
     Cpu,
     /// On a device of candle's, a GPU in practice.
-    Device(Device),
+    Device(Queues),
 }
 
 impl Backend {
     /// `cpu` or `cuda`, as the `svd` section records it.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Device(device) if device.is_cuda() => "cuda",
-            Self::Device(device) if device.is_metal() => "metal",
+            Self::Device(queues) if queues.device().is_cuda() => "cuda",
+            Self::Device(queues) if queues.device().is_metal() => "metal",
             Self::Device(_) | Self::Cpu => "cpu",
         }
     }
@@ -37,21 +44,28 @@ impl From<Device> for Backend {
         if device.is_cpu() {
             Self::Cpu
         } else {
-            Self::Device(device)
+            Self::Device(Queues::of(device))
         }
     }
 }
 
-/// M (s, l), s ≤ l.
+/// A matrix, here or on a device: a weight M (s, l) with s ≤ l, or rows that are made of it or multiplied with it.
 pub enum Operand<'a> {
     Host(CowArray<'a, f32, Ix2>),
-    Device(Tensor),
+    Device(There),
+}
+
+/// A matrix on a device.
+pub struct There {
+    matrix: Tensor,
+    /// What is made of a matrix is asked for through the same one, which is nobody else's as long as any of it is there.
+    queue: Arc<Queue>,
 }
 
 /// M·Mᵀ (s, s) in f32, both halves filled.
 pub enum Gram {
     Host(Array2<f32>),
-    Device(Tensor),
+    Device(There),
 }
 
 impl<'a> Operand<'a> {
@@ -60,7 +74,28 @@ impl<'a> Operand<'a> {
         assert!(short.nrows() <= short.ncols());
         Ok(match backend {
             Backend::Cpu => Self::Host(short.into()),
-            Backend::Device(device) => Self::Device(upload(short, device)?),
+            Backend::Device(queues) => {
+                let queue = Arc::new(queues.take()?);
+                // as it lies: a device reads either way as fast
+                let matrix = match short.t().is_standard_layout() {
+                    true => upload(short.t(), queue.device())?.t()?,
+                    false => upload(short, queue.device())?,
+                };
+                Self::Device(There { matrix, queue })
+            }
+        })
+    }
+
+    /// A matrix that lies in this process's memory.
+    pub fn here(matrix: &'a Array2<f32>) -> Self {
+        Self::Host(matrix.view().into())
+    }
+
+    /// Takes rows to where this matrix is.
+    pub fn beside(&self, rows: Array2<f32>) -> Result<Operand<'static>> {
+        Ok(match self {
+            Self::Host(_) => Operand::Host(rows.into()),
+            Self::Device(m) => Operand::Device(m.beside(m.upload(rows.view())?)),
         })
     }
 
@@ -68,15 +103,36 @@ impl<'a> Operand<'a> {
     pub fn dim(&self) -> (usize, usize) {
         match self {
             Self::Host(m) => m.dim(),
-            Self::Device(m) => m.dims2().expect("a matrix has two sides"),
+            Self::Device(m) => m.matrix.dims2().expect("a matrix has two sides"),
         }
+    }
+
+    /// What is there, here.
+    pub fn into_host(self) -> Result<Array2<f32>> {
+        match self {
+            Self::Host(m) => Ok(m.into_owned()),
+            Self::Device(m) => download(&m.matrix),
+        }
+    }
+
+    /// x (k, s) → x·M (k, l), where both are.
+    pub fn times(&self, x: &Operand) -> Result<Operand<'static>> {
+        Ok(match (self, x) {
+            (Self::Host(m), Operand::Host(x)) => {
+                Operand::Host(gemm(x.view(), false, m.view(), false).into())
+            }
+            (Self::Device(m), Operand::Device(x)) => {
+                Operand::Device(m.beside(x.matrix.matmul(&m.matrix)?))
+            }
+            _ => unreachable!("rows are taken to where the matrix is"),
+        })
     }
 
     /// x (k, s) → x·M (k, l)
     pub fn forward(&self, x: ArrayView2<f32>) -> Result<Array2<f32>> {
         match self {
             Self::Host(m) => Ok(gemm(x, false, m.view(), false)),
-            Self::Device(m) => download(&upload(x, m.device())?.matmul(m)?),
+            Self::Device(m) => download(&m.upload(x)?.matmul(&m.matrix)?),
         }
     }
 
@@ -84,7 +140,7 @@ impl<'a> Operand<'a> {
     pub fn backward(&self, x: ArrayView2<f32>) -> Result<Array2<f32>> {
         match self {
             Self::Host(m) => Ok(gemm(x, false, m.view(), true)),
-            Self::Device(m) => download(&upload(x, m.device())?.matmul(&m.t()?)?),
+            Self::Device(m) => download(&m.upload(x)?.matmul(&m.matrix.t()?)?),
         }
     }
 
@@ -96,8 +152,8 @@ impl<'a> Operand<'a> {
                 Ok(gemm(m.view(), false, there.view(), false))
             }
             Self::Device(m) => {
-                let there = upload(x, m.device())?.matmul(m)?;
-                download(&m.matmul(&there.t()?)?)
+                let there = m.upload(x)?.matmul(&m.matrix)?;
+                download(&m.matrix.matmul(&there.t()?)?)
             }
         }
     }
@@ -106,46 +162,33 @@ impl<'a> Operand<'a> {
     pub fn gram(&self) -> Result<Gram> {
         Ok(match self {
             Self::Host(m) => Gram::Host(gram(m.view())),
-            Self::Device(m) => Gram::Device(m.matmul(&m.t()?)?),
+            Self::Device(m) => Gram::Device(m.beside(m.matrix.matmul(&m.matrix.t()?)?)),
         })
     }
 
     /// M·Mᵀ in f64 where it was computed, on a device that multiplies it fast.
     pub fn gram_f64_there(&self) -> Result<Option<Tensor>> {
-        // as many columns at a time as keep the copies in f64 small
-        const COLUMNS: usize = 4096;
-        let Self::Device(m) = self else {
-            return Ok(None);
-        };
-        if !multiplies_double(m.device()) {
-            return Ok(None);
+        match self {
+            Self::Device(m) if multiplies_double(m.matrix.device()) => m.gram_f64().map(Some),
+            _ => Ok(None),
         }
-        let (side, length) = m.dims2()?;
-        let mut sum = Tensor::zeros((side, side), DType::F64, m.device())?;
-        for start in (0..length).step_by(COLUMNS) {
-            let columns = m.narrow(1, start, COLUMNS.min(length - start))?;
-            let columns = columns.contiguous()?.to_dtype(DType::F64)?;
-            sum = (sum + columns.matmul(&columns.t()?)?)?;
-        }
-        Ok(Some(sum))
     }
 
     /// M·Mᵀ in f64.
     pub fn gram_f64(&self) -> Result<Array2<f64>> {
         match self {
             Self::Host(m) => Ok(gram(m.view())),
-            Self::Device(m) => {
-                let m = m.to_dtype(DType::F64)?;
-                let rows = m.matmul(&m.t()?)?.to_vec2::<f64>()?;
-                let side = rows.len();
-                Ok(Array2::from_shape_vec((side, side), rows.concat()).expect("s rows of s"))
-            }
+            Self::Device(m) => download(&m.gram_f64()?),
         }
     }
 
     /// M without the given left directions, x (k, s), which are orthonormal.
     pub fn without<'r>(&'r self, x: &'r Array2<f32>) -> Result<Rest<'r, 'a>> {
-        let part = self.forward(x.view())?;
+        // a GPU has no memory of no bytes
+        let part = match x.is_empty() {
+            true => Array2::zeros((0, self.dim().1)),
+            false => self.forward(x.view())?,
+        };
         Ok(Rest {
             whole: self,
             x,
@@ -202,7 +245,7 @@ impl Rest<'_, '_> {
             }
             Operand::Device(m) => {
                 let rest = self.on_device(m)?;
-                Gram::Device(rest.matmul(&rest.t()?)?)
+                Gram::Device(m.beside(rest.matmul(&rest.t()?)?))
             }
         })
     }
@@ -211,16 +254,113 @@ impl Rest<'_, '_> {
     pub fn gram_f64_there(&self) -> Result<Option<Tensor>> {
         match self.whole {
             Operand::Device(m) if !self.x.is_empty() => {
-                Operand::Device(self.on_device(m)?).gram_f64_there()
+                Operand::Device(m.beside(self.on_device(m)?)).gram_f64_there()
             }
             whole => whole.gram_f64_there(),
         }
     }
 
-    fn on_device(&self, m: &Tensor) -> Result<Tensor> {
-        let x = upload(self.x.view(), m.device())?;
-        let part = upload(self.part.view(), m.device())?;
-        Ok(m.sub(&x.t()?.matmul(&part)?)?)
+    fn on_device(&self, m: &There) -> Result<Tensor> {
+        let (x, part) = (m.upload(self.x.view())?, m.upload(self.part.view())?);
+        Ok(m.matrix.sub(&x.t()?.matmul(&part)?)?)
+    }
+}
+
+impl There {
+    /// What was made of it.
+    fn beside(&self, made: Tensor) -> Self {
+        Self {
+            matrix: made,
+            queue: self.queue.clone(),
+        }
+    }
+
+    fn upload(&self, rows: ArrayView2<f32>) -> Result<Tensor> {
+        upload(rows, self.matrix.device())
+    }
+
+    /// M·Mᵀ in f64.
+    fn gram_f64(&self) -> Result<Tensor> {
+        // as many columns at a time as keep the copies in f64 small
+        const COLUMNS: usize = 4096;
+        let m = &self.matrix;
+        let (side, length) = m.dims2()?;
+        let mut sum = Tensor::zeros((side, side), DType::F64, m.device())?;
+        for start in (0..length).step_by(COLUMNS) {
+            let columns = m.narrow(1, start, COLUMNS.min(length - start))?;
+            // cast as they lie, which is dense either way once the lie of M is followed
+            let columns = match columns.t()?.is_contiguous() {
+                true => columns.t()?.to_dtype(DType::F64)?.t()?,
+                false => columns.contiguous()?.to_dtype(DType::F64)?,
+            };
+            sum = (sum + columns.matmul(&columns.t()?)?)?;
+        }
+        Ok(sum)
+    }
+}
+
+/// Rows that are worked on where they are.
+impl Operand<'static> {
+    /// Gives each row unit length, and returns the lengths that they had; zero rows stay.
+    pub fn normalise(&mut self) -> Result<Vec<f64>> {
+        match self {
+            Self::Host(x) => Ok(rows::to_unit_length(x.view_mut())),
+            Self::Device(There { matrix: x, .. }) => {
+                // as many at a time as keep the copies in f64 small
+                const ROWS: usize = 256;
+                let (count, _) = x.dims2()?;
+                let (units, mut lengths) = (x.zeros_like()?, Vec::with_capacity(count));
+                for start in (0..count).step_by(ROWS) {
+                    let wide = x.narrow(0, start, ROWS.min(count - start))?;
+                    let wide = wide.to_dtype(DType::F64)?;
+                    let squares = wide.sqr()?.sum(D::Minus1)?;
+                    let known: Vec<f64> = squares.sqrt()?.to_vec1()?;
+                    let factors = known.iter().map(|&x| if x > 0.0 { 1.0 / x } else { 1.0 });
+                    let factors = Tensor::from_iter(factors, x.device())?.unsqueeze(1)?;
+                    let unit = wide.broadcast_mul(&factors)?.to_dtype(DType::F32)?;
+                    units.slice_set(&unit, 0, start)?;
+                    lengths.extend(known);
+                }
+                *x = units;
+                Ok(lengths)
+            }
+        }
+    }
+
+    /// Puts row order[i] in place i.
+    pub fn permute(&mut self, order: &[usize]) -> Result<()> {
+        match self {
+            Self::Host(x) => *x = x.select(Axis(0), order).into(),
+            Self::Device(There { matrix: x, .. }) => {
+                let order = order.iter().map(|&i| i as u32);
+                *x = x.index_select(&Tensor::from_iter(order, x.device())?, 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`orthonormalise_rows`].
+    pub fn orthonormalise(&mut self) -> Result<()> {
+        let There { matrix: x, .. } = match self {
+            Self::Host(x) => return orthonormalise_rows(x.view_mut()),
+            Self::Device(x) => x,
+        };
+        for pivot_min in [FIRST_PIVOT_MIN, SECOND_PIVOT_MIN] {
+            let products = download(&x.matmul(&x.t()?)?)?;
+            let Some(factor) = cholesky(products, pivot_min) else {
+                let mut here = download(x)?;
+                orthonormalise_rows(here.view_mut())?;
+                *x = upload(here.view(), x.device())?;
+                return Ok(());
+            };
+            let mut inverse = Array2::eye(factor.nrows());
+            solve_lower(factor.view(), inverse.view_mut());
+            *x = upload(inverse.view(), x.device())?.matmul(x)?;
+            if factor.diag().iter().all(|&pivot| pivot > EXACT_PIVOT_MIN) {
+                break;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -229,42 +369,29 @@ impl Gram {
     pub fn apply(&self, x: ArrayView2<f32>) -> Result<Array2<f32>> {
         match self {
             Self::Host(g) => Ok(gemm(g.view(), false, x, true)),
-            Self::Device(g) => download(&g.matmul(&upload(x, g.device())?.t()?)?),
+            Self::Device(g) => download(&g.matrix.matmul(&g.upload(x)?.t()?)?),
         }
     }
 
     pub fn into_host(self) -> Result<Array2<f32>> {
         match self {
             Self::Host(g) => Ok(g),
-            Self::Device(g) => download(&g),
+            Self::Device(g) => download(&g.matrix),
         }
     }
 }
 
-/// Whether products in double precision cost little more than in single: of NVIDIA's, the data centres' chips have units for
-/// them (compute capability 8.0, 9.0 and 10.0), and all others a sixty-fourth of the rate.
-fn multiplies_double(device: &Device) -> bool {
-    match device {
-        Device::Cpu => true,
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => {
-            let capability = device.cuda_stream().context().compute_capability();
-            matches!(capability, Ok((8..=10, 0)))
-        }
-        _ => false,
-    }
-}
-
-fn upload(a: ArrayView2<f32>, device: &Device) -> Result<Tensor> {
+/// A matrix of this process's memory on a device.
+pub fn upload<T: WithDType>(a: ArrayView2<T>, device: &Device) -> Result<Tensor> {
     let dense = a.as_standard_layout();
     let values = dense.as_slice().expect("it was made dense");
     Ok(Tensor::from_slice(values, a.dim(), device)?)
 }
 
-fn download(tensor: &Tensor) -> Result<Array2<f32>> {
-    let sides = tensor.dims2()?;
-    let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-    Ok(Array2::from_shape_vec(sides, values).expect("a tensor has the elements of its shape"))
+/// A matrix of a device in this process's memory.
+pub fn download<T: WithDType>(x: &Tensor) -> Result<Array2<T>> {
+    let values = x.flatten_all()?.to_vec1()?;
+    Ok(Array2::from_shape_vec(x.dims2()?, values).expect("a tensor has the elements of its shape"))
 }
 
 #[cfg(test)]
@@ -277,13 +404,13 @@ mod tests {
     fn nothing_of_the_directions_taken_out_is_left() {
         let matrix = normal(40, 1060, 1) * 1e3;
         let mut x = normal(3, 40, 2);
-        orthonormalise_rows(&mut x).expect("orthonormal");
+        orthonormalise_rows(x.view_mut()).expect("orthonormal");
         let left = &matrix - &x.t().dot(&x.dot(&matrix));
         let truth = left.dot(&left.t());
         // rows of the matrix are some 3·10⁴ long; two sums of 1060 roundings, each of them some ε·√1060
         let noise = 2.0 * 6e-8 * 33.0 * 9e8 * 3.0;
         let y = normal(5, 40, 3);
-        for backend in [Backend::Cpu, Backend::Device(Device::Cpu)] {
+        for backend in [Backend::Cpu, Backend::Device(Queues::of(Device::Cpu))] {
             let whole = Operand::new(matrix.view(), &backend).expect("uploads");
             let rest = whole.without(&x).expect("multiplies");
             let gram = rest.gram().expect("multiplies");
@@ -299,9 +426,78 @@ mod tests {
             }
             if let Some(double) = rest.gram_f64_there().expect("multiplies") {
                 let double = double.to_dtype(DType::F32).expect("narrows");
-                let off = download(&double).expect("it is there") - &truth;
+                let off = download::<f32>(&double).expect("it is there") - &truth;
                 assert!(off.iter().all(|x| x.abs() < noise));
             }
+        }
+    }
+
+    #[test]
+    fn a_matrix_that_lies_turned_gives_what_its_copy_gives() {
+        let turned = normal(1060, 40, 4);
+        let straight = turned.t().as_standard_layout().into_owned();
+        let there = Backend::Device(Queues::of(Device::Cpu));
+        let all = |matrix: ArrayView2<f32>, backend: &Backend| {
+            let m = Operand::new(matrix, backend).expect("uploads");
+            let (x, y) = (normal(3, 40, 5), normal(3, 1060, 6));
+            let wide = m.gram_f64().expect("multiplies");
+            [
+                m.forward(x.view()).expect("multiplies"),
+                m.backward(y.view()).expect("multiplies"),
+                m.square(x.view()).expect("multiplies"),
+                m.gram().and_then(Gram::into_host).expect("multiplies"),
+                wide.mapv(|x| x as f32),
+                m.into_host().expect("it is there"),
+            ]
+        };
+        let exact = all(straight.view(), &Backend::Cpu);
+        for found in [
+            all(turned.t(), &Backend::Cpu),
+            all(turned.t(), &there),
+            all(straight.view(), &there),
+        ] {
+            for (found, exact) in found.iter().zip(&exact) {
+                let size = exact.fold(0f32, |most, x| most.max(x.abs()));
+                // sums of at most 1060 products, of which none is larger than some tenths of the largest sum
+                assert!((found - exact).iter().all(|x| x.abs() <= 1e-5 * size));
+            }
+        }
+    }
+
+    #[test]
+    fn rows_on_a_device_are_made_orthonormal_as_here() {
+        let there = Backend::Device(Queues::of(Device::Cpu));
+        let place = normal(30, 200, 1);
+        let independent = normal(20, 200, 2);
+        // two rows that all but agree need more than one pass, and equal ones another way
+        let mut close = independent.clone();
+        let near = &close.row(3) + &(&close.row(4) * 0.05);
+        close.row_mut(7).assign(&near);
+        let mut dependent = independent.clone();
+        dependent.row_mut(7).assign(&independent.row(3));
+        for rows in [independent, close, dependent] {
+            let made = |backend: &Backend| {
+                let place = Operand::new(place.view(), backend).expect("uploads");
+                let mut x = place.beside(rows.clone()).expect("uploads");
+                let order: Vec<usize> = (0..20).rev().collect();
+                x.permute(&order).expect("permutes");
+                let lengths = x.normalise().expect("divides");
+                x.orthonormalise().expect("orthonormal");
+                (lengths, x.into_host().expect("it is there"))
+            };
+            let (here, there) = (made(&Backend::Cpu), made(&there));
+            for (at, (a, b)) in here.0.iter().zip(&there.0).enumerate() {
+                let length = rows::norm(rows.row(19 - at));
+                assert!((a - length).abs() < 1e-12 * length && (b - length).abs() < 1e-12 * length);
+            }
+            for found in [&here.1, &there.1] {
+                let off = found.dot(&found.t()) - Array2::<f32>::eye(20);
+                assert!(off.iter().all(|x| x.abs() < 2e-6), "{off:?}");
+            }
+            // what equal rows leave is any direction; those before it are determined, to 1/0.05 roundings
+            let off = &here.1 - &there.1;
+            let known = off.slice(ndarray::s![..12, ..]);
+            assert!(known.iter().all(|x| x.abs() < 1e-4));
         }
     }
 }

@@ -15,6 +15,8 @@ pub struct Outliers {
     pub vectors: Array2<f32>,
     /// σ, descending
     pub sigma: Vec<f64>,
+    /// What of them may be left in M without them, relative to the first.
+    pub left: f64,
 }
 
 impl Outliers {
@@ -46,12 +48,13 @@ pub fn outliers(
     let mut found = Outliers {
         vectors: Array2::zeros((0, side)),
         sigma: Vec::new(),
+        left: 0.0,
     };
     let start = matrix.forward(normal(width, side, seed).view())?;
     let mut x = matrix.backward(start.view())?;
     for _ in 0..ROUNDS {
-        rows::to_unit_length(&mut x);
-        orthonormalise_rows(&mut x)?;
+        rows::to_unit_length(x.view_mut());
+        orthonormalise_rows(x.view_mut())?;
         let mut y = matrix.forward(x.view())?;
         // Rayleigh–Ritz on the rows of x
         let wide = y.mapv(f64::from);
@@ -71,15 +74,16 @@ pub fn outliers(
         y = gemm(inner.view(), false, y.view(), false);
         // looked at now, and where the next round starts
         let back = matrix.backward(y.view())?;
-        let converged = (0..count)
-            .take_while(|&i| {
-                let off = &back.row(i) - &(&x.row(i) * (squares[i] as f32));
-                rows::norm(off.view()) <= tolerance * (squares[0] * squares[i]).sqrt()
-            })
-            .count();
+        let off = (0..count).map(|i| {
+            let off = &back.row(i) - &(&x.row(i) * (squares[i] as f32));
+            rows::norm(off.view()) / (squares[0] * squares[i]).sqrt()
+        });
+        let off: Vec<f64> = off.take_while(|&off| off <= tolerance).collect();
+        let converged = off.len();
         found = Outliers {
             vectors: x.slice(s![..converged, ..]).to_owned(),
             sigma: squares[..converged].iter().map(|s| s.sqrt()).collect(),
+            left: off.into_iter().fold(0.0, f64::max),
         };
         if converged == count {
             break;

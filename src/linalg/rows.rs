@@ -1,6 +1,6 @@
 //! Lengths of rows, added in double precision: in single, squares overflow and underflow long before numbers do.
 
-use ndarray::{Array2, ArrayView1};
+use ndarray::{Array2, ArrayView1, ArrayViewMut2};
 
 /// ‖x‖², by several sums side by side, since one alone waits for each addition to end.
 pub fn norm_squared(row: ArrayView1<f32>) -> f64 {
@@ -30,7 +30,7 @@ pub fn longest(rows: &Array2<f32>) -> f64 {
 }
 
 /// Gives each row unit length, and returns the lengths that they had; zero rows stay.
-pub fn to_unit_length(rows: &mut Array2<f32>) -> Vec<f64> {
+pub fn to_unit_length(mut rows: ArrayViewMut2<f32>) -> Vec<f64> {
     let unit = |mut row: ndarray::ArrayViewMut1<f32>| {
         let length = norm(row.view());
         if length > 0.0 {
@@ -54,7 +54,7 @@ mod tests {
             let before = normal(5, 37, 1) * size;
             let mut rows = before.clone();
             rows.row_mut(3).fill(0.0);
-            let lengths = to_unit_length(&mut rows);
+            let lengths = to_unit_length(rows.view_mut());
             assert!(rows.row(3).iter().all(|&x| x == 0.0) && lengths[3] == 0.0);
             for i in [0, 1, 2, 4] {
                 let wide = |x: &f32| f64::from(*x);

@@ -17,10 +17,7 @@ mod attention;
 mod twins;
 
 pub use attention::Attention;
-#[cfg(feature = "cuda")]
-pub use launch::find_library;
 use launch::launch;
-pub use launch::open;
 
 /// What a kernel is given.
 #[derive(Clone, Copy)]

@@ -264,8 +264,9 @@ impl Sizes {
         let mlp = self.tokens * (3 * i + 3 * h + joined);
         // each query head has gradients of its own keys and values before they are added; scores are a few at a time
         let attention = self.tokens * (5 * q + 2 * k + 2 * h);
+        // a sum that is added to another, or the copies that the optimiser reads and writes
         let embedding = match step.embeddings {
-            true => 3 * config.vocabulary as u128 * h,
+            true => 2 * config.vocabulary as u128 * h,
             false => 0,
         };
         mlp.max(attention).max(embedding)

@@ -9,8 +9,8 @@ use candle_core::cuda_backend::cudarc::nccl::{Comm, Id, ReduceOp, result::NcclEr
 use candle_core::cuda_backend::{CudaDevice, WrapErr};
 
 use super::{Group, refuse};
+use crate::device;
 use crate::error::Result;
-use crate::model::gpu;
 
 pub struct Nccl {
     comm: Mutex<Channel>,
@@ -49,7 +49,7 @@ impl Nccl {
         let Device::Cuda(device) = device else {
             return Err(refuse("NCCL is for GPUs"));
         };
-        gpu::find_library("libnccl.so.2").map_err(refuse)?;
+        device::find_library("libnccl.so.2").map_err(refuse)?;
         let mut name = [0u8; 128];
         if rank == 0 {
             let id = Id::new().map_err(failed)?;

@@ -76,8 +76,8 @@ impl Config {
 }
 
 impl LoraAdapter {
-    /// Reads the LoRA in `dir` for a checkpoint, of which `shape_of` tells the shape of a tensor. With `inner`, that was saved
-    /// from the model inside (see [`super::name_in_model`]).
+    /// Reads the LoRA in `dir` for a checkpoint, of which `shape_of` tells the shape of a tensor, and `is_tied` whether it is
+    /// embedding and head at once. With `inner`, that was saved from the model inside (see [`super::name_in_model`]).
     ///
     /// # Errors
     /// Weights that are not a safetensors file; variants that compute otherwise (DoRA, biases, transposed weights, an α for
@@ -86,6 +86,7 @@ impl LoraAdapter {
         dir: &Path,
         inner: bool,
         shape_of: impl Fn(&str) -> Option<Vec<usize>>,
+        is_tied: impl Fn(&str) -> bool,
     ) -> Result<Self> {
         refuse_links_outside(dir)?;
         let path = dir.join(LORA_CONFIG);
@@ -116,12 +117,20 @@ impl LoraAdapter {
             match half {
                 [Some(module), _] => halves.entry(module.into()).or_default()[0] = Some(elements),
                 [_, Some(module)] => halves.entry(module.into()).or_default()[1] = Some(elements),
-                [None, None] if shape_of(name).as_ref() == Some(&elements.shape) => {
-                    read.whole.insert(name.into(), elements);
-                }
                 [None, None] => {
-                    let reason = "is neither of lora_A and lora_B, nor a tensor of the model";
-                    return Err(refuse(&entry.name, reason.into()));
+                    // under a LoRA of a head PEFT keeps a copy of the head
+                    let own = name.replace(".base_layer.", ".");
+                    if shape_of(&own).as_ref() != Some(&elements.shape) {
+                        let reason = "is neither of lora_A and lora_B, nor a tensor of the model";
+                        return Err(refuse(&entry.name, reason.into()));
+                    }
+                    if !is_tied(&own) {
+                        read.whole.insert(own, elements);
+                    } else if own == name {
+                        let reason = "is carried whole, where the model has one weight for embedding and head: \
+                                      PEFT gives it two, which no config here can say";
+                        return Err(refuse(&entry.name, reason.into()));
+                    }
                 }
             }
         }

@@ -112,6 +112,11 @@ fn documents(path: &Path) -> Result<Vec<String>> {
         path: path.into(),
         offset: e.utf8_error().valid_up_to(),
     })?;
+    // editors of Windows begin texts with a mark that is none of their letters
+    let text = match text.strip_prefix('\u{feff}') {
+        Some(rest) => rest.to_string(),
+        None => text,
+    };
     let lines = path
         .extension()
         .is_some_and(|e| e.eq_ignore_ascii_case("jsonl"));

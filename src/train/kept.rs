@@ -178,10 +178,16 @@ fn save_lora(
             peft::Names::of(&in_model(module)).b
         } else {
             let weight = variable_name.strip_suffix(".weight");
-            let module = in_model(weight.expect("what moves beside A and B is a norm's weight"));
-            let name = peft::saved_name(&module);
-            saved.push(module);
-            name
+            let module = weight.expect("what moves beside A and B is a norm's weight");
+            // PEFT carries a module whole, and asks for all of it
+            let bias = format!("{module}.bias");
+            if source.has(&bias) {
+                let bias = source.tensor(&bias)?.to_f32();
+                let name = peft::saved_name(&format!("{}.bias", in_model(module)));
+                tensors.insert(name, Elements::from_f32(&[bias.len()], &bias));
+            }
+            saved.push(in_model(module));
+            peft::saved_name(&format!("{}.weight", in_model(module)))
         };
         tensors.insert(name, stored);
     }

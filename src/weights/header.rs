@@ -198,15 +198,20 @@ fn dtype_value(dtype: Dtype) -> serde_json::Value {
 
 fn checked_length(path: &Path, prefix: [u8; 8]) -> Result<u64> {
     let length = u64::from_le_bytes(prefix);
-    if length > HEADER_BYTES_MAX {
-        return Err(Error::Header {
-            path: path.into(),
-            reason: format!(
-                "its header claims {length} bytes, at most {HEADER_BYTES_MAX} are read"
-            ),
-        });
+    if length <= HEADER_BYTES_MAX {
+        return Ok(length);
     }
-    Ok(length)
+    let reason = match &prefix {
+        b"version " => {
+            "it is a pointer of Git LFS: `git lfs pull` there brings the file itself".into()
+        }
+        _ if prefix.trim_ascii_start().starts_with(b"<") => "it is a page of the web".into(),
+        _ => format!("its header claims {length} bytes, at most {HEADER_BYTES_MAX} are read"),
+    };
+    Err(Error::Header {
+        path: path.into(),
+        reason,
+    })
 }
 
 #[cfg(test)]
@@ -295,6 +300,30 @@ mod tests {
             let mut prefix = (bytes.len() as u64).to_le_bytes().to_vec();
             prefix.extend_from_slice(&bytes);
             let _ = Header::parse(Path::new("x"), prefix);
+        }
+
+        #[test]
+        fn headers_with_other_numbers_and_words_never_panic(
+            numbers in proptest::collection::vec(proptest::num::u64::ANY, 6),
+            bits in proptest::collection::vec(0u32..64, 6),
+            dtype in "(F32|BF16|F4|I64|)", name in "[a-z.\u{0}\"\\\\é]{0,6}",
+        ) {
+            let [a, b, c, d, e, f] = std::array::from_fn(|i| numbers[i] >> bits[i]);
+            let info = |shape: [u64; 2], ends: [u64; 2]| {
+                serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": ends})
+            };
+            let json = serde_json::json!({name: info([a, b], [0, c]), "other": info([d, 1], [e, f])});
+            let json = json.to_string();
+            let mut prefix = (json.len() as u64).to_le_bytes().to_vec();
+            prefix.extend_from_slice(json.as_bytes());
+            if let Ok(header) = Header::parse(Path::new("x"), prefix) {
+                // what is believed lies within the file, and is as long as its shape says
+                for entry in &header.entries {
+                    let elements: u64 = entry.shape.iter().map(|&side| side as u64).product();
+                    prop_assert!(entry.bytes <= header.file_bytes());
+                    prop_assert!(elements == 0 || entry.bytes > 0);
+                }
+            }
         }
     }
 }

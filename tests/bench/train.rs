@@ -132,7 +132,7 @@ impl Args {
     fn open(&self) -> Result<Device> {
         Ok(match self.device.gpu {
             None => Device::Cpu,
-            Some(number) => svdhub::model::gpu::open(number)?,
+            Some(number) => svdhub::device::open(number)?,
         })
     }
 }

@@ -83,6 +83,45 @@ fn a_half_written_shard() {
 }
 
 #[test]
+fn what_came_instead_of_the_weights() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let weights = base.join("model.safetensors");
+    for (found, words) in [
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1044992\n",
+            "git lfs pull",
+        ),
+        (
+            "<!doctype html><html>no such page</html>",
+            "a page of the web",
+        ),
+    ] {
+        std::fs::write(&weights, found).expect("writes");
+        world
+            .run(&["plan", arg(&base)])
+            .refuses(&["model.safetensors", words]);
+    }
+}
+
+#[test]
+fn nobody_has_to_listen() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let split = world.path("svd");
+    let ends_with = |arguments: &[&str], code| {
+        let deaf = std::fs::OpenOptions::new().write(true).open("/dev/full");
+        let mut command = world.command(arguments);
+        let done = command.stderr(deaf.expect("Linux has it")).status();
+        assert_eq!(done.expect("ends").code(), Some(code), "{arguments:?}");
+    };
+    let decompose = ["decompose", arg(&base), "--out", arg(&split)];
+    ends_with(&decompose, 0);
+    ends_with(&decompose, 0);
+    ends_with(&["decompose", "/nowhere", "--out", "x"], 1);
+}
+
+#[test]
 fn an_index_with_a_tensor_that_is_not_there() {
     let broken = Broken::new(600_000);
     broken.index(|index| {

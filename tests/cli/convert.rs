@@ -7,7 +7,7 @@ use svdhub::hub::server::{Effect, Fault};
 use svdhub::weights::{Checkpoint, Dtype, Layout};
 
 use crate::parts::assert_same;
-use crate::world::{World, arg, files};
+use crate::world::{World, arg, files, tensors, write_model};
 
 fn decompose(world: &World, base: &Path, name: &str, options: &[&str]) -> PathBuf {
     let out = world.path(name);
@@ -249,6 +249,28 @@ fn ranks_are_taken_by_energy_and_budget_too_and_not_beyond_what_is_there() {
         ]);
     }
     assert!(!nowhere.exists());
+}
+
+#[test]
+fn a_weight_of_zeros_is_converted_too() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let mut weights = tensors(&base);
+    let name = "model.layers.0.mlp.up_proj.weight";
+    weights.get_mut(name).expect("a weight").bytes.fill(0);
+    write_model(&base, &weights, u64::MAX);
+    for layout in ["residual", "sidecar"] {
+        let split = decompose(
+            &world,
+            &base,
+            &format!("svd-{layout}"),
+            &["--layout", layout],
+        );
+        let small = convert(&world, &split, &format!("small-{layout}"), &["--rank", "2"]);
+        let verify = ["verify", arg(&small), "--against", arg(&base)];
+        world.run(&verify).succeeds();
+        assert_restores(&world, &small);
+    }
 }
 
 #[test]

@@ -554,6 +554,7 @@ fn a_lora_that_would_be_computed_otherwise_or_does_not_fit_is_refused_by_name() 
         shape: stored.shape.iter().rev().copied().collect(),
         ..stored.clone()
     };
+    let embedding = tensors(&t.base, "model.safetensors")["model.embed_tokens.weight"].clone();
     for (name, tensor, words) in [
         (
             "unknown.lora_A.weight",
@@ -566,6 +567,16 @@ fn a_lora_that_would_be_computed_otherwise_or_does_not_fit_is_refused_by_name() 
             "nor a tensor",
         ),
         (a, turned, "does not fit"),
+        (
+            "base_model.model.model.embed_tokens.weight",
+            embedding.clone(),
+            "one weight for embedding and head",
+        ),
+        (
+            "base_model.model.lm_head.weight",
+            embedding,
+            "one weight for embedding and head",
+        ),
     ] {
         let mut changed = alone.clone();
         changed.insert(name.into(), tensor);
@@ -669,6 +680,29 @@ fn trained_norms_are_carried_whole_and_other_tensors_refused_by_name() {
             .map(|(x, y)| (x + y) / 2.0)
             .collect();
         assert!(found == halfway && found != base, "{tensor}");
+    }
+
+    // a norm that has a bias is carried with it: PEFT asks for all of a module
+    let neox = json!({"intermediate_size": 96, "num_key_value_heads": 4, "layer_norm_eps": 1e-5,
+        "rotary_pct": 1.0, "use_parallel_residual": true, "hidden_act": "gelu", "attention_bias": true});
+    let base_of_neox = t.world.random_model("neox", &small("gpt_neox", neox));
+    let split = decomposed(&t.world, &base_of_neox, "neox-svd", &[]);
+    let of_neox = crafted(&split, t.world.path("neox-adapter"), delta, true);
+    let out = t.world.path("neox-lora");
+    let export = ["export", arg(&split), "--adapter", arg(&of_neox)];
+    let to = ["--to", "peft-lora", "--out", arg(&out)];
+    t.world.run(&[export, to].concat()).succeeds();
+    let (lora, stored) = (
+        tensors(&out, LORA),
+        tensors(&base_of_neox, "model.safetensors"),
+    );
+    for module in json_file(&out.join("adapter_config.json"))["modules_to_save"]
+        .as_array()
+        .expect("modules")
+    {
+        let bias = format!("{}.bias", module.as_str().expect("a name"));
+        let found = lora[&format!("base_model.model.{bias}")].to_f32();
+        assert_eq!(found, stored[&bias].to_f32(), "{bias}");
     }
 
     let mut with_embedding = Adapter::read(&adapter).expect("reads");

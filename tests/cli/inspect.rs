@@ -177,11 +177,9 @@ fn pages_are_drawn_again_but_never_over_something_else() {
     for path in [&page, &figures.join("energy.svg")] {
         std::fs::write(path, "six months of work").expect("writes");
         let name = path.file_name().and_then(|n| n.to_str()).expect("a name");
-        world.run(&arguments).refuses(&[
-            name,
-            "svdhub did not write it",
-            "choose another file name",
-        ]);
+        world
+            .run(&arguments)
+            .refuses(&[name, "svdhub did not write it", "choose another place"]);
         assert_eq!(
             std::fs::read_to_string(path).expect("reads"),
             "six months of work"

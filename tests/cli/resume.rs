@@ -8,7 +8,7 @@ use serde_json::Value;
 use svdhub::base::Base;
 use svdhub::decompose;
 use svdhub::event::{Event, Observer, Silent, Stage};
-use svdhub::weights::Dtype;
+use svdhub::weights::{Dtype, Header};
 
 use crate::parts::assert_same;
 use crate::world::{Run, World, arg, files, fixture};
@@ -269,6 +269,113 @@ fn a_base_that_is_written_to_meanwhile_is_refused() {
     assert!(!out.join("svd.safetensors.index.json").exists());
     // the bytes were the same: nothing is lost
     decompose(&Silent).expect("goes on");
+}
+
+#[test]
+fn a_finished_directory_that_lost_its_weights_is_made_again() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let (split, adapter) = (world.path("svd"), world.path("adapter"));
+    let (merged, lora) = (world.path("merged"), world.path("lora"));
+    let data = fixture("eighty-train.txt");
+    let decompose = ["decompose", arg(&base), "--out", arg(&split)];
+    let train = ["train", arg(&split), "--data", arg(&data), "--out"];
+    let train = [
+        &train[..],
+        &[arg(&adapter), "--steps", "2", "--length", "32"],
+    ]
+    .concat();
+    let merge = ["merge", arg(&split), "--adapter", arg(&adapter), "--out"];
+    let merge = [&merge[..], &[arg(&merged)]].concat();
+    let export = ["export", arg(&split), "--adapter", arg(&adapter), "--out"];
+    let export = [&export[..], &[arg(&lora), "--to", "peft-lora"]].concat();
+    for (out, command) in [
+        (&split, &decompose[..]),
+        (&adapter, &train),
+        (&merged, &merge),
+        (&lora, &export),
+    ] {
+        world.run(command).succeeds();
+        let weights = |dir: &Path| {
+            let mut files = files(dir);
+            files.retain(|name, _| name.ends_with(".safetensors"));
+            files
+        };
+        let whole = weights(out);
+        let run = world.run(command).succeeds();
+        assert!(run.stderr.contains("is complete already"), "{}", run.stderr);
+        let lost = out.join(whole.keys().next_back().expect("a file of weights"));
+        std::fs::remove_file(&lost).expect("removes");
+        let run = world.run(command).succeeds();
+        assert!(!run.stderr.contains("complete already"), "{}", run.stderr);
+        assert!(weights(out) == whole, "{}", lost.display());
+        // cut short is lost too; what goes on, and does not begin anew, leaves alone what it does not know
+        std::fs::write(&lost, "short").expect("writes");
+        let run = world.run(command);
+        if command == decompose {
+            run.refuses(&["already holds another `svd-00001"]);
+            std::fs::remove_file(&lost).expect("removes");
+            world.run(command).succeeds();
+        } else {
+            run.succeeds();
+        }
+        assert!(weights(out) == whole, "{}", lost.display());
+    }
+    // and one that says nothing of itself
+    std::fs::remove_file(merged.join("report.json")).expect("removes");
+    world.run(&merge).succeeds();
+    assert!(merged.join("report.json").exists());
+}
+
+#[test]
+fn changed_bytes_of_an_adapter_or_of_its_vectors_are_used_by_nobody() {
+    let world = World::with_hub();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let (split, adapter) = (world.path("svd"), world.path("adapter"));
+    let data = fixture("eighty-train.txt");
+    let decompose = ["decompose", arg(&base), "--out", arg(&split)];
+    world.run(&decompose).succeeds();
+    let train = ["train", arg(&split), "--data", arg(&data), "--out"];
+    let more = [arg(&adapter), "--steps", "2", "--length", "32"];
+    world.run(&[&train[..], &more].concat()).succeeds();
+    let shard = split.join("svd-00001-of-00001.safetensors");
+    let out = world.path("out");
+    let flip = |path: &Path, at: usize| {
+        let mut bytes = std::fs::read(path).expect("reads");
+        bytes[at] ^= 0x40;
+        std::fs::write(path, bytes).expect("writes");
+    };
+    let weights = adapter.join("adapter.safetensors");
+    let last = std::fs::metadata(&weights).expect("is there").len() as usize - 1;
+    flip(&weights, last);
+    let with = ["--adapter", arg(&adapter)];
+    let to = ["--out", arg(&out)];
+    for verb in [
+        &["merge", arg(&split), with[0], with[1], to[0], to[1]][..],
+        &[
+            "evaluate",
+            arg(&split),
+            with[0],
+            with[1],
+            "--data",
+            arg(&data),
+        ],
+        &["publish", arg(&adapter), "org/adapter"],
+    ] {
+        world.run(verb).refuses(&["adapter.safetensors", "sha256"]);
+    }
+    flip(&weights, last);
+    let header = Header::read(&shard).expect("reads");
+    let vector = "model.layers.5.self_attn.v_proj.v";
+    let entry = header.entries.iter().find(|entry| entry.name == vector);
+    flip(&shard, entry.expect("is there").offset as usize + 5);
+    let export = ["export", arg(&split), with[0], with[1], "--to", "peft-lora"];
+    world
+        .run(&[&export[..], &to].concat())
+        .refuses(&["model.layers.5", "sha256"]);
+    world
+        .run(&["publish", arg(&split), "org/svd"])
+        .refuses(&["svd-00001-of-00001.safetensors", "sha256"]);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use svdhub::weights::{Checkpoint, Dtype, Layout};
 
-use crate::world::{World, arg, files, fixture, loss};
+use crate::world::{World, arg, files, fixture, loss, tensors, write_model};
 
 fn decomposed(world: &World, options: &[&str]) -> PathBuf {
     let base = world.model("base", Dtype::BF16, u64::MAX);
@@ -129,6 +129,69 @@ fn adapters_add_linearly_and_cancel() {
         arg(&merged),
     ]);
     assert_eq!(facts["identical_to_base"], true);
+}
+
+#[test]
+fn a_stored_copy_of_a_tied_head_moves_with_the_embedding() {
+    let (embedding, head) = ("model.embed_tokens.weight", "lm_head.weight");
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let mut weights = tensors(&base);
+    weights.insert(head.into(), weights[embedding].clone());
+    write_model(&base, &weights, u64::MAX);
+    let split = world.path("svd");
+    let decompose = ["decompose", arg(&base), "--out", arg(&split)];
+    world.run(&decompose).succeeds();
+    let moving = ["--train", "embeddings", "--steps", "2"];
+    let (adapter, _) = trained(&world, &split, "adapter", &moving);
+    for (name, rounding) in [("nearest", "nearest"), ("stochastic", "stochastic")] {
+        let merged = world.path(name);
+        let merge = [
+            "merge",
+            arg(&split),
+            "--adapter",
+            arg(&adapter),
+            "--out",
+            arg(&merged),
+            "--rounding",
+            rounding,
+        ];
+        world.run(&merge).succeeds();
+        let merged = tensors(&merged);
+        assert!(merged[head] == merged[embedding], "one weight, {rounding}");
+        assert!(merged[head] != weights[head], "it moved");
+    }
+}
+
+#[test]
+fn what_only_zeros_reach_is_told_and_the_rest_is_trained() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    // a block as it is put into a model to be trained later: it adds nothing yet
+    let mut weights = tensors(&base);
+    for module in ["self_attn.o_proj", "mlp.down_proj"] {
+        let weight = weights.get_mut(&format!("model.layers.1.{module}.weight"));
+        weight.expect("a weight").bytes.fill(0);
+    }
+    write_model(&base, &weights, u64::MAX);
+    let (split, out) = (world.path("svd"), world.path("adapter"));
+    let decompose = ["decompose", arg(&base), "--out", arg(&split)];
+    world.run(&decompose).succeeds();
+    let data = fixture("eighty-train.txt");
+    let train = |out: &Path, length: &str| {
+        let train = ["train", arg(&split), "--data", arg(&data)];
+        let more = ["--out", arg(out), "--steps", "3", "--length", length];
+        world.run(&[&train[..], &more].concat()).succeeds().stderr
+    };
+    // from the second step on, what moved in the first lets gradients through
+    let said = train(&out, "64");
+    assert!(!said.contains("only zeros"), "{said}");
+    // one token sees nothing but itself
+    let said = train(&world.path("short"), "2");
+    assert!(
+        said.contains("only zeros reach model.layers.0.") && said.contains("more"),
+        "{said}"
+    );
 }
 
 #[test]

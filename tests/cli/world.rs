@@ -161,7 +161,7 @@ impl World {
         let parsed = ModelConfig::read(&dir).expect("parses");
         let mut state = 7u64;
         let tensors: BTreeMap<String, Elements> = parsed
-            .tensors("model.")
+            .tensors(parsed.prefix(|_| false))
             .into_iter()
             .map(|(name, shape)| {
                 let values: Vec<f32> = (0..shape.iter().product::<usize>())

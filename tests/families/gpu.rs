@@ -5,9 +5,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 
-use svdhub::model::{
-    Cache, Decoder, Lora, Method, Parametrisation, Segment, Segments, Trained, gpu,
-};
+use svdhub::device;
+use svdhub::model::{Cache, Decoder, Lora, Method, Parametrisation, Segment, Segments, Trained};
 
 use crate::differences::{decomposed, move_from_zero};
 use crate::memory::Memory;
@@ -137,7 +136,7 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
 
 #[test]
 fn every_family_and_method_gives_on_a_gpu_what_it_gives_on_the_cpu() {
-    let device = match gpu::open(0) {
+    let device = match device::open(0) {
         Ok(device) => device,
         Err(error) => return eprintln!("SKIPPED, no GPU: {error}"),
     };

@@ -211,6 +211,7 @@ fn assert_steps(name: &str) {
     let wanted = list(&golden["steps"]["losses"]);
     for (step, wanted) in wanted.iter().enumerate() {
         let loss = run.step(&rows, number("lr"), step == 0).expect("steps");
+        assert!(run.silent.is_empty(), "every one receives a gradient");
         let off = (f64::from(loss) - wanted).abs() / wanted;
         assert!(off < TOLERANCE, "{name}: loss {step} is {off:.1e} off");
     }

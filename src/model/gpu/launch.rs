@@ -1,8 +1,7 @@
-//! CUDA: opening a device, loading kernels, and running them on its stream.
+//! CUDA: loading kernels, and running them on the stream of their tensors.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::CString;
 use std::io::Read;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -11,77 +10,14 @@ use candle_core::cuda_backend::cudarc::cublas::sys::{
     cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t, cudaDataType,
 };
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, sys,
+    CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
 };
 use candle_core::cuda_backend::{CudaStorageSlice, DeviceId, WrapErr};
 use candle_core::{CudaDevice, DType, Device, Storage, Tensor, bail};
 use flate2::read::ZlibDecoder;
 
 use super::{Arg, Geometry};
-use crate::error::{Error, Result};
-
-/// What a computation on a GPU opens, and where each comes from.
-const LIBRARIES: [(&str, &str); 4] = [
-    ("libcuda.so.1", "the NVIDIA driver, 580 or newer"),
-    ("libcublas.so.13", "the libraries of CUDA 13"),
-    ("libcublasLt.so.13", "the libraries of CUDA 13"),
-    ("libcurand.so.10", "the libraries of CUDA 13"),
-];
-
-/// Opens a library that is called later, or says that it is missing.
-pub fn find_library(library: &str) -> std::result::Result<(), String> {
-    let name = CString::new(library).expect("a name without a NUL");
-    // SAFETY: a library that stays open, as those of CUDA do anyway.
-    let opened = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-    match opened.is_null() {
-        true => Err(format!("{library} is missing")),
-        false => Ok(()),
-    }
-}
-
-/// Opens a GPU.
-///
-/// # Errors
-/// A library that is not there, by name; no such GPU.
-pub fn open(number: usize) -> Result<Device> {
-    let refuse = |reason: String| Error::Device {
-        device: format!("cuda:{number}"),
-        reason,
-    };
-    for (library, origin) in LIBRARIES {
-        find_library(library)
-            .map_err(|missing| refuse(format!("{missing}: it comes with {origin}")))?;
-    }
-    opened(number).map_err(|error| refuse(error.to_string()))
-}
-
-/// With one stream for all threads, so that everything happens in the order in which it was asked for.
-fn opened(number: usize) -> candle_core::Result<Device> {
-    let device = CudaDevice::new_with_stream(number)?;
-    // SAFETY: events order what several streams do with the same memory, and there is one.
-    unsafe { device.disable_event_tracking() };
-    keep_freed_memory(&device)?;
-    Ok(Device::Cuda(device))
-}
-
-/// What a step frees, the next one asks for again: left alone, the driver takes it back whenever the stream runs dry.
-fn keep_freed_memory(device: &CudaDevice) -> candle_core::Result<()> {
-    let device = device.cuda_stream().context().cu_device();
-    let mut pool = std::ptr::null_mut();
-    let mut threshold = u64::MAX;
-    // SAFETY: the device is open, and the attribute is a number of 64 bits that is read at once.
-    unsafe {
-        sys::cuDeviceGetDefaultMemPool(&mut pool, device)
-            .result()
-            .w()?;
-        let value = (&raw mut threshold).cast();
-        sys::cuMemPoolSetAttribute(pool, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, value)
-            .result()
-            .w()
-    }
-}
 
 /// The PTX of a module, unpacked once.
 fn ptx(module: &str) -> candle_core::Result<Arc<str>> {

@@ -7,13 +7,13 @@ use super::super::family::{Activation, Scores};
 use super::super::ops;
 use super::super::segments::{Segment, Segments};
 use super::super::tape::record;
-use super::{AdamW, adamw, add_product, cross_entropy, open, scale_columns, sum_of_products};
+use super::{AdamW, adamw, add_product, cross_entropy, scale_columns, sum_of_products};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// A GPU, or a loud word that there is none.
 fn gpu() -> Option<Device> {
-    open(0)
+    crate::device::open(0)
         .map_err(|error| eprintln!("SKIPPED, no GPU: {error}"))
         .ok()
 }
