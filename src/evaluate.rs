@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::model::{Trained, stacked};
 use crate::source::{Source, load};
-use crate::train::data::Corpus;
+use crate::text::Corpus;
 
 /// How to evaluate.
 #[derive(Debug, Clone)]

@@ -24,9 +24,6 @@ use crate::{linalg, peft, report};
 pub use lora::{LoraFacts, LoraModule};
 pub use svd_training::SvdTrainingFacts;
 
-/// Not `model.safetensors`: `AutoModel.from_pretrained` would take M′ for the model.
-pub const SVD_TRAINING_WEIGHTS: &str = "svd_training.safetensors";
-
 /// Who will load what is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {

@@ -16,7 +16,7 @@ use crate::event::Observer;
 use crate::model::{Cache, Decoder, Trained};
 use crate::random::SplitMix;
 use crate::source::{Source, load};
-use crate::train::data::tokenizer;
+use crate::text::tokenizer;
 use chat::ChatTemplate;
 use choice::{Choice, likeliest};
 use spelling::Spelling;

@@ -6,7 +6,8 @@ use crate::card::thousands;
 use crate::error::Result;
 use crate::inspect::{Facts, Source};
 use crate::json::Tool;
-use crate::plot::{self, MARK, figure, percent};
+use crate::page::MARK;
+use crate::plot::{self, figure, percent};
 use crate::template;
 
 const TEMPLATE: &str = include_str!("../templates/spectrum.html");

@@ -1,20 +1,17 @@
 //! `inspect`: a decomposition in, the facts of its spectrum out; nothing is computed that the report holds already.
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::Path;
 
 use serde::Serialize;
 
 use crate::artifact::Artifact;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
 use crate::event::Observer;
 use crate::format::{ArtifactLayout, ModuleTensors, Pin, Rank, SvdSection, parse_section};
 use crate::linalg::Route;
-use crate::plot::MARK;
 use crate::spectrum::{self, Spectrum};
 use crate::weights::place::refuse_links_outside;
-use crate::weights::shard::write_atomically;
 use crate::weights::{Checkpoint, Layout};
 use crate::{json, report};
 
@@ -112,58 +109,4 @@ fn from_tensors(dir: &Path, svd: &SvdSection, observer: &dyn Observer) -> Result
 pub fn route_name(route: Route) -> String {
     let name = serde_json::to_value(route).expect("a route serialises");
     name.as_str().unwrap_or_default().into()
-}
-
-/// Writes a page or a picture. One of ours may be drawn again; whatever else has that name is left alone.
-pub fn write_page(path: &Path, text: &str) -> Result<()> {
-    assert!(text.contains(MARK), "pages say whose they are");
-    if path.file_name().is_none() {
-        let source = std::io::ErrorKind::InvalidFilename.into();
-        return Err(Error::io("write", path, source));
-    }
-    if path.symlink_metadata().is_ok() && !is_ours(path)? {
-        return Err(Error::ForeignFile { path: path.into() });
-    }
-    write_atomically(path, text.as_bytes()).map(drop)
-}
-
-fn is_ours(path: &Path) -> Result<bool> {
-    const BEGINNING: u64 = 1024;
-    if !path.is_file() {
-        return Ok(false);
-    }
-    let file = std::fs::File::open(path).context("open", path)?;
-    let mut bytes = Vec::new();
-    let mut beginning = file.take(BEGINNING);
-    beginning.read_to_end(&mut bytes).context("read", path)?;
-    Ok(String::from_utf8_lossy(&bytes).contains(MARK))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_pages_of_ours_are_drawn_again() {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let path = dir.path().join("page.html");
-        let page = |text: &str| format!("<!doctype html>{MARK}{text}");
-        write_page(&path, &page("first")).expect("a new file");
-        write_page(&path, &page("second")).expect("our own");
-        assert!(
-            std::fs::read_to_string(&path)
-                .expect("reads")
-                .ends_with("second")
-        );
-        let thesis = "<!doctype html> six months of work";
-        std::fs::write(&path, thesis).expect("writes");
-        let error = write_page(&path, &page("third")).expect_err("refused");
-        assert!(matches!(error, Error::ForeignFile { .. }), "{error}");
-        assert_eq!(std::fs::read_to_string(&path).expect("reads"), thesis);
-        let link = dir.path().join("dangling.html");
-        std::os::unix::fs::symlink("nowhere", &link).expect("links");
-        assert!(write_page(&link, &page("x")).is_err());
-        assert!(write_page(dir.path(), &page("x")).is_err(), "a directory");
-        assert!(write_page(Path::new(""), &page("x")).is_err(), "no name");
-    }
 }

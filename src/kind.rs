@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use crate::{adapter, artifact, export, peft};
+use crate::{adapter, artifact, peft};
+
+/// Not `model.safetensors`: `AutoModel.from_pretrained` would take M′ for the model.
+pub const SVD_TRAINING_WEIGHTS: &str = "svd_training.safetensors";
 
 /// What a directory holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,7 +28,7 @@ impl Kind {
             Self::Adapter
         } else if dir.join(peft::LORA_CONFIG).exists() {
             Self::Lora
-        } else if dir.join(export::SVD_TRAINING_WEIGHTS).exists() {
+        } else if dir.join(SVD_TRAINING_WEIGHTS).exists() {
             Self::StateDict
         } else {
             Self::Model

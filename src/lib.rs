@@ -41,6 +41,7 @@ pub mod linalg;
 pub mod merge;
 pub mod model;
 pub mod outlet;
+pub mod page;
 pub mod parallel;
 pub mod part;
 pub mod peft;
@@ -55,6 +56,7 @@ pub mod spectrum;
 pub mod split;
 pub mod sum;
 mod template;
+pub mod text;
 pub mod train;
 pub mod verify;
 pub mod weights;
@@ -62,3 +64,100 @@ pub mod workers;
 pub mod workspace;
 
 pub use error::{Error, Result};
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::{Path, PathBuf};
+
+    /// The rows of README's table of modules, the uppermost first.
+    fn rows(readme: &str) -> Vec<Vec<String>> {
+        let (_, table) = readme
+            .split_once("imports point down this table")
+            .expect("a table");
+        let lines = table.lines().filter(|line| line.starts_with("| `"));
+        let names = lines.map(|line| {
+            line.split('|')
+                .nth(1)
+                .expect("a cell")
+                .replace(['`', ','], " ")
+        });
+        names
+            .map(|cell| cell.split_whitespace().map(String::from).collect())
+            .collect()
+    }
+
+    fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(folder).expect("lists") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                sources(&path, found);
+            } else if path.extension().is_some_and(|ending| ending == "rs") {
+                found.push(path);
+            }
+        }
+    }
+
+    /// The modules that a source names as `crate::…`, in its code and not in its tests.
+    fn named(text: &str) -> Vec<String> {
+        let code = text
+            .split("#[cfg(test)]\nmod tests")
+            .next()
+            .unwrap_or_default();
+        let mut names = Vec::new();
+        for place in code.split("crate::").skip(1) {
+            let group = place
+                .strip_prefix('{')
+                .and_then(|rest| rest.split('}').next());
+            let list = group.unwrap_or(place).split(',');
+            let words = list.map(|item| {
+                let item = item.trim_start();
+                let end = item.find(|c: char| !(c.is_alphanumeric() || c == '_'));
+                item[..end.unwrap_or(item.len())].to_string()
+            });
+            names.extend(words.take(if group.is_some() { usize::MAX } else { 1 }));
+        }
+        names
+    }
+
+    #[test]
+    fn imports_point_down_the_table_of_the_readme() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let readme = std::fs::read_to_string(root.join("README.md")).expect("reads");
+        let rows = rows(&readme);
+        let row: BTreeMap<&str, usize> = (rows.iter().enumerate())
+            .flat_map(|(row, names)| names.iter().map(move |name| (name.as_str(), row)))
+            .collect();
+        let mut files = Vec::new();
+        sources(&root.join("src"), &mut files);
+        let (mut upwards, mut seen) = (Vec::new(), 0);
+        for file in files {
+            let inside = file.strip_prefix(root.join("src")).expect("it lies there");
+            let top = inside
+                .iter()
+                .next()
+                .and_then(|part| part.to_str())
+                .expect("a name");
+            let top = top.trim_end_matches(".rs");
+            // a test from end to end
+            if top == "lib" || inside.ends_with("twins.rs") {
+                continue;
+            }
+            let own = *row
+                .get(top)
+                .unwrap_or_else(|| panic!("`{top}` is not in the table"));
+            for name in named(&std::fs::read_to_string(&file).expect("reads")) {
+                let Some(other) = row.get(name.as_str()).filter(|_| name != top) else {
+                    continue;
+                };
+                seen += 1;
+                // row 1: the verbs, of which none calls another but the one that looks at what they wrote
+                if *other < own || (*other == own && own == 1 && top != "verify") {
+                    upwards.push(format!("{} names {name}", inside.display()));
+                }
+            }
+        }
+        assert!(seen > 300, "{seen} imports were found");
+        assert!(upwards.is_empty(), "{upwards:#?}");
+    }
+}

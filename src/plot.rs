@@ -14,9 +14,6 @@ use crate::spectrum::{ModuleFacts, RoleFacts, Spectrum, Spread};
 pub use drawing::escape;
 pub use figure::{figure, percent};
 
-/// In every picture and page of ours, and in no other: a file without it was written by somebody and is left alone.
-pub const MARK: &str = "<!-- drawn by svdhub inspect -->";
-
 /// More lines than this are told apart by nobody; names of strangers could be any number.
 const ROLES_MAX: usize = 24;
 
@@ -224,6 +221,7 @@ fn spread_in_words(spread: &Spread, unit: fn(f64) -> String) -> String {
 mod tests {
     use super::frame::TOP;
     use super::*;
+    use crate::page::MARK;
     use crate::spectrum::tests::spectrum;
 
     const HOSTILE: &str = "layers.0.<script>alert(\"1\")</script>&amp;'\u{1b}[2J\u{fffe}";

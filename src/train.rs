@@ -1,6 +1,5 @@
 //! `train`: moves Σ, or what another method moves, on next-token loss.
 
-pub mod data;
 mod kept;
 pub mod optimizer;
 
@@ -22,10 +21,10 @@ use crate::plan::{Plan, PlanOptions};
 use crate::report;
 use crate::source::{Source, load};
 use crate::sum::sha256_hex;
+use crate::text::{Corpus, shuffled};
 use crate::weights::checkpoint::WeightFile;
 use crate::weights::{Checkpoint, Dtype, Elements, Header, Inventory, ShardWriter};
 use crate::workspace::{Claim, Workspace};
-use data::{Corpus, shuffled};
 use kept::Kept;
 use optimizer::{AdamW, Moments, Schedule};
 

@@ -10,7 +10,7 @@ use svdhub::hub::ModelRef;
 use svdhub::inspect::{self, Facts, route_name};
 use svdhub::plot::{self, figure, percent};
 use svdhub::spectrum::{ModuleFacts, Spread};
-use svdhub::{Result, html};
+use svdhub::{Result, html, page};
 
 use super::output::Table;
 use super::session::{Session, shown};
@@ -44,14 +44,14 @@ impl Command {
         let name = self.name();
         let mut written = Vec::new();
         if let Some(path) = &self.html {
-            inspect::write_page(path, &html::page(&name, &facts)?)?;
+            page::write(path, &html::page(&name, &facts)?)?;
             written.push(shown(path));
         }
         if let Some(dir) = &self.svg {
             std::fs::create_dir_all(dir).context("create", dir)?;
             for (file, picture) in pictures(&facts) {
                 let path = dir.join(file);
-                inspect::write_page(&path, &picture)?;
+                page::write(&path, &picture)?;
                 written.push(shown(&path));
             }
         }

@@ -8,12 +8,13 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{File, Job, SVD_TRAINING_WEIGHTS};
+use super::{File, Job};
 use crate::base::copy_side_files;
 use crate::error::{Error, Result};
 use crate::event::{Stage, Unit};
 use crate::format::{BASE_CONFIG, ModuleRecord, Rank, untie};
 use crate::json;
+use crate::kind::SVD_TRAINING_WEIGHTS;
 use crate::peft::HEAD;
 use crate::split::Factors;
 use crate::weights::element::is_float;

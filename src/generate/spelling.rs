@@ -83,7 +83,7 @@ mod tests {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("fixtures")
             .join(name);
-        let tokenizer = crate::train::data::tokenizer(&dir).expect("the fixture has one");
+        let tokenizer = crate::text::tokenizer(&dir).expect("the fixture has one");
         (tokenizer, dir.join("tokenizer.json"))
     }
 

@@ -570,7 +570,7 @@ pub fn sum_of_products(a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
     Ok(Some(sum_rows(&partial)?))
 }
 
-/// The numbers of a step of AdamW, as [`crate::train::optimizer`] has them.
+/// The numbers of a step of AdamW, as the trainer's optimiser has them.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamW {
     pub learning_rate: f64,

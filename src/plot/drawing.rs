@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 
 use super::frame::{BOTTOM, Columns, Frame, LEGEND_LINE, RIGHT, TOP};
 use super::scale::Scale;
-use super::{MARK, percent, shown};
+use super::{percent, shown};
+use crate::page::MARK;
 use crate::spectrum::Spectrum;
 
 /// Okabe and Ito's colours, which colour-blind readers tell apart, their yellow and black replaced by what shows on white

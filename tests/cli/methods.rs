@@ -342,10 +342,10 @@ fn a_lora_of_a_plain_model_or_of_its_decomposition_is_the_one_that_was_trained()
     let (_, facts) = trained(&world, &base, "longer", &long);
     let decoder = with_lora(&base, &plain);
     let corpus =
-        svdhub::train::data::Corpus::read(&fixture("eighty-train.txt"), &base, &decoder.config, 64);
+        svdhub::text::Corpus::read(&fixture("eighty-train.txt"), &base, &decoder.config, 64);
     let corpus = corpus.expect("reads");
     let (windows, order) = (corpus.full_windows(), 12 * 4..13 * 4);
-    let shuffled = svdhub::train::data::shuffled(windows.len(), 0, 0);
+    let shuffled = svdhub::text::shuffled(windows.len(), 0, 0);
     let batch: Vec<&[u32]> = order.map(|at| windows[shuffled[at]]).collect();
     let ids = stacked(&batch, &Device::Cpu).expect("ids");
     let (sum, predicted) = decoder.loss(&ids).expect("computes");

@@ -32,7 +32,7 @@ use svdhub::plan::{Pattern, Plan, PlanOptions, expected_inventory};
 use svdhub::source::Source;
 use svdhub::split::Change;
 use svdhub::sum::sha256_hex;
-use svdhub::train::data::Corpus;
+use svdhub::text::Corpus;
 use svdhub::weights::checkpoint::{Index, WeightFile};
 use svdhub::weights::{Checkpoint, Dtype, Header, Inventory, Layout, Rounder, Rounding};
 use svdhub::{decompose, evaluate, generate, html, inspect, merge, plot, report, verify};
