@@ -153,7 +153,7 @@ pub enum Error {
         expected: String,
         found: String,
     },
-    #[error("tensor `{tensor}` in {} is not what was written: expected blake3 {expected}, found {found}", path.display())]
+    #[error("`{tensor}` in {} is not what was written: expected blake3 {expected}, found {found}", path.display())]
     PartChanged {
         tensor: String,
         path: PathBuf,

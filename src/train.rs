@@ -20,7 +20,7 @@ use crate::parallel::{Alone, Group, refuse_uneven, share};
 use crate::plan::{Plan, PlanOptions};
 use crate::report;
 use crate::source::{Source, load};
-use crate::sum::sha256_hex;
+use crate::sum::{Blake3, sha256_hex};
 use crate::text::{Corpus, shuffled};
 use crate::weights::checkpoint::WeightFile;
 use crate::weights::{Checkpoint, Dtype, Elements, Header, Inventory, ShardWriter};
@@ -453,6 +453,8 @@ fn batch<'a>(windows: &[&'a [u32]], step: usize, options: &Options) -> Vec<&'a [
 }
 
 const STATE_FILE: &str = "training.safetensors";
+/// Its last tensor: the BLAKE3 of the bytes of all others, in hex.
+const STATE_SUM: &str = "blake3";
 
 /// A training run between two steps.
 pub struct Run<'a> {
@@ -647,7 +649,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// The state as tensors: values, moments, losses. What `resume` reads.
+    /// The state as tensors: values, moments, losses, and a sum of all these. What `resume` reads.
     fn save(&mut self, workspace: &Workspace) -> Result<()> {
         for bundle in self.bundles() {
             self.optimizer.fetch(&counts(&bundle))?;
@@ -661,10 +663,10 @@ impl<'a> Run<'a> {
         }
         names.push(("losses".into(), vec![self.losses.len()]));
         let tensors = names.iter();
-        let header = Header::compose(
-            tensors.map(|(name, shape)| (name.as_str(), Dtype::F32, shape.as_slice())),
-        )?;
+        let tensors = tensors.map(|(name, shape)| (name.as_str(), Dtype::F32, shape.as_slice()));
+        let header = Header::compose(tensors.chain([(STATE_SUM, Dtype::U8, &[64][..])]))?;
         let mut writer = ShardWriter::create(&workspace.state(STATE_FILE), header)?;
+        let mut sum = Blake3::default();
         for (name, variable) in &self.decoder.variables {
             let moments = &self.optimizer.state[name];
             for (kind, values) in [
@@ -673,11 +675,14 @@ impl<'a> Run<'a> {
                 ("second", &moments.second),
             ] {
                 let stored = Elements::from_f32(&[values.len()], values);
+                sum.update(&stored.bytes);
                 writer.put(&format!("{kind}/{name}"), &stored.bytes)?;
             }
         }
         let losses = Elements::from_f32(&[self.losses.len()], &self.losses);
+        sum.update(&losses.bytes);
         writer.put("losses", &losses.bytes)?;
+        writer.put(STATE_SUM, sum.finish().as_bytes())?;
         writer.finish().map(drop)
     }
 
@@ -688,16 +693,36 @@ impl<'a> Run<'a> {
         }
         let dir = path.parent().expect("a state file lies in a folder");
         let state = Checkpoint::single(dir, STATE_FILE)?;
+        let mut sum = Blake3::default();
+        let mut read = |name: &str| -> Result<Vec<f32>> {
+            let stored = state.read(name)?;
+            sum.update(&stored.bytes);
+            Ok(stored.to_f32())
+        };
         for (name, variable) in &self.decoder.variables {
-            let read = |kind: &str| Ok::<_, Error>(state.read(&format!("{kind}/{name}"))?.to_f32());
+            let value = read(&format!("value/{name}"))?;
             let moments = Moments {
-                first: read("first")?,
-                second: read("second")?,
+                first: read(&format!("first/{name}"))?,
+                second: read(&format!("second/{name}"))?,
             };
-            set(variable, read("value")?)?;
+            set(variable, value)?;
             self.optimizer.state.insert(name.clone(), moments);
         }
-        self.losses = state.read("losses")?.to_f32();
+        self.losses = read("losses")?;
+        // earlier builds wrote none
+        if state.inventory.contains(STATE_SUM) {
+            let expected = state.read(STATE_SUM)?.bytes;
+            let expected = String::from_utf8_lossy(&expected).into_owned();
+            let found = sum.finish();
+            if found != expected {
+                return Err(Error::PartChanged {
+                    tensor: "the state".into(),
+                    path,
+                    expected,
+                    found,
+                });
+            }
+        }
         self.optimizer.steps = self.losses.len() as u32;
         observer.note(format!("going on after step {}", self.losses.len()));
         Ok(())

@@ -39,6 +39,9 @@ pub fn advice(error: &Error) -> Option<String> {
         {
             "copy it again, or remove that file and run its `svdhub decompose --part` again: only this matrix is then repeated"
         }
+        Error::PartChanged { path, .. } if path.ends_with("training.safetensors") => {
+            "what went on from here would not be the run that was begun: begin anew in another --out"
+        }
         Error::PartChanged { .. } => "run the command again: this matrix is then repeated",
         Error::ForeignFile { .. } => {
             "remove it, or choose another place; nothing there was touched"

@@ -125,6 +125,12 @@ pub fn as_problem(dir: &Path, error: &Error) -> Problem {
             "a valid `svd` section".into(),
             reason.clone(),
         ),
+        Error::LinkOutside { path, target } => (
+            name(path),
+            None,
+            "a file in this directory".into(),
+            format!("a link to {}", target.display()),
+        ),
         other => (
             String::new(),
             None,

@@ -100,7 +100,7 @@ impl Header {
         }
         let metadata: Metadata = refuse_repeated_keys(json)
             .and_then(|()| serde_json::from_slice(json))
-            .map_err(|e| refuse(e.to_string()))?;
+            .map_err(|e| refuse(misfit(json).unwrap_or_else(|| e.to_string())))?;
         let tensors = metadata.tensors();
         if let Some((name, info)) = tensors
             .iter()
@@ -196,6 +196,32 @@ fn dtype_value(dtype: Dtype) -> serde_json::Value {
     serde_json::to_value(dtype).expect("a dtype serialises to its name")
 }
 
+/// The first tensor of a header whose bytes are not those of its dtype and shape: the parser names none.
+fn misfit(json: &[u8]) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Info {
+        dtype: Dtype,
+        shape: Vec<u64>,
+        data_offsets: [u64; 2],
+    }
+    let header: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(json).ok()?;
+    header.into_iter().find_map(|(name, info)| {
+        let Info {
+            dtype,
+            shape,
+            data_offsets: [start, end],
+        } = serde_json::from_value(info).ok()?;
+        let elements = shape.iter().map(|&side| u128::from(side));
+        let bits = elements.fold(dtype.bitsize() as u128, u128::saturating_mul);
+        let found = i128::from(end) - i128::from(start);
+        let fits = bits.is_multiple_of(8) && i128::try_from(bits / 8) == Ok(found);
+        (!fits).then(|| {
+            let dtype = super::dtype_name(dtype);
+            format!("`{name}` is {dtype} {shape:?}, and lies from byte {start} to {end}")
+        })
+    })
+}
+
 fn checked_length(path: &Path, prefix: [u8; 8]) -> Result<u64> {
     let length = u64::from_le_bytes(prefix);
     if length <= HEADER_BYTES_MAX {
@@ -238,7 +264,7 @@ mod tests {
             ),
             (
                 r#"{"a":{"dtype":"F32","shape":[18446744073709551615,2],"data_offsets":[0,8]}}"#,
-                "verflow",
+                "lies from byte 0 to 8",
             ),
             (
                 r#"{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,8]}}"#,
@@ -280,6 +306,21 @@ mod tests {
         );
         assert_eq!(longer.metadata("made").as_deref(), Some("here"));
         assert_eq!(longer.metadata("format").as_deref(), Some("pt"));
+    }
+
+    #[test]
+    fn a_tensor_whose_bytes_are_not_those_of_its_shape_is_named() {
+        for json in [
+            r#"{"fits":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"w":{"dtype":"BF16","shape":[3,0],"data_offsets":[8,14]}}"#,
+            r#"{"w":{"dtype":"BF16","shape":[4611686018427387904,4],"data_offsets":[0,2]}}"#,
+            r#"{"w":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}"#,
+        ] {
+            let text = parse(json).expect_err("does not fit").to_string();
+            assert!(
+                text.contains("`w` is ") && text.contains("lies from byte"),
+                "{text}"
+            );
+        }
     }
 
     proptest! {

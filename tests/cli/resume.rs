@@ -458,6 +458,19 @@ fn killed_training_resumes_to_the_same_numbers() {
 
     Run::of(command(&train(arg(&out), &[])).output().expect("runs"))
         .refuses(&["unfinished training", "--resume"]);
+    // a changed byte would make another run of it
+    let whole = std::fs::read(&state).expect("reads");
+    let mut changed = whole.clone();
+    let losses = changed.len() - 64 - 2;
+    changed[losses] ^= 1;
+    std::fs::write(&state, changed).expect("writes");
+    Run::of(
+        command(&train(arg(&out), &["--resume"]))
+            .output()
+            .expect("runs"),
+    )
+    .refuses(&["the state", "is not what was written", "begin anew"]);
+    std::fs::write(&state, whole).expect("writes");
     let resumed = Run::of(
         command(&train(arg(&out), &["--resume"]))
             .output()
