@@ -175,10 +175,11 @@ impl Cache {
     /// Keeps the listing of a commit: offline, it tells what is missing.
     pub fn list(&self, commit: &str, files: &[RemoteFile]) -> Result<()> {
         let path = self.listing_path(commit);
-        let _held = self.lock()?;
+        // what is there already needs no lock: a cache may be shared read-only
         if path.exists() {
             return Ok(());
         }
+        let _held = self.lock()?;
         let entry = |file: &RemoteFile| {
             let mut entry = json!({"size": file.size, "blob_id": file.blob_id});
             if file.lfs {
@@ -208,12 +209,22 @@ impl Cache {
     /// Links the files of a commit to their contents.
     pub fn link(&self, commit: &str, files: &[RemoteFile]) -> Result<PathBuf> {
         let dir = self.root.join("snapshots").join(commit);
+        let ends = |file: &RemoteFile| {
+            let target = PathBuf::from("../../blobs").join(&file.oid);
+            (dir.join(&file.path), target)
+        };
+        let is_there = |(link, target): &(PathBuf, PathBuf)| {
+            std::fs::read_link(link).is_ok_and(|found| found == *target)
+        };
+        if dir.is_dir() && files.iter().map(ends).all(|ends| is_there(&ends)) {
+            return Ok(dir);
+        }
         let _held = self.lock()?;
         std::fs::create_dir_all(&dir).context("create", &dir)?;
         for file in files {
-            let link = dir.join(&file.path);
-            let target = PathBuf::from("../../blobs").join(&file.oid);
-            if std::fs::read_link(&link).is_ok_and(|found| found == target) {
+            let (link, target) = ends(file);
+            // another process may have made it while we waited
+            if is_there(&(link.clone(), target.clone())) {
                 continue;
             }
             let temporary = dir.join(format!(".{}.link", file.path));
@@ -226,6 +237,9 @@ impl Cache {
 
     pub fn remember(&self, revision: &str, commit: &str) -> Result<()> {
         let path = self.root.join("refs").join(revision);
+        if std::fs::read_to_string(&path).is_ok_and(|known| known.trim() == commit) {
+            return Ok(());
+        }
         let folder = path.parent().expect("a ref lies in a folder");
         let _held = self.lock()?;
         std::fs::create_dir_all(folder).context("create", folder)?;
