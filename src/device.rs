@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::Device;
+use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
 
@@ -10,9 +10,9 @@ use crate::error::{Error, Result};
 #[cfg_attr(feature = "cuda", path = "device/cuda.rs")]
 mod cuda;
 
+pub use cuda::open;
 #[cfg(feature = "cuda")]
-pub use cuda::find_library;
-pub use cuda::{multiplies_double, open};
+pub use cuda::{address, find_library};
 
 /// A device, and the queues of work on it.
 ///
@@ -21,20 +21,34 @@ pub use cuda::{multiplies_double, open};
 #[derive(Debug, Clone)]
 pub struct Queues {
     device: Device,
-    idle: Arc<Mutex<Vec<Device>>>,
+    idle: Arc<Mutex<Vec<Lane>>>,
 }
 
 /// A queue, which nobody else uses until this is dropped. Tensors of different queues do not mix.
 #[derive(Debug)]
 pub struct Queue {
     device: Device,
-    home: Arc<Mutex<Vec<Device>>>,
+    stage: Mutex<cuda::Stage>,
+    home: Arc<Mutex<Vec<Lane>>>,
+}
+
+/// What a queue leaves to the next one.
+#[derive(Debug)]
+struct Lane {
+    device: Device,
+    stage: cuda::Stage,
 }
 
 impl Queues {
     pub fn of(device: Device) -> Self {
-        let idle = Arc::new(Mutex::new(vec![device.clone()]));
-        Self { device, idle }
+        let first = Lane {
+            device: device.clone(),
+            stage: cuda::Stage::default(),
+        };
+        Self {
+            device,
+            idle: Arc::new(Mutex::new(vec![first])),
+        }
     }
 
     pub fn device(&self) -> &Device {
@@ -51,12 +65,16 @@ impl Queues {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .pop();
-        let device = match idle {
-            Some(device) => device,
-            None => cuda::beside(&self.device).map_err(Error::from)?,
+        let Lane { device, stage } = match idle {
+            Some(lane) => lane,
+            None => Lane {
+                device: cuda::beside(&self.device).map_err(Error::from)?,
+                stage: cuda::Stage::default(),
+            },
         };
         Ok(Queue {
             device,
+            stage: Mutex::new(stage),
             home: self.idle.clone(),
         })
     }
@@ -66,13 +84,82 @@ impl Queue {
     pub fn device(&self) -> &Device {
         &self.device
     }
+
+    /// Numbers of this process's memory on the device, by rows of `columns`.
+    pub fn upload(&self, values: &[f32], (rows, columns): (usize, usize)) -> Result<Tensor> {
+        assert_eq!(values.len(), rows * columns);
+        let mut stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(match stage.upload(&self.device, values)? {
+            Some(there) => there.reshape((rows, columns))?,
+            None => Tensor::from_slice(values, (rows, columns), &self.device)?,
+        })
+    }
+
+    /// The numbers of a tensor of this queue, by rows.
+    pub fn download(&self, there: &Tensor) -> Result<Vec<f32>> {
+        let there = there.flatten_all()?;
+        let mut stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(match stage.download(&there)? {
+            Some(values) => values,
+            None => there.to_vec1()?,
+        })
+    }
 }
 
 impl Drop for Queue {
     fn drop(&mut self) {
+        let stage = self.stage.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let lane = Lane {
+            device: self.device.clone(),
+            stage: std::mem::take(stage),
+        };
         let mut idle = self.home.lock().unwrap_or_else(PoisonError::into_inner);
-        idle.push(self.device.clone());
+        idle.push(lane);
     }
+}
+
+/// How a product reads factors in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reading {
+    /// All of their 24 bits.
+    Whole,
+    /// The first 11 bits, as tensor cores do (TF32): some ten times as fast on a GPU.
+    Rounded,
+}
+
+/// y ← α·a·b + β·y, summed in f32: a (m, k) and b (k, n), each dense as it lies or turned, y (m, n) dense, all of one dtype.
+/// Nobody else may hold y.
+pub fn multiply(
+    y: &Tensor,
+    alpha: f32,
+    a: &Tensor,
+    b: &Tensor,
+    beta: f32,
+    reading: Reading,
+) -> candle_core::Result<()> {
+    let ((m, k), (_, n)) = (a.dims2()?, b.dims2()?);
+    assert!(b.dim(0)? == k && y.dims() == [m, n], "a product's shapes");
+    assert!(k > 0, "a sum of something");
+    if y.device().is_cuda() {
+        return cuda::multiply(y, alpha, a, b, beta, reading);
+    }
+    let read = |x: &Tensor| match reading {
+        Reading::Rounded if x.dtype() == DType::F32 => rounded(x),
+        _ => Ok(x.clone()),
+    };
+    let mut sum = (read(a)?.matmul(&read(b)?)? * f64::from(alpha))?;
+    if beta != 0.0 {
+        sum = (sum + (y * f64::from(beta))?)?;
+    }
+    y.slice_set(&sum.contiguous()?, 0, 0)
+}
+
+/// As a tensor core reads it.
+fn rounded(x: &Tensor) -> candle_core::Result<Tensor> {
+    let values = x.flatten_all()?.to_vec1::<f32>()?;
+    // the other 13 bits of the mantissa, to the nearest
+    let round = |x: f32| f32::from_bits((x.to_bits() + 0xfff + (x.to_bits() >> 13 & 1)) & !0x1fff);
+    Tensor::from_iter(values.into_iter().map(round), x.device())?.reshape(x.shape())
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! A build without CUDA.
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 
+use super::Reading;
 use crate::error::{Error, Result};
 
 /// Always refused: this build has no GPU to open.
@@ -17,7 +18,27 @@ pub(super) fn beside(device: &Device) -> candle_core::Result<Device> {
     Ok(device.clone())
 }
 
-/// Whether products in double precision cost little more than in single.
-pub fn multiplies_double(device: &Device) -> bool {
-    device.is_cpu()
+/// Nothing is staged on the way to a CPU.
+#[derive(Debug, Default)]
+pub(super) struct Stage;
+
+impl Stage {
+    pub fn upload(&mut self, _: &Device, _: &[f32]) -> candle_core::Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    pub fn download(&mut self, _: &Tensor) -> candle_core::Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
+}
+
+pub(super) fn multiply(
+    _: &Tensor,
+    _: f32,
+    _: &Tensor,
+    _: &Tensor,
+    _: f32,
+    _: Reading,
+) -> candle_core::Result<()> {
+    unreachable!("this build opens no GPU")
 }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{D, DType, Device, Tensor, WithDType};
+use candle_core::{D, DType, Device, Tensor};
 use ndarray::{Array2, ArrayView2, Axis, CowArray, Ix2};
 
 use super::lapack::{
@@ -14,7 +14,7 @@ use super::lapack::{
 use super::product::{gemm, gram, gram_of_panels, multiply};
 use super::real::row_major;
 use super::rows;
-use crate::device::{Queue, Queues, multiplies_double};
+use crate::device::{Queue, Queues};
 use crate::error::Result;
 
 /// Where products with a whole matrix are computed.
@@ -78,8 +78,8 @@ impl<'a> Operand<'a> {
                 let queue = Arc::new(queues.take()?);
                 // as it lies: a device reads either way as fast
                 let matrix = match short.t().is_standard_layout() {
-                    true => upload(short.t(), queue.device())?.t()?,
-                    false => upload(short, queue.device())?,
+                    true => upload(short.t(), &queue)?.t()?,
+                    false => upload(short, &queue)?,
                 };
                 Self::Device(There { matrix, queue })
             }
@@ -111,7 +111,7 @@ impl<'a> Operand<'a> {
     pub fn into_host(self) -> Result<Array2<f32>> {
         match self {
             Self::Host(m) => Ok(m.into_owned()),
-            Self::Device(m) => download(&m.matrix),
+            Self::Device(m) => m.download(&m.matrix),
         }
     }
 
@@ -132,7 +132,7 @@ impl<'a> Operand<'a> {
     pub fn forward(&self, x: ArrayView2<f32>) -> Result<Array2<f32>> {
         match self {
             Self::Host(m) => Ok(gemm(x, false, m.view(), false)),
-            Self::Device(m) => download(&m.upload(x)?.matmul(&m.matrix)?),
+            Self::Device(m) => m.download(&m.upload(x)?.matmul(&m.matrix)?),
         }
     }
 
@@ -140,7 +140,7 @@ impl<'a> Operand<'a> {
     pub fn backward(&self, x: ArrayView2<f32>) -> Result<Array2<f32>> {
         match self {
             Self::Host(m) => Ok(gemm(x, false, m.view(), true)),
-            Self::Device(m) => download(&m.upload(x)?.matmul(&m.matrix.t()?)?),
+            Self::Device(m) => m.download(&m.upload(x)?.matmul(&m.matrix.t()?)?),
         }
     }
 
@@ -153,7 +153,7 @@ impl<'a> Operand<'a> {
             }
             Self::Device(m) => {
                 let there = m.upload(x)?.matmul(&m.matrix)?;
-                download(&m.matrix.matmul(&there.t()?)?)
+                m.download(&m.matrix.matmul(&there.t()?)?)
             }
         }
     }
@@ -166,19 +166,11 @@ impl<'a> Operand<'a> {
         })
     }
 
-    /// M·Mᵀ in f64 where it was computed, on a device that multiplies it fast.
-    pub fn gram_f64_there(&self) -> Result<Option<Tensor>> {
-        match self {
-            Self::Device(m) if multiplies_double(m.matrix.device()) => m.gram_f64().map(Some),
-            _ => Ok(None),
-        }
-    }
-
     /// M·Mᵀ in f64.
     pub fn gram_f64(&self) -> Result<Array2<f64>> {
         match self {
             Self::Host(m) => Ok(gram(m.view())),
-            Self::Device(m) => download(&m.gram_f64()?),
+            Self::Device(m) => m.gram_f64(),
         }
     }
 
@@ -250,13 +242,12 @@ impl Rest<'_, '_> {
         })
     }
 
-    /// R·Rᵀ in f64 where it was computed, on a device that multiplies it fast.
-    pub fn gram_f64_there(&self) -> Result<Option<Tensor>> {
+    /// What is left, as a whole, where that is on a device.
+    pub fn there(&self) -> Result<Option<There>> {
         match self.whole {
-            Operand::Device(m) if !self.x.is_empty() => {
-                Operand::Device(m.beside(self.on_device(m)?)).gram_f64_there()
-            }
-            whole => whole.gram_f64_there(),
+            Operand::Host(_) => Ok(None),
+            Operand::Device(m) if self.x.is_empty() => Ok(Some(m.beside(m.matrix.clone()))),
+            Operand::Device(m) => self.on_device(m).map(|rest| Some(m.beside(rest))),
         }
     }
 
@@ -275,12 +266,54 @@ impl There {
         }
     }
 
-    fn upload(&self, rows: ArrayView2<f32>) -> Result<Tensor> {
-        upload(rows, self.matrix.device())
+    /// (s, l)
+    pub fn matrix(&self) -> &Tensor {
+        &self.matrix
+    }
+
+    pub fn upload(&self, rows: ArrayView2<f32>) -> Result<Tensor> {
+        upload(rows, &self.queue)
+    }
+
+    pub fn download(&self, x: &Tensor) -> Result<Array2<f32>> {
+        let values = self.queue.download(x)?;
+        Ok(Array2::from_shape_vec(x.dims2()?, values)
+            .expect("a tensor has the elements of its shape"))
+    }
+
+    /// Makes rows x (k, l) orthonormal, each to those before it (Cholesky-QR, twice where once is not exact: Yamamoto et al. 2015).
+    ///
+    /// `None` if they are too dependent for it.
+    pub fn orthonormal(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        match self.nearly_orthonormal(x, FIRST_PIVOT_MIN)? {
+            Some((x, least)) if least <= EXACT_PIVOT_MIN => {
+                let again = self.nearly_orthonormal(&x, SECOND_PIVOT_MIN)?;
+                Ok(again.map(|(x, _)| x))
+            }
+            once => Ok(once.map(|(x, _)| x)),
+        }
+    }
+
+    /// C⁻¹·x with C·Cᵀ = x·xᵀ, as if the rows of x had unit length, and the least pivot of C, above `pivot_min`.
+    pub fn nearly_orthonormal(&self, x: &Tensor, pivot_min: f32) -> Result<Option<(Tensor, f32)>> {
+        let mut products = self.download(&x.matmul(&x.t()?)?)?;
+        let units = products.diag().mapv(|square| square.sqrt().recip());
+        if !units.iter().all(|x| x.is_finite()) {
+            return Ok(None);
+        }
+        products *= &units;
+        products *= &units.view().insert_axis(Axis(1));
+        let Some(factor) = cholesky(products, pivot_min) else {
+            return Ok(None);
+        };
+        let mut turn = Array2::from_diag(&units);
+        solve_lower(factor.view(), turn.view_mut());
+        let least = factor.diag().iter().fold(1f32, |least, &x| least.min(x));
+        Ok(Some((self.upload(turn.view())?.matmul(x)?, least)))
     }
 
     /// M·Mᵀ in f64.
-    fn gram_f64(&self) -> Result<Tensor> {
+    fn gram_f64(&self) -> Result<Array2<f64>> {
         // as many columns at a time as keep the copies in f64 small
         const COLUMNS: usize = 4096;
         let m = &self.matrix;
@@ -295,7 +328,11 @@ impl There {
             };
             sum = (sum + columns.matmul(&columns.t()?)?)?;
         }
-        Ok(sum)
+        let values = sum.flatten_all()?.to_vec1()?;
+        Ok(
+            Array2::from_shape_vec((side, side), values)
+                .expect("a product has a square's elements"),
+        )
     }
 }
 
@@ -341,25 +378,18 @@ impl Operand<'static> {
 
     /// As [`orthonormalise_rows`].
     pub fn orthonormalise(&mut self) -> Result<()> {
-        let There { matrix: x, .. } = match self {
+        let there = match self {
             Self::Host(x) => return orthonormalise_rows(x.view_mut()),
-            Self::Device(x) => x,
+            Self::Device(there) => there,
         };
-        for pivot_min in [FIRST_PIVOT_MIN, SECOND_PIVOT_MIN] {
-            let products = download(&x.matmul(&x.t()?)?)?;
-            let Some(factor) = cholesky(products, pivot_min) else {
-                let mut here = download(x)?;
+        there.matrix = match there.orthonormal(&there.matrix)? {
+            Some(x) => x,
+            None => {
+                let mut here = there.download(&there.matrix)?;
                 orthonormalise_rows(here.view_mut())?;
-                *x = upload(here.view(), x.device())?;
-                return Ok(());
-            };
-            let mut inverse = Array2::eye(factor.nrows());
-            solve_lower(factor.view(), inverse.view_mut());
-            *x = upload(inverse.view(), x.device())?.matmul(x)?;
-            if factor.diag().iter().all(|&pivot| pivot > EXACT_PIVOT_MIN) {
-                break;
+                there.upload(here.view())?
             }
-        }
+        };
         Ok(())
     }
 }
@@ -369,29 +399,22 @@ impl Gram {
     pub fn apply(&self, x: ArrayView2<f32>) -> Result<Array2<f32>> {
         match self {
             Self::Host(g) => Ok(gemm(g.view(), false, x, true)),
-            Self::Device(g) => download(&g.matrix.matmul(&g.upload(x)?.t()?)?),
+            Self::Device(g) => g.download(&g.matrix.matmul(&g.upload(x)?.t()?)?),
         }
     }
 
     pub fn into_host(self) -> Result<Array2<f32>> {
         match self {
             Self::Host(g) => Ok(g),
-            Self::Device(g) => download(&g.matrix),
+            Self::Device(g) => g.download(&g.matrix),
         }
     }
 }
 
-/// A matrix of this process's memory on a device.
-pub fn upload<T: WithDType>(a: ArrayView2<T>, device: &Device) -> Result<Tensor> {
+fn upload(a: ArrayView2<f32>, queue: &Queue) -> Result<Tensor> {
     let dense = a.as_standard_layout();
     let values = dense.as_slice().expect("it was made dense");
-    Ok(Tensor::from_slice(values, a.dim(), device)?)
-}
-
-/// A matrix of a device in this process's memory.
-pub fn download<T: WithDType>(x: &Tensor) -> Result<Array2<T>> {
-    let values = x.flatten_all()?.to_vec1()?;
-    Ok(Array2::from_shape_vec(x.dims2()?, values).expect("a tensor has the elements of its shape"))
+    queue.upload(values, a.dim())
 }
 
 #[cfg(test)]
@@ -424,9 +447,9 @@ mod tests {
                 // of 40 elements of some standard deviations
                 assert!(off < 15.0 * noise, "{off:e} of {noise:e}");
             }
-            if let Some(double) = rest.gram_f64_there().expect("multiplies") {
-                let double = double.to_dtype(DType::F32).expect("narrows");
-                let off = download::<f32>(&double).expect("it is there") - &truth;
+            if let Some(there) = rest.there().expect("multiplies") {
+                let formed = there.download(there.matrix()).expect("it is there");
+                let off = formed.dot(&formed.t()) - &truth;
                 assert!(off.iter().all(|x| x.abs() < noise));
             }
         }

@@ -5,19 +5,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::cuda_backend::cudarc::cublas::result::gemm_ex;
-use candle_core::cuda_backend::cudarc::cublas::sys::{
-    cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t, cudaDataType,
-};
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
-};
-use candle_core::cuda_backend::{CudaStorageSlice, DeviceId, WrapErr};
-use candle_core::{CudaDevice, DType, Device, Storage, Tensor, bail};
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::{DeviceId, WrapErr};
+use candle_core::{CudaDevice, Device, bail};
 use flate2::read::ZlibDecoder;
 
 use super::{Arg, Geometry};
+use crate::device::address;
 
 /// The PTX of a module, unpacked once.
 fn ptx(module: &str) -> candle_core::Result<Arc<str>> {
@@ -130,82 +125,4 @@ enum Word {
     U32(u32),
     F32(f32),
     F64(f64),
-}
-
-/// Where the first number of a tensor lies.
-fn address(tensor: &Tensor, stream: &CudaStream) -> candle_core::Result<u64> {
-    fn at<T: DeviceRepr>(slice: &CudaSlice<T>, offset: usize, stream: &CudaStream) -> u64 {
-        let (start, _used) = slice.device_ptr(stream);
-        start + (offset * size_of::<T>()) as u64
-    }
-    let (storage, layout) = tensor.storage_and_layout();
-    let Storage::Cuda(storage) = &*storage else {
-        bail!("a kernel takes tensors of its own GPU");
-    };
-    let offset = layout.start_offset();
-    Ok(match &storage.slice {
-        CudaStorageSlice::U32(slice) => at(slice, offset, stream),
-        CudaStorageSlice::F16(slice) => at(slice, offset, stream),
-        CudaStorageSlice::BF16(slice) => at(slice, offset, stream),
-        CudaStorageSlice::F32(slice) => at(slice, offset, stream),
-        _ => bail!(
-            "kernels take u32, f16, bf16 and f32, not {:?}",
-            tensor.dtype()
-        ),
-    })
-}
-
-/// y += a·b through cuBLAS, which sums in f32: y (rows, n), a (rows, k), b (k, n), all dense and of one dtype.
-pub fn add_product(y: &Tensor, a: &Tensor, b: &Tensor) -> candle_core::Result<()> {
-    let Device::Cuda(device) = y.device() else {
-        bail!("cuBLAS multiplies tensors of a GPU");
-    };
-    let (rows, k) = a.dims2()?;
-    let n = b.dim(1)?;
-    if b.dim(0)? != k || y.dims() != [rows, n] {
-        bail!(
-            "{:?} is no product of {:?} and {:?}",
-            y.shape(),
-            a.shape(),
-            b.shape()
-        );
-    }
-    let dtype = match y.dtype() {
-        DType::F16 => cudaDataType::CUDA_R_16F,
-        DType::BF16 => cudaDataType::CUDA_R_16BF,
-        _ => cudaDataType::CUDA_R_32F,
-    };
-    let stream = device.cuda_stream();
-    let at = |tensor: &Tensor| address(tensor, &stream);
-    let (to, left, right) = (at(y)?, at(a)?, at(b)?);
-    let side = |side: usize| i32::try_from(side).map_err(candle_core::Error::wrap);
-    let (rows, n, k) = (side(rows)?, side(n)?, side(k)?);
-    let one = 1f32;
-    let one = (&raw const one).cast();
-    let plain = cublasOperation_t::CUBLAS_OP_N;
-    // SAFETY: three tensors of the shapes checked above; cuBLAS counts by columns, and so multiplies the transposed ones.
-    unsafe {
-        gemm_ex(
-            *device.cublas_handle().handle(),
-            plain,
-            plain,
-            n,
-            rows,
-            k,
-            one,
-            right as *const _,
-            dtype,
-            n,
-            left as *const _,
-            dtype,
-            k,
-            one,
-            to as *mut _,
-            dtype,
-            n,
-            cublasComputeType_t::CUBLAS_COMPUTE_32F,
-            cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
-        )
-    }
-    .w()
 }
