@@ -1,6 +1,7 @@
 //! Dense linear algebra for one weight at a time, behind safe, shape-checked functions.
 
 mod algorithm;
+mod bf16;
 mod certificate;
 mod exact;
 mod filtered;

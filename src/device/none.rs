@@ -20,7 +20,7 @@ pub(super) fn beside(device: &Device) -> candle_core::Result<Device> {
 
 /// Nothing is staged on the way to a CPU.
 #[derive(Debug, Default)]
-pub(super) struct Stage;
+pub(super) struct Stage(());
 
 impl Stage {
     pub fn upload(&mut self, _: &Device, _: &[f32]) -> candle_core::Result<Option<Tensor>> {

@@ -119,8 +119,14 @@ pub fn multiply_upper<T: Real>(
 /// M (m, n) is widened and laid out for the kernels by panels, so that it is never held twice as a whole.
 pub fn gram<T: Real>(matrix: ArrayView2<f32>) -> Array2<T> {
     let short = short_side_first(matrix);
-    let panels = short.axis_chunks_iter(Axis(1), T::PANEL).map(T::laid_out);
-    gram_of_panels(short.nrows(), panels)
+    let mut gram = zeros(short.nrows(), short.nrows());
+    for panel in short.axis_chunks_iter(Axis(1), T::PANEL) {
+        if !T::add_square_in_halves(gram.view_mut(), panel) {
+            add_square_lower(gram.view_mut(), T::laid_out(panel).view());
+        }
+    }
+    mirror(&mut gram);
+    gram
 }
 
 /// Σ x·xᵀ (s, s) over panels x (s, k), their rows dense; both halves filled.

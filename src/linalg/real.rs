@@ -1,10 +1,11 @@
 //! The two precisions, each with its routines of LAPACK, and matrices of them.
 
 use libc::{c_char, c_int};
-use ndarray::{Array2, ArrayView2, CowArray, Ix2, LinalgScalar, ScalarOperand, s};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, CowArray, Ix2, LinalgScalar, ScalarOperand, s};
 // links the BLAS and LAPACK that the declarations below refer to
 use openblas_src as _;
 
+use super::bf16;
 use crate::error::{Error, Result};
 use crate::lanes::Vectors;
 
@@ -58,6 +59,8 @@ pub trait Real:
     const PANEL: usize;
     /// A panel in this precision, its rows dense, copied only if it must be.
     fn laid_out(panel: ArrayView2<'_, f32>) -> CowArray<'_, Self, Ix2>;
+    /// Adds x·xᵀ to the lower half of c, where there is a faster way for its numbers in this precision; says whether it did.
+    fn add_square_in_halves(c: ArrayViewMut2<Self>, x: ArrayView2<f32>) -> bool;
     #[allow(clippy::too_many_arguments)]
     unsafe fn raw_sytrd(
         n: c_int,
@@ -117,7 +120,7 @@ fn borrowed_or_row_major(panel: ArrayView2<'_, f32>) -> CowArray<'_, f32, Ix2> {
 }
 
 macro_rules! real {
-    ($t:ty, $names:expr, $unit:expr, $panel:expr, $laid_out:expr, $sytrd:ident, $stedc:ident, $sterf:ident) => {
+    ($t:ty, $names:expr, $unit:expr, $panel:expr, $laid_out:expr, $halves:expr, $sytrd:ident, $stedc:ident, $sterf:ident) => {
         impl Real for $t {
             const ONE: Self = 1.0;
             const ROUTINES: [&'static str; 3] = $names;
@@ -128,6 +131,9 @@ macro_rules! real {
             const PANEL: usize = $panel;
             fn laid_out(panel: ArrayView2<'_, f32>) -> CowArray<'_, Self, Ix2> {
                 $laid_out(panel)
+            }
+            fn add_square_in_halves(c: ArrayViewMut2<Self>, x: ArrayView2<f32>) -> bool {
+                $halves(c, x)
             }
             unsafe fn raw_sytrd(
                 n: c_int,
@@ -187,6 +193,7 @@ real!(
     f32::EPSILON as f64 / 2.0,
     2048,
     borrowed_or_row_major,
+    bf16::add_square_lower,
     ssytrd_,
     sstedc_,
     ssterf_
@@ -197,6 +204,7 @@ real!(
     f64::EPSILON / 2.0,
     512,
     |panel| CowArray::from(row_major(panel)),
+    |_, _| false,
     dsytrd_,
     dstedc_,
     dsterf_
