@@ -12,10 +12,10 @@ use super::algorithm::{Algorithm, Refused, Route, Svd, Wanted};
 use super::certificate::certify_operand;
 use super::filtered;
 use super::krylov::{self, Pairs};
-use super::lapack::{Tridiagonal, orthonormalise_rows};
+use super::lapack::Tridiagonal;
 use super::operand::{Backend, Operand, Rest};
 use super::outliers::{Outliers, outliers};
-use super::product::{gemm, gram, short_side_first};
+use super::product::{gemm, gram, multiply, short_side_first};
 use super::route::Thresholds;
 use super::rows;
 use crate::error::{Error, Result};
@@ -236,9 +236,13 @@ impl Problem<'_> {
         let vectors = if large.sigma.is_empty() {
             vectors
         } else {
-            let mut all = concatenate![Axis(0), large.vectors, vectors];
-            orthonormalise_rows(all.view_mut())?;
-            all
+            // orthonormal among themselves; of the others, they hold what rounding brought back
+            let mut vectors = vectors;
+            let inside = gemm(vectors.view(), false, large.vectors.view(), true);
+            let out = large.vectors.view();
+            multiply(&mut vectors.view_mut(), 1.0, inside.view(), -1.0, out);
+            rows::to_unit_length(vectors.view_mut());
+            concatenate![Axis(0), large.vectors, vectors]
         };
         let vectors = match wanted {
             Wanted::Triplets(_) => vectors,
@@ -535,6 +539,7 @@ fn norm_squared(matrix: ArrayView2<f32>) -> f64 {
 mod tests {
     use super::*;
     use crate::device::Queues;
+    use crate::linalg::lapack::orthonormalise_rows;
     use crate::linalg::{certify, gemm};
     use crate::random::normal;
     use crate::weights::{Dtype, Elements};
