@@ -1,6 +1,8 @@
 //! What will be done with every tensor, known from `config.json` and the safetensors headers alone.
 
+mod choice;
 mod cost;
+mod fits;
 mod name;
 
 use std::collections::BTreeMap;
@@ -9,13 +11,14 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::format::{FactorsDtype, ModuleTensors, Rank, Storing, base_header_tensor};
+use crate::format::{FactorsDtype, Rank, Storing};
 use crate::model::ModelConfig;
 use crate::model::memory::{self, Matrix, Part, Step, Training};
-use crate::weights::checkpoint::WeightFile;
-use crate::weights::element::is_float;
-use crate::weights::{Dtype, Entry, Header, Inventory, dtype_name};
+use crate::weights::Inventory;
 use crate::workers::Limits;
+use choice::{planned, untied_head};
+use fits::refuse_taken_names;
+pub use fits::{check_shapes, expected_inventory};
 pub use name::{Pattern, Role, place, role};
 
 /// What a plan depends on beside the model.
@@ -388,229 +391,13 @@ fn costliest(tensors: &[PlannedTensor], rank: Rank) -> Vec<PlannedTensor> {
     tensors
 }
 
-/// The headers a checkpoint of this config would have, for planning without one.
-pub fn expected_inventory(config: &ModelConfig, dtype: Dtype) -> Result<Inventory> {
-    let tensors = config.tensors(config.names.prefix);
-    let header = Header::compose(
-        tensors
-            .iter()
-            .map(|(name, shape)| (name.as_str(), dtype, shape.as_slice())),
-    )?;
-    let file = WeightFile {
-        name: "model.safetensors".into(),
-        header,
-    };
-    Inventory::new(&config.path, vec![file])
-}
-
-/// Refuses weights that are not those the config describes.
-pub fn check_shapes(root: &Path, config: &ModelConfig, inventory: &Inventory) -> Result<()> {
-    for (tensor, expected) in config.tensors(config.prefix(|name| inventory.contains(name))) {
-        match inventory.get(&tensor) {
-            None => {
-                return Err(Error::TensorMissing {
-                    tensor,
-                    path: root.into(),
-                });
-            }
-            Some((file, entry)) if entry.shape != expected => {
-                return Err(Error::Shape {
-                    tensor,
-                    path: root.join(&file.name),
-                    expected,
-                    found: entry.shape.clone(),
-                });
-            }
-            Some((file, entry)) if !is_float(entry.dtype) => {
-                return Err(Error::Dtype {
-                    tensor,
-                    path: root.join(&file.name),
-                    expected: "F32, F16 or BF16".into(),
-                    found: dtype_name(entry.dtype),
-                });
-            }
-            Some(_) => {}
-        }
-    }
-    Ok(())
-}
-
-/// A stranger's tensor must not be called like a part of the decomposition it is carried along in.
-fn refuse_taken_names(root: &Path, inventory: &Inventory, tensors: &[PlannedTensor]) -> Result<()> {
-    let modules = tensors.iter().filter(|t| t.is_decomposed());
-    let parts = modules.flat_map(|t| ModuleTensors::of(t.module()).all());
-    let headers = inventory
-        .files
-        .iter()
-        .map(|file| base_header_tensor(&file.name));
-    match parts.chain(headers).find(|name| inventory.contains(name)) {
-        Some(tensor) => Err(Error::NameTaken {
-            tensor,
-            path: root.into(),
-        }),
-        None => Ok(()),
-    }
-}
-
-fn planned(
-    root: &Path,
-    file: &WeightFile,
-    entry: &Entry,
-    config: &ModelConfig,
-    options: &PlanOptions,
-) -> Result<PlannedTensor> {
-    let role = role(&entry.name);
-    let module = entry.name.strip_suffix(".weight").unwrap_or(&entry.name);
-    let linear = matches!(role, Role::Linear | Role::Head) && entry.shape.len() == 2;
-    let copied = if !linear {
-        Some(match role {
-            Role::Norm => "a norm, not a matrix",
-            Role::Bias => "a bias, carried along",
-            Role::Embedding if config.tied && !options.untie_head => {
-                "the embedding, and the head tied to it"
-            }
-            Role::Embedding => "the embedding",
-            _ => "not a linear weight",
-        })
-    } else if role == Role::Head && config.tied {
-        Some("tied to the embedding: decomposing it would untie the model")
-    } else {
-        left_out(module, options)
-    };
-    let tensor = PlannedTensor {
-        name: entry.name.clone(),
-        shape: entry.shape.clone(),
-        dtype: dtype_name(entry.dtype),
-        bytes: entry.bytes,
-        role,
-        action: Action::Copy,
-        q: None,
-        q_max: 0,
-        tied_to: None,
-        reason: copied.unwrap_or("empty").into(),
-    };
-    if copied.is_some() || entry.elements() == 0 {
-        return Ok(tensor);
-    }
-    refuse_other_dtypes(root, file, entry)?;
-    Ok(decomposed(tensor, options.rank))
-}
-
-/// A matrix that was chosen, with what is known of its rank.
-fn decomposed(tensor: PlannedTensor, rank: Rank) -> PlannedTensor {
-    let short = tensor.shape[0].min(tensor.shape[1]);
-    let kind = match &tensor.tied_to {
-        Some(module) => format!("linear, untied from {module}"),
-        None => "linear".into(),
-    };
-    let q = rank.known(short);
-    let reason = match (q, rank) {
-        (Some(q), _) => format!("{kind}, {q} of {short} triplets"),
-        (None, Rank::Energy(share)) => {
-            format!("{kind}, the fewest of {short} triplets that hold {share} of the energy")
-        }
-        (None, _) => format!("{kind}, up to {short} triplets of the budget"),
-    };
-    PlannedTensor {
-        action: Action::Decompose,
-        q,
-        q_max: rank.at_most(short),
-        reason,
-        ..tensor
-    }
-}
-
-/// Why the patterns leave a module out, if they do.
-fn left_out(module: &str, options: &PlanOptions) -> Option<&'static str> {
-    let any = |patterns: &[Pattern]| patterns.iter().any(|p| p.matches(module));
-    if any(&options.exclude) {
-        Some("excluded")
-    } else if !options.include.is_empty() && !any(&options.include) {
-        Some("not included")
-    } else {
-        None
-    }
-}
-
-fn refuse_other_dtypes(root: &Path, file: &WeightFile, entry: &Entry) -> Result<()> {
-    if is_float(entry.dtype) {
-        return Ok(());
-    }
-    Err(Error::Dtype {
-        tensor: entry.name.clone(),
-        path: root.join(&file.name),
-        expected: "F32, F16 or BF16".into(),
-        found: dtype_name(entry.dtype),
-    })
-}
-
-/// The head as a weight of its own: a copy of the embedding it was tied to.
-fn untied_head(
-    root: &Path,
-    config: &ModelConfig,
-    inventory: &Inventory,
-    options: &PlanOptions,
-) -> Result<PlannedTensor> {
-    let refuse = |reason: &str| Error::HeadNotTied {
-        path: root.into(),
-        reason: reason.into(),
-    };
-    if !config.tied {
-        return Err(refuse(
-            "it is a weight of its own already, and decomposed as such",
-        ));
-    }
-    let prefix = config.prefix(|name| inventory.contains(name));
-    if prefix.is_empty() {
-        // transformers takes such a checkpoint for the inner model, and would look for the head inside it
-        return Err(refuse(
-            "the checkpoint holds the inner model alone (no `model.` before its names), which has no place for a head",
-        ));
-    }
-    let head = config.names.head;
-    if let Some(reason) = left_out(head, options) {
-        return Err(refuse(&format!("`{head}` is {reason}")));
-    }
-    let embedding = format!("{prefix}{}", config.names.embedding);
-    let source = config.embedding(prefix);
-    let (file, entry) = inventory.get(&source).ok_or_else(|| Error::TensorMissing {
-        tensor: source.clone(),
-        path: root.into(),
-    })?;
-    refuse_other_dtypes(root, file, entry)?;
-    let name = format!("{head}.weight");
-    if let Some((_, stored)) = inventory.get(&name)
-        && (stored.dtype, &stored.shape) != (entry.dtype, &entry.shape)
-    {
-        return Err(refuse(&format!(
-            "the stored `{name}` ({} {:?}) is not a copy of `{source}` ({} {:?})",
-            dtype_name(stored.dtype),
-            stored.shape,
-            dtype_name(entry.dtype),
-            entry.shape
-        )));
-    }
-    let head = PlannedTensor {
-        name,
-        shape: entry.shape.clone(),
-        dtype: dtype_name(entry.dtype),
-        bytes: entry.bytes,
-        role: Role::Head,
-        action: Action::Decompose,
-        q: None,
-        q_max: 0,
-        tied_to: Some(embedding),
-        reason: String::new(),
-    };
-    Ok(decomposed(head, options.rank))
-}
-
 #[cfg(test)]
 mod tests {
     use super::cost::KERNEL_BYTES;
     use super::*;
     use crate::decompose::PASSING_SHARD_BYTES;
     use crate::format::ArtifactLayout;
+    use crate::weights::Dtype;
     use serde_json::{Value, json};
 
     fn plan(config: Value, rank: Rank) -> Plan {

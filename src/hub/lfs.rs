@@ -9,8 +9,9 @@ use reqwest::blocking::RequestBuilder;
 use serde_json::{Value, json};
 
 use super::client::Asked;
+use super::local::LocalFile;
 use super::sender::Sent;
-use super::upload::{LocalFile, Push};
+use super::upload::Push;
 use crate::contents::Section;
 use crate::error::{Error, Result};
 use crate::event::{Stage, Unit};

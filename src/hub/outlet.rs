@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use super::client::Hub;
 use super::lfs::Told;
-use super::upload::{LocalFile, Push, PushOptions, Stamp};
+use super::local::{LocalFile, Stamp};
+use super::upload::{Push, PushOptions};
 use crate::contents::Contents;
 use crate::error::{Error, Result};
 use crate::event::{Observer, Silent};

@@ -20,7 +20,8 @@ use xet::xet_session::{
 
 use super::cache::open_partial;
 use super::client::{Asked, CONNECT_TIMEOUT, FIRST_PAUSE, Hub, RemoteFile, TRIES, segment};
-use super::upload::{LocalFile, Push};
+use super::local::LocalFile;
+use super::upload::Push;
 use crate::contents::Contents;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage};
