@@ -66,7 +66,8 @@ impl Algorithm {
 pub enum Route {
     /// A block Krylov space of the Gram matrix, not grown until convergence: asked for by [`Algorithm::fast`].
     Fast,
-    /// A block Krylov space of the Gram matrix in f32, or on a GPU a block filtered by polynomials of it in f64.
+    /// A block Krylov space of the Gram matrix in f32, or on a GPU a block filtered by polynomials of it, proposed by rounded
+    /// products and confirmed in f32.
     Krylov,
     /// The same, after the values that dwarf the rest were taken out.
     DeflatedKrylov,

@@ -2,7 +2,7 @@
 //!
 //! Processors with AVX512-BF16 (Zen 4, Sapphire Rapids and newer) multiply such numbers by pairs and add in f32, at twice the rate
 //! of products in f32: 190 Gflop/s a core where those make 92 (2048 × 8192, Zen 4, 2026-11). Each product is exact, and
-//! the sums round as f32's own do.
+//! the sums round as f32's own do; denormal numbers count as zeros.
 
 use ndarray::{ArrayView2, ArrayViewMut2};
 

@@ -47,12 +47,12 @@ fn width(side: usize, q: usize) -> usize {
 /// The q largest eigenvalues, descending, and their eigenvectors, one per row, of M·Mᵀ for a matrix M (s, l), each with
 /// ‖M·Mᵀ·x − λ·x‖ ≤ residual·λ.
 ///
-/// `mean` is about that of all eigenvalues: the squares of those of a matrix of tiny or huge numbers would not fit f32.
+/// Less, where values lie so close together that a residual does not tell them apart. `mean` is about that of all eigenvalues:
+/// the squares of those of a matrix of tiny or huge numbers would not fit f32.
 ///
 /// `None` if they do not converge, or M has too small a rank.
 pub fn leading(m: &There, mean: f64, q: usize, residual: f64, seed: u64) -> Result<Option<Pairs>> {
-    let aim = AIM * residual;
-    let reading = match aim < ROUNDED_RESIDUAL {
+    let reading = match AIM * residual < ROUNDED_RESIDUAL {
         true => Reading::Whole,
         false => Reading::Rounded,
     };
@@ -69,16 +69,15 @@ pub fn leading(m: &There, mean: f64, q: usize, residual: f64, seed: u64) -> Resu
     };
     let (mut ritz, mut worst) = (Ritz::of(&g, &x)?, f64::INFINITY);
     for _ in 0..ROUNDS {
-        let residuals = ritz.residuals()?;
+        let excess = ritz.excess(q, residual)?;
         let before = worst;
-        worst = residuals[..q].iter().fold(0f64, |worst, x| worst.max(*x));
+        worst = excess.iter().fold(0f64, |worst, x| worst.max(*x));
         // a NaN is no convergence
-        if residuals[..q].iter().all(|&x| x <= aim) {
-            return confirmed(m, mean, &ritz.x.narrow(0, 0, q)?, residual);
+        if excess.iter().all(|&x| x <= 1.0) {
+            return confirmed(m, mean, &ritz, q, residual);
         }
-        let done = residuals[..q - 1].iter().take_while(|&&x| x <= aim);
-        let locked = done.count();
-        let Some(degree) = ritz.degree(locked, q, worst / aim) else {
+        let locked = excess[..q - 1].iter().take_while(|&&x| x <= 1.0).count();
+        let Some(degree) = ritz.degree(locked, q, worst) else {
             return Ok(None);
         };
         if worst > 0.95 * before {
@@ -92,16 +91,28 @@ pub fn leading(m: &There, mean: f64, q: usize, residual: f64, seed: u64) -> Resu
     Ok(None)
 }
 
-/// The pairs of vectors x (q, s) by M itself, if they are what was asked for.
-fn confirmed(m: &There, mean: f64, x: &Tensor, residual: f64) -> Result<Option<Pairs>> {
+/// The pairs by M itself, if they are what was asked for.
+fn confirmed(m: &There, mean: f64, ritz: &Ritz, q: usize, residual: f64) -> Result<Option<Pairs>> {
+    let x = ritz.x.narrow(0, 0, q)?;
     let there = x.matmul(m.matrix())?;
     let back = (there.matmul(&m.matrix().t()?)? / mean)?;
-    let values: Vec<f32> = (x * &back)?.sum(1)?.to_vec1()?;
-    if !off(&back, x, &values)?.iter().all(|&x| x <= residual) {
+    let values: Vec<f32> = (&x * &back)?.sum(1)?.to_vec1()?;
+    let off = off(&back, &x, &values)?;
+    let mut all = off.iter().zip(&values);
+    if !all.all(|(&off, &value)| off <= residual * told_apart(value, ritz.cut(), residual)) {
         return Ok(None);
     }
     let values = values.into_iter().map(|x| (f64::from(x) * mean) as f32);
-    Ok(Some((values.collect(), m.download(x)?)))
+    Ok(Some((values.collect(), m.download(&x)?)))
+}
+
+/// What share of the residual may be left of a pair, where values from `cut` down are not wanted.
+///
+/// A residual r·λ moves a value by r²·λ² over its distance from the others (Kahan 1967), and by r·λ at most: where values lie
+/// closer together than r, vectors of any of them would pass for all.
+fn told_apart(value: f32, cut: f64, residual: f64) -> f64 {
+    let gap = 1.0 - cut / f64::from(value);
+    gap.max(0.0).sqrt().clamp(4.0 * residual, 1.0)
 }
 
 /// ‖gx − λ·x‖/λ of each row.
@@ -179,8 +190,14 @@ impl Ritz {
         })
     }
 
-    fn residuals(&self) -> Result<Vec<f64>> {
-        off(&self.gx, &self.x, &self.values)
+    /// The residuals of the first q pairs over what is aimed at.
+    fn excess(&self, q: usize, residual: f64) -> Result<Vec<f64>> {
+        let off = off(&self.gx, &self.x, &self.values)?;
+        let pairs = off.iter().zip(&self.values).take(q);
+        let aim = |value| AIM.min(0.8 * told_apart(value, self.cut(), residual));
+        Ok(pairs
+            .map(|(off, &value)| off / (residual * aim(value)))
+            .collect())
     }
 
     /// The degree of a filter that brings the residuals down by `excess`, or by as much as precision allows.
@@ -311,6 +328,30 @@ mod tests {
         let off = (x.dot(&wide).dot(&wide.t()) - &x * &values) / &values;
         for row in off.rows() {
             assert!(row.dot(&row).sqrt() < 5e-3);
+        }
+    }
+
+    #[test]
+    fn values_closer_together_than_the_residual_are_found_or_left_to_another_way() {
+        let (side, q) = (300, 30);
+        for width in [0.0, 5e-4, 1e-3, 5e-3, 1e-2, 3e-2] {
+            // all of them close, and the last ones behind others
+            for leading in [0, q / 2] {
+                let value = |i: usize| match i < leading {
+                    true => 25.0 - 24.0 * i as f64 / leading as f64,
+                    false => (1.0 + width * (side - i) as f64 / side as f64).powi(2),
+                };
+                let values: Vec<f64> = (0..side).map(value).collect();
+                let (matrix, _) = with_values(&values);
+                let Some((found, _)) = found(&matrix, q, 5e-3) else {
+                    continue;
+                };
+                for (&found, &value) in found.iter().zip(&values) {
+                    // 1e-4 on σ
+                    let off = (f64::from(found) / value - 1.0).abs();
+                    assert!(off < 2e-4, "{width}: {off:.1e} off");
+                }
+            }
         }
     }
 

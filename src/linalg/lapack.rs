@@ -1,5 +1,5 @@
-//! LAPACK on row-major arrays: with [`super::real`], which declares it, and [`super::product`] the only unsafe code of the
-//! linear algebra.
+//! LAPACK on row-major arrays: with [`super::real`], which declares it, [`super::product`] and [`super::bf16`] the only unsafe
+//! code of the linear algebra.
 //!
 //! A row-major (r, c) array is LAPACK's column-major (c, r); "upper" in one reading is "lower" in the other.
 

@@ -273,15 +273,14 @@ impl Problem<'_> {
         let mut at_hand = None;
         if let Wanted::Triplets(q) = wanted {
             let q = q - large.sigma.len();
-            if let Some(pairs) = self.filtered(short, q)? {
-                return Ok(Some((Route::Krylov, pairs)));
+            let route = match algorithm.fast {
+                true => Route::Fast,
+                false => Route::Krylov,
+            };
+            if let Some(pairs) = self.filtered(short, large, q)? {
+                return Ok(Some((route, pairs)));
             }
             if let Some(growth) = self.thresholds.growth(short.dim(), q, algorithm) {
-                let route = if growth.residual.is_none() {
-                    Route::Fast
-                } else {
-                    Route::Krylov
-                };
                 let pairs = if growth.is_cheaper_without_gram(short.dim()) {
                     krylov::leading(|x| short.square(x), side, q, &growth, algorithm.seed)?
                 } else {
@@ -318,12 +317,15 @@ impl Problem<'_> {
     }
 
     /// Pairs from a device, where it has room for the Gram matrix.
-    fn filtered(&self, short: &Rest, q: usize) -> Result<Option<Pairs>> {
+    fn filtered(&self, short: &Rest, large: &Outliers, q: usize) -> Result<Option<Pairs>> {
         if !filtered::suits(short.dim().0, q) {
             return Ok(None);
         }
         let (residual, seed) = (self.algorithm.residual(), self.algorithm.seed);
-        let mean = self.norm_squared / short.dim().0 as f64;
+        let apart: f64 = large.sigma.iter().map(|s| s * s).sum();
+        // rounding, at least, is left of what was taken out
+        let left = (self.norm_squared - apart).max(1e-12 * self.norm_squared);
+        let mean = left / short.dim().0 as f64;
         let found = short.there().and_then(|there| match there {
             Some(there) => filtered::leading(&there, mean, q, residual, seed),
             None => Ok(None),
