@@ -118,7 +118,7 @@ impl Drop for Queue {
     }
 }
 
-/// How a product reads factors in f32.
+/// How a product reads factors in f32; others are read as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reading {
     /// All of their 24 bits.
@@ -158,7 +158,9 @@ pub fn multiply(
 fn rounded(x: &Tensor) -> candle_core::Result<Tensor> {
     let values = x.flatten_all()?.to_vec1::<f32>()?;
     // the other 13 bits of the mantissa, to the nearest
-    let round = |x: f32| f32::from_bits((x.to_bits() + 0xfff + (x.to_bits() >> 13 & 1)) & !0x1fff);
+    let round = |x: f32| {
+        f32::from_bits(x.to_bits().wrapping_add(0xfff + (x.to_bits() >> 13 & 1)) & !0x1fff)
+    };
     Tensor::from_iter(values.into_iter().map(round), x.device())?.reshape(x.shape())
 }
 

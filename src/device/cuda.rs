@@ -295,9 +295,9 @@ pub(super) fn multiply(
     let at = |tensor: &Tensor| address(tensor, &stream);
     let (to, left, right) = (at(y)?, at(a)?, at(b)?);
     let (m, n, k) = (side(m)?, side(n)?, side(k)?);
-    let compute = match reading {
-        Reading::Whole => cublasComputeType_t::CUBLAS_COMPUTE_32F,
-        Reading::Rounded => cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+    let compute = match (reading, y.dtype()) {
+        (Reading::Rounded, DType::F32) => cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+        _ => cublasComputeType_t::CUBLAS_COMPUTE_32F,
     };
     // SAFETY: three tensors of the shapes that the caller checked, dense as they are said to lie.
     unsafe {

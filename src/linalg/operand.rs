@@ -1,7 +1,7 @@
 //! A matrix where its products are computed: in this process's memory, or on a device through candle.
 //!
 //! What is as long as a weight stays on the device, and so does what is made of it. The small eigenproblems are solved on the
-//! CPU, where they overlap with the next matrix: a worker that waits for the device leaves its core to the others.
+//! CPU, where they overlap with the next matrix.
 
 use std::sync::Arc;
 
