@@ -169,6 +169,86 @@ mod tests {
     use super::*;
 
     #[test]
+    fn products_are_scaled_and_added_however_their_factors_lie() {
+        let values = |count: usize, seed: u64| -> Vec<f32> {
+            // eight bits, which every reading keeps
+            (0..count)
+                .map(|i| ((i as u64 * 37 + seed) % 19) as f32 - 9.0)
+                .collect()
+        };
+        let (m, k, n) = (5, 7, 3);
+        let of = |rows, columns, seed| {
+            Tensor::from_vec(values(rows * columns, seed), (rows, columns), &Device::Cpu)
+                .expect("a")
+        };
+        let turned = |x: &Tensor| x.t().and_then(|x| x.contiguous()).and_then(|x| x.t());
+        let (a, b) = (of(m, k, 1), of(k, n, 5));
+        for a in [a.clone(), turned(&a).expect("turns")] {
+            for b in [b.clone(), turned(&b).expect("turns")] {
+                for reading in [Reading::Whole, Reading::Rounded] {
+                    let y = of(m, n, 11);
+                    multiply(&y, 2.0, &a, &b, -3.0, reading).expect("multiplies");
+                    let (x, z, before) = (values(m * k, 1), values(k * n, 5), values(m * n, 11));
+                    let found = y.flatten_all().and_then(|y| y.to_vec1::<f32>());
+                    for (at, found) in found.expect("y").into_iter().enumerate() {
+                        let (i, j) = (at / n, at % n);
+                        let sum: f32 = (0..k).map(|p| x[i * k + p] * z[p * n + j]).sum();
+                        assert_eq!(found, 2.0 * sum - 3.0 * before[at]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn tensor_cores_read_eleven_bits_to_the_nearest() {
+        let fine = 1.0 + 2f32.powi(-10);
+        let x = [
+            fine,
+            1.0 + 2f32.powi(-11),
+            1.0 + 1.5 * 2f32.powi(-10),
+            -3.3e-20,
+        ];
+        let x = Tensor::new(&x, &Device::Cpu).expect("x");
+        let read = rounded(&x).and_then(|x| x.to_vec1::<f32>()).expect("reads");
+        // what lies in the middle goes to the even one
+        assert_eq!(read[..3], [fine, 1.0, 1.0 + 2.0 * 2f32.powi(-10)]);
+        assert!((read[3] / -3.3e-20 - 1.0).abs() <= 2f32.powi(-11));
+    }
+
+    #[test]
+    fn numbers_come_back_from_a_gpu_as_they_went() {
+        let gpu = match open(0) {
+            Ok(gpu) => Queues::of(gpu),
+            Err(error) => return eprintln!("SKIPPED, no GPU: {error}"),
+        };
+        let queue = gpu.take().expect("a queue");
+        // around what is copied at a time, 2¹⁸ numbers, and the second time through the same memory
+        for count in [
+            1,
+            (1 << 18) - 1,
+            1 << 18,
+            (1 << 18) + 1,
+            3 << 18,
+            (5 << 18) + 7,
+        ] {
+            let values: Vec<f32> = (0..count).map(|i| i as f32 * 0.5).collect();
+            let there = queue.upload(&values, (1, count)).expect("uploads");
+            assert!(
+                queue.download(&there).expect("downloads") == values,
+                "{count}"
+            );
+            let part = there
+                .narrow(1, count / 3, count - count / 3)
+                .expect("a part");
+            assert!(
+                queue.download(&part).expect("downloads") == values[count / 3..],
+                "{count}"
+            );
+        }
+    }
+
+    #[test]
     fn queues_are_used_again_and_never_by_two_at_a_time() {
         let queues = Queues::of(Device::Cpu);
         let idle = |queues: &Queues| queues.idle.lock().expect("no panic").len();

@@ -99,7 +99,7 @@ fn keep_freed_memory(device: &Device) -> candle_core::Result<()> {
 
 /// Memory that the GPU reads and writes by itself, through which long copies go by halves: while one is on its way, the CPU
 /// fills or empties the other. From ordinary memory, all threads' copies together make 7 to 10 GB/s, from this 54 (H100, driver
-/// 580, 2026-11).
+/// 580, by PyTorch's `copy_` of its own two kinds of memory, 2026-11).
 #[derive(Debug, Default)]
 pub(super) struct Stage(Option<[Half; 2]>);
 

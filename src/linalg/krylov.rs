@@ -256,17 +256,19 @@ mod tests {
     use crate::linalg::operand::{Backend, Operand};
     use crate::linalg::product::short_side_first;
 
+    /// For spaces of a side of 200 to 300.
+    fn growth(residual: f64) -> Growth {
+        Growth {
+            block: 20,
+            first: 100,
+            last: 180,
+            residual: Some(residual),
+        }
+    }
+
     #[test]
     fn pairs_are_those_of_the_gram_matrix_whether_it_is_formed_or_not() {
-        let (q, growth) = (
-            9,
-            Growth {
-                block: 20,
-                first: 100,
-                last: 180,
-                residual: Some(1e-3),
-            },
-        );
+        let (q, growth) = (9, growth(1e-3));
         for (m, n) in [(200, 333), (333, 200), (200, 200)] {
             let matrix = normal(m, n, 3);
             let short = Operand::new(short_side_first(matrix.view()), &Backend::Cpu).expect("m");
@@ -296,12 +298,7 @@ mod tests {
 
     #[test]
     fn values_closer_together_than_the_residual_are_found_or_left_to_another_way() {
-        let growth = Growth {
-            block: 20,
-            first: 100,
-            last: 180,
-            residual: Some(5e-3),
-        };
+        let growth = growth(5e-3);
         for width in [0.0f32, 1e-3, 3e-3, 1e-2] {
             let values: Vec<f32> = (0..300)
                 .map(|i| 1.0 + width * (1.0 - i as f32 / 300.0))
@@ -321,12 +318,7 @@ mod tests {
 
     #[test]
     fn too_small_a_rank_is_left_to_another_way_at_once() {
-        let growth = Growth {
-            block: 20,
-            first: 100,
-            last: 180,
-            residual: Some(1e-3),
-        };
+        let growth = growth(1e-3);
         // two blocks are all there is; what comes out of the second, or out of that, is rounding
         let (left, right) = (normal(200, 40, 1), normal(40, 300, 2));
         let matrix = gemm(left.view(), false, right.view(), false);
