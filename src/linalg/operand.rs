@@ -364,7 +364,7 @@ impl Operand<'static> {
         }
     }
 
-    /// Puts row order[i] in place i.
+    /// Puts row `order[i]` in place `i`.
     pub fn permute(&mut self, order: &[usize]) -> Result<()> {
         match self {
             Self::Host(x) => *x = x.select(Axis(0), order).into(),
