@@ -23,10 +23,6 @@ pub trait Vectors: Copy {
         b: Self::Vector<S>,
         c: Self::Vector<S>,
     ) -> Self::Vector<S>;
-    fn difference<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
-    fn quotient<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
-    fn smaller<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
-    fn larger<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     /// The sum of a vector's numbers.
     fn total<S: Simd>(simd: S, x: Self::Vector<S>) -> Self;
     /// Less than a vector, filled up with zeros.
@@ -35,7 +31,7 @@ pub trait Vectors: Copy {
 }
 
 macro_rules! vectors {
-    ($t:ty, $vector:ident, $split:ident, $split_mut:ident, $all:ident, $fma:ident, $sub:ident, $div:ident, $min:ident, $max:ident, $total:ident, $load:ident, $store:ident) => {
+    ($t:ty, $vector:ident, $split:ident, $split_mut:ident, $all:ident, $fma:ident, $total:ident, $load:ident, $store:ident) => {
         impl Vectors for $t {
             type Vector<S: Simd> = S::$vector;
             #[inline(always)]
@@ -60,22 +56,6 @@ macro_rules! vectors {
                 simd.$fma(a, b, c)
             }
             #[inline(always)]
-            fn difference<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
-                simd.$sub(a, b)
-            }
-            #[inline(always)]
-            fn quotient<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
-                simd.$div(a, b)
-            }
-            #[inline(always)]
-            fn smaller<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
-                simd.$min(a, b)
-            }
-            #[inline(always)]
-            fn larger<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
-                simd.$max(a, b)
-            }
-            #[inline(always)]
             fn total<S: Simd>(simd: S, x: S::$vector) -> Self {
                 simd.$total(x)
             }
@@ -97,10 +77,6 @@ vectors!(
     as_mut_simd_f32s,
     splat_f32s,
     mul_add_e_f32s,
-    sub_f32s,
-    div_f32s,
-    min_f32s,
-    max_f32s,
     reduce_sum_f32s,
     partial_load_f32s,
     partial_store_f32s
@@ -112,10 +88,6 @@ vectors!(
     as_mut_simd_f64s,
     splat_f64s,
     mul_add_e_f64s,
-    sub_f64s,
-    div_f64s,
-    min_f64s,
-    max_f64s,
     reduce_sum_f64s,
     partial_load_f64s,
     partial_store_f64s

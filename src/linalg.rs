@@ -5,7 +5,6 @@ mod bf16;
 mod certificate;
 mod exact;
 mod filtered;
-mod halves;
 mod krylov;
 mod lapack;
 mod operand;
@@ -15,8 +14,8 @@ mod product;
 mod real;
 mod route;
 mod rows;
-mod secular;
 pub mod svd;
+mod twisted;
 
 pub use algorithm::{Algorithm, Refused, Route, Svd, Wanted};
 pub use certificate::{Certificate, certify, orthogonality};

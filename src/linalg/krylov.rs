@@ -205,12 +205,8 @@ impl Space {
 /// The largest residual among the last few of q pairs, which converge last, without computing the others.
 fn glimpse(projected: &Tridiagonal<f32>, q: usize, outside: &Outside) -> Result<f64> {
     const LOOKED_AT: usize = 6;
-    let looked_at = &projected.values_from(q - q.min(LOOKED_AT)..q)?;
-    Ok(largest_residual(
-        looked_at,
-        &projected.glimpse(looked_at),
-        outside,
-    ))
+    let (values, vectors) = projected.glimpse(q - q.min(LOOKED_AT)..q)?;
+    Ok(largest_residual(&values, &vectors, outside))
 }
 
 /// max ‖G·x − λ·x‖/λ: G moves a vector of the space out of it through its last block alone.

@@ -5,14 +5,14 @@
 
 use std::ops::Range;
 
-use libc::{c_char, c_int};
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, s};
+use libc::c_int;
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
-use super::halves;
 use super::panel::Panel;
 use super::product::{add_square_lower, gemm, multiply, multiply_upper};
 use super::real::{Real, UPPER, check, int, work_len, zeros};
-use crate::error::Result;
+use super::twisted;
+use crate::error::{Error, Result};
 
 unsafe extern "C" {
     fn openblas_set_num_threads(threads: c_int);
@@ -39,16 +39,14 @@ pub struct Tridiagonal<T> {
     tau: Vec<T>,
 }
 
-/// dstebz: the eigenvalues at some places …
-const BY_PLACE: c_char = b'I' as c_char;
-/// … in the order of the whole matrix.
-const ENTIRE: c_char = b'E' as c_char;
-
 /// Columns reduced between two rank-2k updates.
 const PANEL: usize = 32;
 
 /// Reflectors applied at a time on the way back.
 const BLOCK: usize = 96;
+
+/// Sides below which all eigenpairs cost nothing.
+const SMALL: usize = 64;
 
 impl<T: Real> Tridiagonal<T> {
     /// Reduces a symmetric matrix, of which the upper half is read.
@@ -132,38 +130,62 @@ impl<T: Real> Tridiagonal<T> {
     }
 
     /// All eigenvalues, descending.
+    ///
+    /// # Errors
+    /// NaN or Inf in the matrix.
     pub fn eigenvalues(&self) -> Result<Vec<T>> {
-        let (mut d, mut e) = (self.diagonal.clone(), self.off_diagonal.clone());
-        // SAFETY: d has s values, e at least s − 1.
-        let info = unsafe { T::raw_sterf(int(d.len()), d.as_mut_ptr(), e.as_mut_ptr()) };
-        check(T::ROUTINES[2], d.len(), info)?;
-        d.reverse();
-        Ok(d)
+        self.values_from(0..self.side())
     }
 
-    /// The q largest eigenvalues, descending, and their eigenvectors, one per row.
+    /// Those of the eigenvalues, descending, whose places are in `range`: a few cost little beside all.
+    pub fn values_from(&self, range: Range<usize>) -> Result<Vec<T>> {
+        let values = twisted::values(&self.diagonal, &self.off_diagonal, range);
+        values.ok_or_else(|| self.not_finite())
+    }
+
+    fn not_finite(&self) -> Error {
+        Error::Lapack {
+            routine: T::ROUTINES[0],
+            rows: self.side(),
+            columns: self.side(),
+            info: -1,
+        }
+    }
+
+    /// The q largest eigenvalues, descending, and their eigenvectors, one per row, orthonormal to single precision.
     ///
-    /// Divide and conquer, then the q vectors alone back through Q.
+    /// Each pair for itself where values lie apart, else all of them by divide and conquer; then the q vectors alone back
+    /// through Q.
     pub fn leading(&self, q: usize) -> Result<(Vec<T>, Array2<T>)> {
         let side = self.side();
         assert!(q <= side, "q eigenpairs of an s × s matrix");
         let (d, e) = (&self.diagonal, &self.off_diagonal);
-        let (values, mut vectors) = if side >= halves::WORTH_IT {
-            halves::leading(d, e, q)?
-        } else {
-            let (values, all) = T::all_eigenpairs(d, e)?;
-            let mut vectors = zeros(q, side);
-            for (mut to, from) in vectors
-                .rows_mut()
-                .into_iter()
-                .zip(all.rows().into_iter().rev())
-            {
-                to.assign(&from);
+        if side >= SMALL {
+            let pairs = twisted::pairs(d, e, 0..q).ok_or_else(|| self.not_finite())?;
+            if pairs.are_apart {
+                let mut vectors = pairs.vectors;
+                self.rotate_back(&mut vectors);
+                return Ok((pairs.values, vectors));
             }
-            (values.into_iter().rev().take(q).collect(), vectors)
-        };
+        }
+        let (values, all) = T::all_eigenpairs(d, e)?;
+        let mut vectors = zeros(q, side);
+        let largest_first = all.rows().into_iter().rev();
+        for (mut to, from) in vectors.rows_mut().into_iter().zip(largest_first) {
+            to.assign(&from);
+        }
+        drop(all);
         self.rotate_back(&mut vectors);
-        Ok((values, vectors))
+        Ok((values.into_iter().rev().take(q).collect(), vectors))
+    }
+
+    /// As [`Tridiagonal::leading`] for the places in `range`: good to look at, for neighbours too close to tell apart come out
+    /// mixed.
+    pub fn glimpse(&self, range: Range<usize>) -> Result<(Vec<T>, Array2<T>)> {
+        let pairs = twisted::pairs(&self.diagonal, &self.off_diagonal, range);
+        let mut pairs = pairs.ok_or_else(|| self.not_finite())?;
+        self.rotate_back(&mut pairs.vectors);
+        Ok((pairs.values, pairs.vectors))
     }
 
     /// Turns vectors of T, one per row, into vectors of the matrix: x ← x·Qᵀ.
@@ -200,97 +222,6 @@ impl<T: Real> Tridiagonal<T> {
             let inner = gemm(inner.view(), false, t.view(), false);
             multiply(&mut x, T::ONE, inner.view(), -T::ONE, v.view());
         }
-    }
-}
-
-impl Tridiagonal<f32> {
-    /// Those of the eigenvalues, descending, whose places are in `range`, by bisection: a few cost little beside all.
-    pub fn values_from(&self, range: Range<usize>) -> Result<Vec<f32>> {
-        let side = self.side();
-        assert!(range.start < range.end && range.end <= side);
-        let d: Vec<f64> = self.diagonal.iter().map(|&x| x.into()).collect();
-        let e: Vec<f64> = self.off_diagonal.iter().map(|&x| x.into()).collect();
-        let (mut found, mut blocks, mut info) = (0, 0, 0);
-        let mut values = vec![0f64; side];
-        let (mut block_of, mut ends) = (vec![0; side], vec![0; side]);
-        let (mut work, mut iwork) = (vec![0f64; 4 * side], vec![0; 3 * side]);
-        // SAFETY: d has s values, e at least s − 1; of what is written, each has as many places as dstebz asks for.
-        unsafe {
-            lapack_sys::dstebz_(
-                &BY_PLACE,
-                &ENTIRE,
-                &int(side),
-                &0.0,
-                &0.0,
-                // ascending, from 1
-                &int(side + 1 - range.end),
-                &int(side - range.start),
-                // as precise as single precision is
-                &(f64::from(f32::EPSILON) * self.scale()),
-                d.as_ptr(),
-                e.as_ptr(),
-                &mut found,
-                &mut blocks,
-                values.as_mut_ptr(),
-                block_of.as_mut_ptr(),
-                ends.as_mut_ptr(),
-                work.as_mut_ptr(),
-                iwork.as_mut_ptr(),
-                &mut info,
-            );
-        }
-        check("dstebz", side, info)?;
-        assert_eq!(found as usize, range.len(), "as many as were asked for");
-        values.truncate(range.len());
-        Ok(values.into_iter().rev().map(|x| x as f32).collect())
-    }
-
-    /// The size of the largest diagonal element.
-    fn scale(&self) -> f64 {
-        let sizes = self.diagonal.iter().map(|&x| f64::from(x).abs());
-        sizes.fold(0.0, f64::max)
-    }
-
-    /// Approximate eigenvectors for the eigenvalues `at`, one per row, by two steps of inverse iteration in f64.
-    ///
-    /// Good to look at: neighbours closer than rounding come out mixed.
-    pub fn glimpse(&self, at: &[f32]) -> Array2<f32> {
-        let side = self.side();
-        let scale = self.scale();
-        let mut vectors = Array2::zeros((at.len(), side));
-        for (mut row, &value) in vectors.rows_mut().into_iter().zip(at) {
-            // a shift a little off, so that the system is not singular to the last bit
-            let shift = f64::from(value) + scale * 1e-9;
-            let mut x = vec![1.0; side];
-            for _ in 0..2 {
-                let mut low: Vec<f64> = self.off_diagonal.iter().map(|&x| x.into()).collect();
-                let mut high = low.clone();
-                let mut d: Vec<f64> = self
-                    .diagonal
-                    .iter()
-                    .map(|&x| f64::from(x) - shift)
-                    .collect();
-                let mut info = 0;
-                // SAFETY: d and x have s values, the others at least s − 1.
-                unsafe {
-                    lapack_sys::dgtsv_(
-                        &int(side),
-                        &1,
-                        low.as_mut_ptr(),
-                        d.as_mut_ptr(),
-                        high.as_mut_ptr(),
-                        x.as_mut_ptr(),
-                        &int(side),
-                        &mut info,
-                    );
-                }
-                let norm = x.iter().map(|y| y * y).sum::<f64>().sqrt();
-                x.iter_mut().for_each(|y| *y /= norm);
-            }
-            row.assign(&Array1::from_iter(x.iter().map(|&y| y as f32)));
-        }
-        self.rotate_back(&mut vectors);
-        vectors
     }
 }
 
@@ -486,8 +417,14 @@ mod tests {
         let a = gram::<f32>(normal(150, 400, 3).view());
         let t = Tridiagonal::reduce(a).expect("reduces");
         let (values, vectors) = t.leading(4).expect("converges");
-        let seen = t.glimpse(&values);
-        for (x, y) in seen.rows().into_iter().zip(vectors.rows()) {
+        let seen = t.glimpse(1..4).expect("finite");
+        assert_eq!(seen.0, values[1..]);
+        for (x, y) in seen
+            .1
+            .rows()
+            .into_iter()
+            .zip(vectors.rows().into_iter().skip(1))
+        {
             assert!(x.dot(&y).abs() > 1.0 - 1e-4);
         }
     }

@@ -51,9 +51,7 @@ pub trait Real:
     + Vectors
 {
     const ONE: Self;
-    const ROUTINES: [&'static str; 3];
-    /// Half the distance from 1 to the next number: the unit roundoff.
-    const UNIT: f64;
+    const ROUTINES: [&'static str; 2];
     fn from_f64(x: f64) -> Self;
     /// Columns of an f32 matrix to lay out at a time.
     const PANEL: usize;
@@ -83,7 +81,6 @@ pub trait Real:
         iwork: *mut c_int,
         liwork: c_int,
     ) -> c_int;
-    unsafe fn raw_sterf(n: c_int, d: *mut Self, e: *mut Self) -> c_int;
 
     /// All eigenvalues, ascending, and eigenvectors, one per row, of the tridiagonal matrix (d, e), by LAPACK's stedc.
     fn all_eigenpairs(d: &[Self], e: &[Self]) -> Result<(Vec<Self>, Array2<Self>)> {
@@ -120,11 +117,10 @@ fn borrowed_or_row_major(panel: ArrayView2<'_, f32>) -> CowArray<'_, f32, Ix2> {
 }
 
 macro_rules! real {
-    ($t:ty, $names:expr, $unit:expr, $panel:expr, $laid_out:expr, $halves:expr, $sytrd:ident, $stedc:ident, $sterf:ident) => {
+    ($t:ty, $names:expr, $panel:expr, $laid_out:expr, $halves:expr, $sytrd:ident, $stedc:ident) => {
         impl Real for $t {
             const ONE: Self = 1.0;
-            const ROUTINES: [&'static str; 3] = $names;
-            const UNIT: f64 = $unit;
+            const ROUTINES: [&'static str; 2] = $names;
             fn from_f64(x: f64) -> Self {
                 x as Self
             }
@@ -179,35 +175,26 @@ macro_rules! real {
                 };
                 info
             }
-            unsafe fn raw_sterf(n: c_int, d: *mut Self, e: *mut Self) -> c_int {
-                let mut info = 0;
-                unsafe { lapack_sys::$sterf(&n, d, e, &mut info) };
-                info
-            }
         }
     };
 }
 real!(
     f32,
-    ["ssytrd", "sstedc", "ssterf"],
-    f32::EPSILON as f64 / 2.0,
+    ["ssytrd", "sstedc"],
     2048,
     borrowed_or_row_major,
     bf16::add_square_lower,
     ssytrd_,
-    sstedc_,
-    ssterf_
+    sstedc_
 );
 real!(
     f64,
-    ["dsytrd", "dstedc", "dsterf"],
-    f64::EPSILON / 2.0,
+    ["dsytrd", "dstedc"],
     512,
     |panel| CowArray::from(row_major(panel)),
     |_, _| false,
     dsytrd_,
-    dstedc_,
-    dsterf_
+    dstedc_
 );
 
 /// (rows, columns) of zeros; large ones on huge pages.
