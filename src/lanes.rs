@@ -28,10 +28,17 @@ pub trait Vectors: Copy {
     /// Less than a vector, filled up with zeros.
     fn part<S: Simd>(simd: S, x: &[Self]) -> Self::Vector<S>;
     fn store_part<S: Simd>(simd: S, to: &mut [Self], x: Self::Vector<S>);
+    /// x with zeros for its first `count` numbers.
+    fn behind<S: Simd>(simd: S, x: Self::Vector<S>, count: usize) -> Self::Vector<S>;
+
+    /// Numbers in a vector.
+    fn lanes<S: Simd>() -> usize {
+        size_of::<Self::Vector<S>>() / size_of::<Self>()
+    }
 }
 
 macro_rules! vectors {
-    ($t:ty, $vector:ident, $split:ident, $split_mut:ident, $all:ident, $fma:ident, $total:ident, $load:ident, $store:ident) => {
+    ($t:ty, $vector:ident, $split:ident, $split_mut:ident, $all:ident, $fma:ident, $total:ident, $load:ident, $store:ident, $less:ident, $select:ident) => {
         impl Vectors for $t {
             type Vector<S: Simd> = S::$vector;
             #[inline(always)]
@@ -67,6 +74,20 @@ macro_rules! vectors {
             fn store_part<S: Simd>(simd: S, to: &mut [Self], x: S::$vector) {
                 simd.$store(to, x)
             }
+            #[inline(always)]
+            fn behind<S: Simd>(simd: S, x: S::$vector, count: usize) -> S::$vector {
+                const PLACES: [$t; 16] = {
+                    let mut places = [0.0; 16];
+                    let mut i = 1;
+                    while i < 16 {
+                        places[i] = i as $t;
+                        i += 1;
+                    }
+                    places
+                };
+                let first = simd.$less(S::$split(&PLACES).0[0], simd.$all(count as $t));
+                simd.$select(first, simd.$all(0.0), x)
+            }
         }
     };
 }
@@ -79,7 +100,9 @@ vectors!(
     mul_add_e_f32s,
     reduce_sum_f32s,
     partial_load_f32s,
-    partial_store_f32s
+    partial_store_f32s,
+    less_than_f32s,
+    select_f32s
 );
 vectors!(
     f64,
@@ -90,7 +113,9 @@ vectors!(
     mul_add_e_f64s,
     reduce_sum_f64s,
     partial_load_f64s,
-    partial_store_f64s
+    partial_store_f64s,
+    less_than_f64s,
+    select_f64s
 );
 
 /// Runs loops with the widest vectors the processor has: what is inlined into `f` is compiled once for each width. Sums go

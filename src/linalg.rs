@@ -1,7 +1,6 @@
 //! Dense linear algebra for one weight at a time, behind safe, shape-checked functions.
 
 mod algorithm;
-mod bf16;
 mod certificate;
 mod exact;
 mod filtered;
@@ -15,6 +14,7 @@ mod real;
 mod route;
 mod rows;
 pub mod svd;
+mod tiles;
 mod twisted;
 
 pub use algorithm::{Algorithm, Refused, Route, Svd, Wanted};

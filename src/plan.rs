@@ -571,12 +571,12 @@ mod tests {
             }) - KERNEL_BYTES
         };
         let (square, wide) = (1 << 22, 1 << 24);
-        // solving: M in f32, and of the short side a Krylov space of 1040 vectors, 4·1.75 in f32, 8·2.25 in f64
+        // solving: M in f32, and of the short side a Krylov space of 1040 vectors, 4·1.5 in f32, 8·1.5 in f64
         let sidecar = |f| bytes("q_proj", f, ArtifactLayout::Sidecar);
-        let space = 4 * 1040 * 2048 + 14 * 1040 * 1040;
+        let space = 4 * 1040 * 2048 + 11 * 1040 * 1040;
         assert_eq!(sidecar(0.1), (4 + 4) * square + space);
-        assert_eq!(sidecar(0.5), (4 + 7) * square);
-        assert_eq!(sidecar(1.0), (4 + 18) * square);
+        assert_eq!(sidecar(0.5), (4 + 6) * square);
+        assert_eq!(sidecar(1.0), (4 + 12) * square);
         // completing: M, both factors, half of the long one again
         assert_eq!(
             bytes("up_proj", 0.5, ArtifactLayout::Sidecar),

@@ -3,10 +3,10 @@
 use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
-use super::operand::{Backend, Operand};
+use super::operand::{Backend, Operand, pass};
 use super::product::{gemm, short_side_first};
 use super::rows;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::random::{normal, random_signs};
 
 /// What the probes found.
@@ -93,32 +93,66 @@ pub fn certify_operand(
     let q = sigma.len();
     let z = random_signs(PROBES, q, seed);
     let scaled = &z * sigma;
-    let per_row = |difference: Array2<f32>| -> f64 {
-        let sum: f64 = difference.iter().map(|&x| f64::from(x).powi(2)).sum();
-        (sum / (PROBES * q) as f64).sqrt()
-    };
-    let (zu, zv) = (u.forward(z.view())?, v.forward(z.view())?);
-    // the probes of M′ ride along: one pass over the matrix serves both
-    let mut start = normal(PROBES, v.dim().1, seed ^ 0x7a11);
-    rows::to_unit_length(start.view_mut());
-    let there = matrix.backward(concatenate![Axis(0), zv, start].view())?;
-    let right = per_row(&there.slice(s![..PROBES, ..]) - &u.forward(scaled.view())?);
-    let mut tail = there.slice(s![PROBES.., ..]).to_owned() - kept(&start, v, sigma, u)?;
-    // after every pass, so that no square of a singular value has to fit f32
-    rows::to_unit_length(tail.view_mut());
-    let back = matrix.forward(concatenate![Axis(0), zu, tail].view())?;
-    let left = per_row(&back.slice(s![..PROBES, ..]) - &v.forward(scaled.view())?);
-    let mut x = back.slice(s![PROBES.., ..]).to_owned() - kept(&tail, u, sigma, v)?;
+    let per_row = |sum: f64| (sum / (PROBES * q) as f64).sqrt();
+    let distance = |a: ArrayView2<f32>, b: &Array2<f32>| per_row(squares(&(&a - b)));
+    // no square of a singular value has to fit f32
+    let unit = sigma[0].max(f32::MIN_POSITIVE).recip();
+
+    let there = u.forward(concatenate![Axis(0), z, scaled].view())?;
+    let (zu, scaled_u) = there.view().split_at(Axis(0), PROBES);
+    // the probes of M′ ride along: one pass over M and v serves all
+    let mut x = normal(PROBES, u.dim().1, seed ^ 0x7a11);
     rows::to_unit_length(x.view_mut());
-    let mut y = matrix.backward(x.view())? - kept(&x, v, sigma, u)?;
-    rows::to_unit_length(y.view_mut());
-    let x = matrix.forward(y.view())? - kept(&y, u, sigma, v)?;
-    let tail_norm = x.rows().into_iter().map(rows::norm).fold(0.0, max);
+    let back = u.backward(concatenate![Axis(0), zu, x].view())?;
+    let (zuu, inner) = back.view().split_at(Axis(0), PROBES);
+    let mut left = 0.0;
+    let [to_u, to_v] = pass(
+        [
+            (matrix.borrowed(), concatenate![Axis(0), zu, x].view()),
+            (
+                v.borrowed(),
+                concatenate![Axis(0), z, scaled, &inner * sigma].view(),
+            ),
+        ],
+        |[through_m, through_v]| {
+            let (zum, xm) = through_m.view().split_at(Axis(0), PROBES);
+            let (zv, others) = through_v.view().split_at(Axis(0), PROBES);
+            let (scaled_v, kept) = others.split_at(Axis(0), PROBES);
+            left += squares(&(&zum - &scaled_v));
+            concatenate![Axis(0), zv, (&xm - &kept) * unit]
+        },
+    )?;
+    let (right, zvv) = (to_u.slice(s![..PROBES, ..]), to_v.slice(s![..PROBES, ..]));
+    let right = distance(right, &scaled_u.to_owned());
+    let left = per_row(left);
+    let orthogonality = max(distance(zuu, &z), distance(zvv, &z));
+    let (to_u, to_v) = (to_u.slice(s![PROBES.., ..]), to_v.slice(s![PROBES.., ..]));
+    let mut x = &to_u - &u.forward((&to_v * sigma).view())?;
+    rows::to_unit_length(x.view_mut());
+
+    let inner = u.backward(x.view())? * sigma;
+    let mut lengths = vec![0.0; PROBES];
+    let [to_u, to_v] = pass(
+        [(matrix.borrowed(), x.view()), (v.borrowed(), inner.view())],
+        |[xm, kept]| {
+            let y = (xm - kept) * unit;
+            for (length, y) in lengths.iter_mut().zip(y.rows()) {
+                *length += rows::norm_squared(y);
+            }
+            y
+        },
+    )?;
+    // ‖y·M′ᵀ‖/‖y‖ for y = x·M′
+    let x = &to_u - &u.forward((&to_v * sigma).view())?;
+    let tail_norm = (x.rows().into_iter().zip(lengths))
+        .map(|(x, length)| match length {
+            0.0 => 0.0,
+            length => rows::norm(x) / length.sqrt(),
+        })
+        .fold(0.0, max);
 
     let largest = f64::from(sigma[0]).max(f64::MIN_POSITIVE);
     let smallest = f64::from(sigma[q - 1]);
-    let orthogonality =
-        |w: &Operand, zw: &Array2<f32>| Ok::<_, Error>(per_row(w.backward(zw.view())? - &z));
     let tail = if tail_norm <= smallest + NOISE * largest {
         // within what f32 factors resolve: a zero σ_q must not make noise infinite
         (tail_norm / smallest.max(tail_norm).max(f64::MIN_POSITIVE)).min(1.0)
@@ -128,15 +162,14 @@ pub fn certify_operand(
     Ok(Certificate {
         residual: max(right, left) / largest,
         link: Some(min(right, left) / largest),
-        orthogonality: max(orthogonality(u, &zu)?, orthogonality(v, &zv)?),
+        orthogonality,
         tail: Some(tail),
     })
 }
 
-/// x·(uᵀ·diag(σ)·v) for rows x, through the factors `from` (of x's side) and `to`.
-fn kept(x: &Array2<f32>, from: &Operand, sigma: &Array1<f32>, to: &Operand) -> Result<Array2<f32>> {
-    let inner = from.backward(x.view())? * sigma;
-    to.forward(inner.view())
+/// Σ xᵢⱼ²
+fn squares(x: &Array2<f32>) -> f64 {
+    x.rows().into_iter().map(rows::norm_squared).sum()
 }
 
 /// The larger of two, and NaN if either is: a broken factor must not slip through a comparison.

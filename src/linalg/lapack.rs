@@ -1,4 +1,4 @@
-//! LAPACK on row-major arrays: with [`super::real`], which declares it, [`super::product`] and [`super::bf16`] the only unsafe
+//! LAPACK on row-major arrays: with [`super::real`], which declares it, [`super::product`] and [`super::tiles`] the only unsafe
 //! code of the linear algebra.
 //!
 //! A row-major (r, c) array is LAPACK's column-major (c, r); "upper" in one reading is "lower" in the other.
@@ -8,7 +8,7 @@ use std::ops::Range;
 use libc::c_int;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
-use super::panel::Panel;
+use super::panel::{Panel, STRIDE};
 use super::product::{add_square_lower, gemm, multiply, multiply_upper};
 use super::real::{Real, UPPER, check, int, work_len, zeros};
 use super::twisted;
@@ -42,8 +42,8 @@ pub struct Tridiagonal<T> {
 /// Columns reduced between two rank-2k updates.
 const PANEL: usize = 32;
 
-/// Reflectors applied at a time on the way back.
-const BLOCK: usize = 96;
+/// Reflectors applied at a time on the way back: more of them fill the kernels better, and cost more beside these.
+const BLOCK: usize = 64;
 
 /// Sides below which all eigenpairs cost nothing.
 const SMALL: usize = 64;
@@ -55,7 +55,8 @@ impl<T: Real> Tridiagonal<T> {
         let side = a.nrows();
         let (mut d, mut e) = (vec![T::default(); side], vec![T::default(); side]);
         let mut tau = vec![T::default(); side];
-        let mut w = Array2::from_elem((PANEL, side), T::default());
+        let stride = side.next_multiple_of(STRIDE);
+        let (mut v, mut w) = (zeros(PANEL, stride), zeros(PANEL, stride));
         let mut start = 0;
         while side - start > 2 * PANEL {
             let rest = side - start;
@@ -66,13 +67,14 @@ impl<T: Real> Tridiagonal<T> {
                 width: PANEL,
                 e: &mut e[start..],
                 tau: &mut tau[start..],
+                v: v.as_slice_mut().expect("a fresh array is dense"),
                 w: w.as_slice_mut().expect("a fresh array is dense"),
+                stride,
             }
             .reduce();
             let next = start + PANEL;
             // A ← A − V·Wᵀ − W·Vᵀ on what is left: one product of twice the depth
-            let v = a.slice(s![start..next, next..]);
-            let w = w.slice(s![.., PANEL..rest]);
+            let (v, w) = (v.slice(s![.., PANEL..rest]), w.slice(s![.., PANEL..rest]));
             let left = ndarray::concatenate![ndarray::Axis(0), v, w];
             let right = ndarray::concatenate![ndarray::Axis(0), w, v];
             multiply_upper(
@@ -277,20 +279,15 @@ pub fn cholesky(mut a: Array2<f32>, pivot_min: f32) -> Option<Array2<f32>> {
     Some(a)
 }
 
-/// x ← l⁻¹·x for a lower triangular l: halves solved in turn, so that nearly all of it is products.
+/// x ← l⁻¹·x for a lower triangular l: halves solved in turn down to blocks of which the inverse is at hand, so that nearly
+/// all of it is products.
 pub fn solve_lower<T: Real>(l: ArrayView2<T>, mut x: ArrayViewMut2<T>) {
-    const DIRECT: usize = 16;
+    const DIRECT: usize = 32;
     let side = l.nrows();
     if side <= DIRECT {
-        for i in 0..side {
-            let (done, mut rest) = x.view_mut().split_at(ndarray::Axis(0), i);
-            let mut row = rest.row_mut(0);
-            for (j, solved) in done.rows().into_iter().enumerate() {
-                row.scaled_add(-l[(i, j)], &solved);
-            }
-            let pivot = l[(i, i)];
-            row.mapv_inplace(|x| x / pivot);
-        }
+        let right = x.to_owned();
+        let inverse = inverse_lower(l);
+        multiply(&mut x, T::default(), inverse.view(), T::ONE, right.view());
         return;
     }
     let half = (side / 2).next_multiple_of(DIRECT);
@@ -304,6 +301,22 @@ pub fn solve_lower<T: Real>(l: ArrayView2<T>, mut x: ArrayViewMut2<T>) {
         top.view(),
     );
     solve_lower(l.slice(s![half.., half..]), bottom);
+}
+
+/// l⁻¹ of a small lower triangular l, row by row.
+fn inverse_lower<T: Real>(l: ArrayView2<T>) -> Array2<T> {
+    let side = l.nrows();
+    let mut inverse = Array2::eye(side);
+    for i in 0..side {
+        let (done, mut rest) = inverse.view_mut().split_at(ndarray::Axis(0), i);
+        let mut row = rest.row_mut(0);
+        for (j, solved) in done.rows().into_iter().enumerate() {
+            row.scaled_add(-l[(i, j)], &solved);
+        }
+        let pivot = l[(i, i)];
+        row.mapv_inplace(|x| x / pivot);
+    }
+    inverse
 }
 
 fn householder_rows(mut a: ArrayViewMut2<f32>) -> Result<()> {

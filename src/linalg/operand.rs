@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use candle_core::{D, DType, Device, Tensor};
-use ndarray::{Array2, ArrayView2, Axis, CowArray, Ix2};
+use ndarray::{Array2, ArrayView2, Axis, CowArray, Ix2, s};
 
 use super::lapack::{
     EXACT_PIVOT_MIN, FIRST_PIVOT_MIN, SECOND_PIVOT_MIN, cholesky, orthonormalise_rows, solve_lower,
@@ -14,6 +14,7 @@ use super::lapack::{
 use super::product::{gemm, gram, gram_of_panels, multiply};
 use super::real::row_major;
 use super::rows;
+use super::tiles::Lower;
 use crate::device::{Queue, Queues};
 use crate::error::Result;
 
@@ -89,6 +90,14 @@ impl<'a> Operand<'a> {
     /// A matrix that lies in this process's memory.
     pub fn here(matrix: &'a Array2<f32>) -> Self {
         Self::Host(matrix.view().into())
+    }
+
+    /// The same matrix, for as long as this one lives.
+    pub fn borrowed(&self) -> Operand<'_> {
+        match self {
+            Self::Host(m) => Operand::Host(m.view().into()),
+            Self::Device(m) => Operand::Device(m.beside(m.matrix.clone())),
+        }
     }
 
     /// Takes rows to where this matrix is.
@@ -189,6 +198,47 @@ impl<'a> Operand<'a> {
     }
 }
 
+/// One pass over matrices Mₙ (sₙ, l): for as many columns at a time as a cache holds, rows (k, columns) made of
+/// xₙ·Mₙ, of which the sums of rows·Mₙᵀ (k, sₙ) come back.
+pub fn pass<'m, const N: usize>(
+    over: [(Operand<'m>, ArrayView2<f32>); N],
+    mut rows_of: impl FnMut([Array2<f32>; N]) -> Array2<f32>,
+) -> Result<[Array2<f32>; N]> {
+    const BYTES: usize = 2 << 20;
+    let (_, length) = over[0].0.dim();
+    let is_here = |(m, _): &(Operand<'m>, _)| matches!(m, Operand::Host(_));
+    // a device takes them all
+    let columns = if over.iter().all(is_here) {
+        let sides: usize = over.iter().map(|(m, _)| m.dim().0).sum();
+        (BYTES / size_of::<f32>() / sides).next_multiple_of(16)
+    } else {
+        length
+    };
+    let mut back: [Option<Array2<f32>>; N] = [const { None }; N];
+    for start in (0..length).step_by(columns) {
+        let end = length.min(start + columns);
+        let mut there = [const { None }; N];
+        for (there, (m, x)) in there.iter_mut().zip(&over) {
+            *there = Some(match m {
+                Operand::Host(m) => gemm(*x, false, m.slice(s![.., start..end]), false),
+                Operand::Device(_) => m.forward(*x)?,
+            });
+        }
+        let rows = rows_of(there.map(|there| there.expect("one for each")));
+        for (back, (m, _)) in back.iter_mut().zip(&over) {
+            let more = match m {
+                Operand::Host(m) => gemm(rows.view(), false, m.slice(s![.., start..end]), true),
+                Operand::Device(_) => m.backward(rows.view())?,
+            };
+            match back {
+                Some(sum) => *sum += &more,
+                none => *none = Some(more),
+            }
+        }
+    }
+    Ok(back.map(|back| back.expect("a matrix has columns")))
+}
+
 /// M − xᵀ·(x·M), never formed as a whole in this process's memory.
 pub struct Rest<'r, 'a> {
     whole: &'r Operand<'a>,
@@ -219,19 +269,22 @@ impl Rest<'_, '_> {
         Ok(squared)
     }
 
-    /// R·Rᵀ in f32.
-    pub fn gram(&self) -> Result<Gram> {
+    /// R·Rᵀ in f32; from M·Mᵀ, where that is faster, if its noise, [`Lower::noise`] of what was taken out, does not matter.
+    pub fn gram(&self, may_be_noisy: bool) -> Result<Gram> {
         // as many columns at a time as keep the copies small
         const COLUMNS: usize = 1024;
         Ok(match self.whole {
             whole if self.x.is_empty() => return whole.gram(),
             Operand::Host(m) => {
+                if may_be_noisy && let Some(lower) = Lower::square(m.view()) {
+                    return Ok(Gram::Host(lower.without(self.x.view())));
+                }
                 let columns = m.axis_chunks_iter(Axis(1), COLUMNS);
                 let parts = self.part.axis_chunks_iter(Axis(1), COLUMNS);
                 let panels = columns.zip(parts).map(|(columns, part)| {
                     let mut panel = row_major::<f32, f32>(columns);
                     multiply(&mut panel.view_mut(), 1.0, self.x.t(), -1.0, part);
-                    panel.into()
+                    panel
                 });
                 Gram::Host(gram_of_panels(self.dim().0, panels))
             }
@@ -436,7 +489,7 @@ mod tests {
         for backend in [Backend::Cpu, Backend::Device(Queues::of(Device::Cpu))] {
             let whole = Operand::new(matrix.view(), &backend).expect("uploads");
             let rest = whole.without(&x).expect("multiplies");
-            let gram = rest.gram().expect("multiplies");
+            let gram = rest.gram(false).expect("multiplies");
             let squared = rest.square(y.view()).expect("multiplies");
             let applied = gram.apply(y.view()).expect("multiplies");
             let gram = gram.into_host().expect("it is there");
@@ -451,6 +504,34 @@ mod tests {
                 let formed = there.download(there.matrix()).expect("it is there");
                 let off = formed.dot(&formed.t()) - &truth;
                 assert!(off.iter().all(|x| x.abs() < noise));
+            }
+        }
+    }
+
+    #[test]
+    fn one_pass_gives_the_products_there_and_back() {
+        // more columns than are taken at a time, and not a multiple of these
+        let (m, v) = (normal(700, 1003, 1), normal(9, 1003, 2));
+        let (x, y) = (normal(3, 700, 3), normal(3, 9, 4));
+        let there = x.dot(&m) - y.dot(&v);
+        let (to_m, to_v) = (there.dot(&m.t()), there.dot(&v.t()));
+        for backend in [Backend::Cpu, Backend::Device(Queues::of(Device::Cpu))] {
+            let whole = Operand::new(m.view(), &backend).expect("uploads");
+            let beside = whole.beside(v.clone()).expect("uploads");
+            let mut columns = 0;
+            let [found_m, found_v] = pass(
+                [(whole.borrowed(), x.view()), (beside.borrowed(), y.view())],
+                |[xm, yv]| {
+                    columns += xm.ncols();
+                    xm - yv
+                },
+            )
+            .expect("multiplies");
+            assert_eq!(columns, 1003);
+            for (found, wanted) in [(found_m, &to_m), (found_v, &to_v)] {
+                // sums of 1003 products by up to 4 standard deviations of √709
+                let off = (found - wanted).fold(0f32, |most, x| most.max(x.abs()));
+                assert!(off <= 6e-8 * 1003.0 * 4.0 * 27.0, "{off:e}");
             }
         }
     }

@@ -1,8 +1,9 @@
 //! One panel of the reduction to tridiagonal form, LAPACK's latrd (Dongarra, Sorensen & Hammarling 1989).
 //!
 //! Half of the whole reduction's work is one product A·v for every column, and each element of A serves two terms of it.
-//! Four rows are read at a time, once for both: 90 Gflop/s where OpenBLAS 0.3.21 does 55, of a matrix that fits a core's own
-//! cache (side 576, f32, Zen 5, 2026-11), and 34 for 25 of one that fits none (side 3072).
+//! Eight rows are read at a time, once for both, by vectors that begin at the same columns in all of them, zeros filling up
+//! what is shorter: 55 Gflop/s of a matrix that fits a core's own cache (side 576, f32, Zen 4, 2026-11), 50 of one that fits
+//! none (side 2048).
 
 use super::real::Real;
 use crate::lanes::{Simd, WithSimd, widest_of};
@@ -19,45 +20,63 @@ pub struct Panel<'a, T> {
     /// Elements beside the diagonal and factors of the reflectors, from `start` on.
     pub e: &'a mut [T],
     pub tau: &'a mut [T],
-    /// (width, side)
+    /// (width, stride) each, where stride is a multiple of [`STRIDE`], and not less than the side.
+    pub v: &'a mut [T],
     pub w: &'a mut [T],
+    pub stride: usize,
 }
 
+/// Any vector of a processor divides it.
+pub const STRIDE: usize = 64;
+
 impl<T: Real> Panel<'_, T> {
-    /// Turns each row into its reflector v behind the diagonal, whose first element, 1, is in its place, and fills the first
-    /// `rest` elements of each row of w: A − Vᵀ·W − Wᵀ·V is what is left to reduce.
+    /// Turns each row of A into its reflector v behind the diagonal, whose first element, 1, is in its place, and fills the
+    /// first `rest` elements of each row of V, with zeros before the 1, and of W, of which those before it mean nothing:
+    /// A − Vᵀ·W − Wᵀ·V is what is left to reduce.
     pub fn reduce(self) {
         assert!(self.start + self.width < self.side, "a row is left");
+        assert!(self.stride.is_multiple_of(STRIDE) && self.stride >= self.side);
         widest_of(self);
     }
 
     #[inline(always)]
     fn reduce_row<S: Simd>(&mut self, simd: S, i: usize) {
-        let (side, r) = (self.side, self.start + i);
-        let rest = side - self.start;
-        let (above, below) = self.a.split_at_mut(r * side);
-        let (row, below) = below.split_at_mut(side);
-        let row = &mut row[r..];
-        let (w_above, w) = self.w.split_at_mut(i * side);
-        let v_of = |k: usize| &above[(self.start + k) * side..][..side];
-        let w_of = |k: usize| &w_above[k * side..][..rest];
-        // what the rows before leave of this one
-        for k in 0..i {
-            let (v, w) = (v_of(k), w_of(k));
-            subtract(simd, row, (&v[r..], w[i]), (&w[i..], v[r]));
-        }
-        (self.tau[i], self.e[i]) = reflector(&mut row[1..]);
-        let (v, tau) = (&row[1..], self.tau[i]);
-        let w = &mut w[i + 1..rest];
+        let rest = self.side - self.start;
+        let padded = rest.next_multiple_of(T::lanes::<S>());
+        let (v_before, v) = self.v.split_at_mut(i * self.stride);
+        let (w_before, w) = self.w.split_at_mut(i * self.stride);
+        let (v, w) = (&mut v[..padded], &mut w[..padded]);
+        let row = &mut self.a[(self.start + i) * self.side + self.start..][..rest];
+        v[..rest].copy_from_slice(row);
+        v[rest..].fill(T::default());
+        // what the rows before leave of this one, from the vector on that holds its first element
+        let mut before = Before {
+            v: v_before,
+            w: w_before,
+            stride: self.stride,
+            from: i / T::lanes::<S>() * T::lanes::<S>(),
+        };
+        let mut factors: Vec<(T, T)> = (0..i).map(|k| before.column(k, i)).collect();
+        v[..i].fill(T::default());
+        before.subtract(simd, v, &factors);
+        (row[i], v[i]) = (v[i], T::default());
+        v[..i].fill(T::default());
+        let (tau, e) = reflector(&mut v[i + 1..rest]);
+        (self.tau[i], self.e[i]) = (tau, e);
+        row[i + 1..].copy_from_slice(&v[i + 1..rest]);
+
         w.fill(T::default());
-        symmetric_product(simd, &below[r + 1..], side, v, w);
-        for k in 0..i {
-            let (v_before, w_before) = (&v_of(k)[r + 1..], &w_of(k)[i + 1..]);
-            let [by_w, by_v] = dots(simd, v, w_before, v_before);
-            subtract(simd, w, (v_before, by_w), (w_before, by_v));
+        Left {
+            a: &self.a[self.start * self.side + self.start..],
+            side: self.side,
+            rows: i + 1..rest,
         }
-        let [along, _] = dots(simd, v, w, v);
-        let along = T::from_f64(-0.5) * tau * tau * along;
+        .multiply(simd, v, w);
+        before.from = (i + 1) / T::lanes::<S>() * T::lanes::<S>();
+        before.products(simd, v, &mut factors);
+        before.subtract(simd, w, &factors);
+        let (w, v) = (&mut w[before.from..], &v[before.from..]);
+        let along = T::from_f64(-0.5) * tau * tau * dot(simd, w, v);
         for (w, &v) in w.iter_mut().zip(v) {
             *w = *w * tau + along * v;
         }
@@ -108,127 +127,180 @@ fn reflector<T: Real>(x: &mut [T]) -> (T, T) {
     (T::from_f64((wide - first) / wide), beta)
 }
 
-/// x ← x − f·a − g·b
+/// x·y of whole vectors.
 #[inline(always)]
-fn subtract<T: Real, S: Simd>(simd: S, x: &mut [T], (a, f): (&[T], T), (b, g): (&[T], T)) {
-    let (f, g) = (T::all(simd, -f), T::all(simd, -g));
-    let (x, x_tail) = T::vectors_mut::<S>(x);
-    let ((a, a_tail), (b, b_tail)) = (T::vectors::<S>(a), T::vectors::<S>(b));
-    for ((x, &a), &b) in x.iter_mut().zip(a).zip(b) {
-        *x = T::add_product(simd, a, f, T::add_product(simd, b, g, *x));
+fn dot<T: Real, S: Simd>(simd: S, x: &[T], y: &[T]) -> T {
+    let ((x, _), (y, _)) = (T::vectors::<S>(x), T::vectors::<S>(y));
+    let mut sum = T::all(simd, T::default());
+    for (&x, &y) in x.iter().zip(y) {
+        sum = T::add_product(simd, x, y, sum);
     }
-    let (a, b) = (T::part(simd, a_tail), T::part(simd, b_tail));
-    let x = T::add_product(simd, b, g, T::part(simd, x_tail));
-    T::store_part(simd, x_tail, T::add_product(simd, a, f, x));
+    T::total(simd, sum)
 }
 
-/// x·a and x·b
-#[inline(always)]
-fn dots<T: Real, S: Simd>(simd: S, x: &[T], a: &[T], b: &[T]) -> [T; 2] {
-    let zero = T::all(simd, T::default());
-    let (x, x_tail) = T::vectors::<S>(x);
-    let ((a, a_tail), (b, b_tail)) = (T::vectors::<S>(a), T::vectors::<S>(b));
-    let (mut by_a, mut by_b) = (zero, zero);
-    for ((&x, &a), &b) in x.iter().zip(a).zip(b) {
-        by_a = T::add_product(simd, x, a, by_a);
-        by_b = T::add_product(simd, x, b, by_b);
+/// The rows of V and W that are there: of them and of what they meet, whole vectors from `from` on.
+struct Before<'a, T> {
+    v: &'a [T],
+    w: &'a [T],
+    stride: usize,
+    from: usize,
+}
+
+impl<T: Real> Before<'_, T> {
+    /// Elements j of row k of W and of V.
+    fn column(&self, k: usize, j: usize) -> (T, T) {
+        let at = k * self.stride + j;
+        (self.w[at], self.v[at])
     }
-    let x = T::part(simd, x_tail);
-    by_a = T::add_product(simd, x, T::part(simd, a_tail), by_a);
-    by_b = T::add_product(simd, x, T::part(simd, b_tail), by_b);
-    [T::total(simd, by_a), T::total(simd, by_b)]
+
+    /// Row k of V or W.
+    #[inline(always)]
+    fn row<'a, S: Simd>(&self, of: &'a [T], k: usize) -> &'a [T::Vector<S>] {
+        T::vectors::<S>(&of[k * self.stride + self.from..(k + 1) * self.stride]).0
+    }
+
+    /// x ← x − Σ f·vₖ + g·wₖ for the factors (f, g).
+    #[inline(always)]
+    fn subtract<S: Simd>(&self, simd: S, x: &mut [T], factors: &[(T, T)]) {
+        /// Vectors of x that are finished at a time.
+        const BESIDE: usize = 4;
+        let (x, _) = T::vectors_mut::<S>(&mut x[self.from..]);
+        let (fours, others) = x.as_chunks_mut::<BESIDE>();
+        let whole = fours.len() * BESIDE;
+        for (c, x) in fours.iter_mut().enumerate() {
+            let mut left = *x;
+            for (k, &(f, g)) in factors.iter().enumerate() {
+                let v = &self.row::<S>(self.v, k)[c * BESIDE..][..BESIDE];
+                let w = &self.row::<S>(self.w, k)[c * BESIDE..][..BESIDE];
+                let (f, g) = (T::all(simd, -f), T::all(simd, -g));
+                for b in 0..BESIDE {
+                    left[b] = T::add_product(simd, v[b], f, left[b]);
+                    left[b] = T::add_product(simd, w[b], g, left[b]);
+                }
+            }
+            *x = left;
+        }
+        for (x, c) in others.iter_mut().zip(whole..) {
+            for (k, &(f, g)) in factors.iter().enumerate() {
+                let (v, w) = (self.row::<S>(self.v, k)[c], self.row::<S>(self.w, k)[c]);
+                *x = T::add_product(simd, v, T::all(simd, -f), *x);
+                *x = T::add_product(simd, w, T::all(simd, -g), *x);
+            }
+        }
+    }
+
+    /// x·wₖ and x·vₖ for each row.
+    #[inline(always)]
+    fn products<S: Simd>(&self, simd: S, x: &[T], to: &mut [(T, T)]) {
+        /// Rows that are read at a time.
+        const BESIDE: usize = 4;
+        let (x, _) = T::vectors::<S>(&x[self.from..]);
+        let zero = T::all(simd, T::default());
+        let count = to.len();
+        for (four, to) in to.chunks_mut(BESIDE).enumerate() {
+            let (mut v, mut w) = ([x; BESIDE], [x; BESIDE]);
+            let (mut by_v, mut by_w) = ([zero; BESIDE], [zero; BESIDE]);
+            for (b, (v, w)) in v.iter_mut().zip(&mut w).enumerate() {
+                // the last one again where there are fewer
+                let k = (four * BESIDE + b).min(count - 1);
+                *v = &self.row::<S>(self.v, k)[..x.len()];
+                *w = &self.row::<S>(self.w, k)[..x.len()];
+            }
+            for (c, &x) in x.iter().enumerate() {
+                for b in 0..BESIDE {
+                    by_w[b] = T::add_product(simd, w[b][c], x, by_w[b]);
+                    by_v[b] = T::add_product(simd, v[b][c], x, by_v[b]);
+                }
+            }
+            for ((to, by_w), by_v) in to.iter_mut().zip(by_w).zip(by_v) {
+                *to = (T::total(simd, by_w), T::total(simd, by_v));
+            }
+        }
+    }
+}
+
+/// What is left of a symmetric matrix A: the rows, and columns, in a range, of the upper half in rows of `side` elements.
+struct Left<'a, T> {
+    a: &'a [T],
+    side: usize,
+    rows: std::ops::Range<usize>,
 }
 
 /// Rows that are read together.
-const ROWS: usize = 4;
+const ROWS: usize = 8;
 
-/// y ← y + A·x for the symmetric matrix A whose upper half lies in rows of `side` elements, A's first element first.
-#[inline(always)]
-fn symmetric_product<T: Real, S: Simd>(simd: S, a: &[T], side: usize, x: &[T], y: &mut [T]) {
-    let n = x.len();
-    for i in (0..n).step_by(ROWS) {
-        // the corner on the diagonal
-        let rows = ROWS.min(n - i);
-        for p in 0..rows {
-            let row = &a[(i + p) * side + i..][..rows];
-            y[i + p] = y[i + p] + row[p] * x[i + p];
-            for q in p + 1..rows {
-                y[i + p] = y[i + p] + row[q] * x[i + q];
-                y[i + q] = y[i + q] + row[q] * x[i + p];
+impl<T: Real> Left<'_, T> {
+    /// y ← y + A·x, for an x that is zero before the rows, and behind them.
+    #[inline(always)]
+    fn multiply<S: Simd>(&self, simd: S, x: &[T], y: &mut [T]) {
+        let mut i = self.rows.start;
+        while i + ROWS <= self.rows.end {
+            self.multiply_rows(simd, i, x, y);
+            i += ROWS;
+        }
+        for p in i..self.rows.end {
+            let row = &self.a[p * self.side..][..self.rows.end];
+            y[p] = y[p] + row[p] * x[p];
+            for q in p + 1..self.rows.end {
+                y[p] = y[p] + row[q] * x[q];
+                y[q] = y[q] + row[q] * x[p];
             }
         }
-        if rows < ROWS {
-            break;
+    }
+
+    /// Adds what rows i … i + 7 give, behind the diagonal for themselves and for the rows that mirror them.
+    #[inline(always)]
+    fn multiply_rows<S: Simd>(&self, simd: S, i: usize, x: &[T], y: &mut [T]) {
+        let (lanes, end) = (T::lanes::<S>(), self.rows.end);
+        let whole = end / lanes;
+        // vectors that hold an element on the diagonal or before it
+        let corner = i / lanes..(i + ROWS).div_ceil(lanes).min(whole);
+        let (x_vectors, _) = T::vectors::<S>(x);
+        let mut sums = [T::all(simd, T::default()); ROWS];
+        let mut factors = sums;
+        let mut rows = [self.a; ROWS];
+        let mut vectors = [x_vectors; ROWS];
+        for p in 0..ROWS {
+            factors[p] = T::all(simd, x[i + p]);
+            rows[p] = &self.a[(i + p) * self.side..][..end];
+            vectors[p] = &T::vectors::<S>(rows[p]).0[..whole];
         }
-        let beyond = i + ROWS;
-        let rows = std::array::from_fn(|p| &a[(i + p) * side + beyond..][..n - beyond]);
-        let factors = std::array::from_fn(|p| x[i + p]);
-        let (y, y_beyond) = y.split_at_mut(beyond);
-        let sums = both_ways(simd, rows, factors, &x[beyond..], y_beyond);
-        for (y, sum) in y[i..].iter_mut().zip(sums) {
-            *y = *y + sum;
+        // no closures: what they call is not compiled for the vectors of this function
+        let (y_vectors, _) = T::vectors_mut::<S>(y);
+        for c in corner.clone() {
+            let mut new = y_vectors[c];
+            for p in 0..ROWS {
+                let row = T::behind(simd, vectors[p][c], (i + p + 1).saturating_sub(c * lanes));
+                sums[p] = T::add_product(simd, row, x_vectors[c], sums[p]);
+                new = T::add_product(simd, row, factors[p], new);
+            }
+            y_vectors[c] = new;
+        }
+        let (x_whole, y_whole) = (&x_vectors[..whole], &mut y_vectors[..whole]);
+        for c in corner.end..whole {
+            let mut new = y_whole[c];
+            for p in 0..ROWS {
+                sums[p] = T::add_product(simd, vectors[p][c], x_whole[c], sums[p]);
+                new = T::add_product(simd, vectors[p][c], factors[p], new);
+            }
+            y_whole[c] = new;
+        }
+        if whole * lanes < end {
+            let mut new = y_vectors[whole];
+            for p in 0..ROWS {
+                let row = T::part(simd, &rows[p][whole * lanes..]);
+                let before = (i + p + 1).saturating_sub(whole * lanes);
+                let row = T::behind(simd, row, before);
+                sums[p] = T::add_product(simd, row, x_vectors[whole], sums[p]);
+                new = T::add_product(simd, row, factors[p], new);
+            }
+            y_vectors[whole] = new;
+        }
+        for p in 0..ROWS {
+            let own = rows[p][i + p] * x[i + p] + T::total(simd, sums[p]);
+            y[i + p] = y[i + p] + own;
         }
     }
-}
-
-/// y ← y + Σ factor·row; returns row·x for each.
-#[inline(always)]
-fn both_ways<T: Real, S: Simd>(
-    simd: S,
-    rows: [&[T]; ROWS],
-    factors: [T; ROWS],
-    x: &[T],
-    y: &mut [T],
-) -> [T; ROWS] {
-    // no closures: what they call is not compiled for the vectors of this function
-    let [f, g, h, k] = factors;
-    let factors = [
-        T::all(simd, f),
-        T::all(simd, g),
-        T::all(simd, h),
-        T::all(simd, k),
-    ];
-    let zero = T::all(simd, T::default());
-    let (x, x_tail) = T::vectors::<S>(x);
-    let (y, y_tail) = T::vectors_mut::<S>(y);
-    let [a, b, c, d] = rows;
-    let ((a, a_tail), (b, b_tail)) = (T::vectors::<S>(a), T::vectors::<S>(b));
-    let ((c, c_tail), (d, d_tail)) = (T::vectors::<S>(c), T::vectors::<S>(d));
-    let mut sums = [zero; ROWS];
-    for (((y, &x), (&a, &b)), (&c, &d)) in y
-        .iter_mut()
-        .zip(x)
-        .zip(a.iter().zip(b))
-        .zip(c.iter().zip(d))
-    {
-        *y = both_ways_of::<T, S>(simd, [a, b, c, d], factors, x, *y, &mut sums);
-    }
-    let (a, b) = (T::part(simd, a_tail), T::part(simd, b_tail));
-    let tails = [a, b, T::part(simd, c_tail), T::part(simd, d_tail)];
-    let (x, y) = (T::part(simd, x_tail), T::part(simd, y_tail));
-    let last = both_ways_of::<T, S>(simd, tails, factors, x, y, &mut sums);
-    T::store_part(simd, y_tail, last);
-    let [a, b, c, d] = sums;
-    let (a, b) = (T::total(simd, a), T::total(simd, b));
-    [a, b, T::total(simd, c), T::total(simd, d)]
-}
-
-/// The same of one vector of each row: returns the new y, and adds to the sums.
-#[inline(always)]
-fn both_ways_of<T: Real, S: Simd>(
-    simd: S,
-    [a, b, c, d]: [T::Vector<S>; ROWS],
-    [f, g, h, k]: [T::Vector<S>; ROWS],
-    x: T::Vector<S>,
-    y: T::Vector<S>,
-    [ax, bx, cx, dx]: &mut [T::Vector<S>; ROWS],
-) -> T::Vector<S> {
-    *ax = T::add_product(simd, a, x, *ax);
-    *bx = T::add_product(simd, b, x, *bx);
-    *cx = T::add_product(simd, c, x, *cx);
-    *dx = T::add_product(simd, d, x, *dx);
-    let near = T::add_product(simd, a, f, T::add_product(simd, b, g, y));
-    T::add_product(simd, c, h, T::add_product(simd, d, k, near))
 }
 
 #[cfg(test)]
@@ -247,7 +319,10 @@ mod tests {
             a.slice_mut(s![i, ..i]).fill(T::from_f64(f64::NAN));
         }
         let (mut e, mut tau) = (vec![T::default(); side], vec![T::default(); side]);
-        let mut w = vec![T::default(); width * side];
+        let stride = side.next_multiple_of(STRIDE);
+        // what was there before must not matter
+        let stale = T::from_f64(f64::NAN);
+        let (mut v, mut w) = (vec![stale; width * stride], vec![stale; width * stride]);
         let panel = Panel {
             a: a.as_slice_mut().expect("dense"),
             side,
@@ -255,7 +330,9 @@ mod tests {
             width,
             e: &mut e,
             tau: &mut tau,
+            v: &mut v,
             w: &mut w,
+            stride,
         };
         panel.reduce();
         let rest = side - start;
@@ -283,8 +360,8 @@ mod tests {
             for q in p..rest {
                 let mut left = wide(whole[(start + p, start + q)]);
                 for i in 0..width {
-                    let v = |k: usize| wide(a[(start + i, start + k)]);
-                    let w = |k: usize| wide(w[i * side + k]);
+                    let v = |k: usize| wide(v[i * stride + k]);
+                    let w = |k: usize| wide(w[i * stride + k]);
                     left -= v(p) * w(q) + w(p) * v(q);
                 }
                 let off = left - expected[(p, q)];

@@ -1,11 +1,11 @@
 //! The two precisions, each with its routines of LAPACK, and matrices of them.
 
 use libc::{c_char, c_int};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, CowArray, Ix2, LinalgScalar, ScalarOperand, s};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, LinalgScalar, ScalarOperand, s};
 // links the BLAS and LAPACK that the declarations below refer to
 use openblas_src as _;
 
-use super::bf16;
+use super::product::{self, add_square_by_strips};
 use crate::error::{Error, Result};
 use crate::lanes::Vectors;
 
@@ -55,10 +55,8 @@ pub trait Real:
     fn from_f64(x: f64) -> Self;
     /// Columns of an f32 matrix to lay out at a time.
     const PANEL: usize;
-    /// A panel in this precision, its rows dense, copied only if it must be.
-    fn laid_out(panel: ArrayView2<'_, f32>) -> CowArray<'_, Self, Ix2>;
-    /// Adds x·xᵀ to the lower half of c, where there is a faster way for its numbers in this precision; says whether it did.
-    fn add_square_in_halves(c: ArrayViewMut2<Self>, x: ArrayView2<f32>) -> bool;
+    /// Adds x·xᵀ to the lower half of c (s, s), dense rows, for such a panel x (s, k).
+    fn add_square_lower(c: ArrayViewMut2<Self>, panel: ArrayView2<f32>);
     #[allow(clippy::too_many_arguments)]
     unsafe fn raw_sytrd(
         n: c_int,
@@ -108,16 +106,8 @@ pub trait Real:
     }
 }
 
-fn borrowed_or_row_major(panel: ArrayView2<'_, f32>) -> CowArray<'_, f32, Ix2> {
-    if panel.strides()[1] == 1 {
-        panel.into()
-    } else {
-        row_major(panel).into()
-    }
-}
-
 macro_rules! real {
-    ($t:ty, $names:expr, $panel:expr, $laid_out:expr, $halves:expr, $sytrd:ident, $stedc:ident) => {
+    ($t:ty, $names:expr, $panel:expr, $square:expr, $sytrd:ident, $stedc:ident) => {
         impl Real for $t {
             const ONE: Self = 1.0;
             const ROUTINES: [&'static str; 2] = $names;
@@ -125,11 +115,8 @@ macro_rules! real {
                 x as Self
             }
             const PANEL: usize = $panel;
-            fn laid_out(panel: ArrayView2<'_, f32>) -> CowArray<'_, Self, Ix2> {
-                $laid_out(panel)
-            }
-            fn add_square_in_halves(c: ArrayViewMut2<Self>, x: ArrayView2<f32>) -> bool {
-                $halves(c, x)
+            fn add_square_lower(c: ArrayViewMut2<Self>, panel: ArrayView2<f32>) {
+                $square(c, panel)
             }
             unsafe fn raw_sytrd(
                 n: c_int,
@@ -182,8 +169,7 @@ real!(
     f32,
     ["ssytrd", "sstedc"],
     2048,
-    borrowed_or_row_major,
-    bf16::add_square_lower,
+    product::add_square_lower,
     ssytrd_,
     sstedc_
 );
@@ -191,20 +177,24 @@ real!(
     f64,
     ["dsytrd", "dstedc"],
     512,
-    |panel| CowArray::from(row_major(panel)),
-    |_, _| false,
+    |c, panel| add_square_by_strips(c, row_major::<f32, f64>(panel).view()),
     dsytrd_,
     dstedc_
 );
 
-/// (rows, columns) of zeros; large ones on huge pages.
+/// (rows, columns) of zeros, from the start of a cache line on; large ones on huge pages.
 ///
 /// With small pages, every fresh Gram matrix costs thousands of page faults, for which the workers of a process queue: a
-/// tenth of the time of one worker, a third of that of two (Linux 6, glibc 2.36, 2026-11).
+/// tenth of the time of one worker, a third of that of two (Linux 6, glibc 2.36, 2026-11). Vectors that lie across two lines
+/// cost the reduction to tridiagonal form a tenth of its time.
 pub fn zeros<T: Real>(rows: usize, columns: usize) -> Array2<T> {
+    const LINE: usize = 64;
     const HUGE: usize = 2 << 20;
-    let mut zeros = Array2::from_elem((rows, columns), T::default());
-    let bytes = std::mem::size_of_val(zeros.as_slice().expect("a fresh array is dense"));
+    let (count, spare) = (rows * columns, LINE / size_of::<T>());
+    let longer = Array1::from_elem(count + spare, T::default());
+    let start = longer.as_ptr().align_offset(LINE).min(spare);
+    let mut zeros = longer.slice_move(s![start..start + count]);
+    let bytes = std::mem::size_of_val(zeros.as_slice().expect("a part of one is dense"));
     #[cfg(target_os = "linux")]
     if bytes >= 2 * HUGE {
         let start = (zeros.as_mut_ptr() as usize).next_multiple_of(HUGE);
@@ -212,7 +202,7 @@ pub fn zeros<T: Real>(rows: usize, columns: usize) -> Array2<T> {
         // SAFETY: the range lies within the array, and the advice changes no content. Should it be refused, pages are small
         unsafe { libc::madvise(start as *mut _, end - start, libc::MADV_HUGEPAGE) };
     }
-    zeros
+    (zeros.into_shape_with_order((rows, columns))).expect("as many, one after the other")
 }
 
 /// A copy in row-major order, in another precision if asked.

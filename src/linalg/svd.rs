@@ -18,6 +18,7 @@ use super::outliers::{Outliers, outliers};
 use super::product::{gemm, gram, multiply, short_side_first};
 use super::route::Thresholds;
 use super::rows;
+use super::tiles::Lower;
 use crate::error::{Error, Result};
 
 /// Single precision is accepted while 4·κ²·2⁻²⁴ stays under the tolerance (measured error: 0.8 to 2.1 κ²·2⁻²⁴).
@@ -31,6 +32,9 @@ const FAST_OUTLIERS: f64 = 1e-4;
 
 /// What of the outliers may be left beside σ_q² with [`Algorithm::fast`]: a twentieth of σ_q at most.
 const FAST_LEFT: f64 = 0.1;
+
+/// What the noise of a Gram matrix may add to ‖M′‖², relative, for 10: within the promised 10⁻⁶ of ‖M′‖.
+const NOISE_EXCESS: f64 = 1e-7;
 
 /// ‖M‖ ≥ σ₁ with which σ fits f32, and the products with M are not all denormal.
 const F32_NORMS: RangeInclusive<f64> = f32::MIN_POSITIVE as f64..=f32::MAX as f64;
@@ -158,7 +162,7 @@ enum Attempt {
 impl Problem<'_> {
     /// Single precision, by the cheapest route that κ allows.
     fn in_single(&self, wanted: Wanted) -> Result<Attempt> {
-        let (side, _) = self.short.dim();
+        let (side, length) = self.short.dim();
         let tolerance = if self.algorithm.fast {
             self.algorithm.tolerance.max(FAST_TOLERANCE)
         } else {
@@ -196,8 +200,16 @@ impl Problem<'_> {
             Wanted::Triplets(q) => q - 1,
             Wanted::Energy(_) => side,
         });
+        let first = large.sigma.first().copied().unwrap_or_default();
+        // noise ‖E‖ in the Gram matrix costs the leading vectors some 10·‖E‖²/(s·σ_q⁴) of what is left without them
+        let noise = Lower::noise(length) * first.powi(2);
+        let noise_max = (NOISE_EXCESS * side as f64).sqrt();
+        let apart: f64 = large.sigma.iter().map(|s| s * s).sum();
+        let mean = (self.norm_squared - apart).max(0.0) / side as f64;
+        let may_be_noisy = noise <= noise_max * guess.powi(2) * mean;
         let rest = self.short.without(&large.vectors)?;
-        let Some((route, (values, vectors))) = self.pairs(&rest, &large, wanted)? else {
+        let pairs = self.pairs(&rest, &large, wanted, may_be_noisy)?;
+        let Some((route, (values, vectors))) = pairs else {
             return Ok(Attempt::Unsuitable);
         };
         let deflate = |route| match route {
@@ -223,14 +235,15 @@ impl Problem<'_> {
         }
         // what is left of those taken out, and what rounding brings back of them, shows in the smallest value: σ_q² grows by
         // its square at most, which no probe relative to σ₁ sees
-        let first = large.sigma.first().copied().unwrap_or_default();
         let left = first * large.left.max(f64::from(f32::EPSILON));
         let bound = if self.algorithm.fast {
             FAST_LEFT
         } else {
             tolerance
         };
-        if left.powi(2) > bound * last {
+        // what was guessed for σ_q may have been too much
+        let is_noisy = may_be_noisy && noise > 2.0 * noise_max * last;
+        if left.powi(2) > bound * last || is_noisy {
             return Ok(refused(None));
         }
         let vectors = if large.sigma.is_empty() {
@@ -268,6 +281,7 @@ impl Problem<'_> {
         short: &Rest,
         large: &Outliers,
         wanted: Wanted,
+        may_be_noisy: bool,
     ) -> Result<Option<(Route, Pairs)>> {
         let ((side, _), algorithm) = (short.dim(), self.algorithm);
         let mut at_hand = None;
@@ -284,7 +298,7 @@ impl Problem<'_> {
                 let pairs = if growth.is_cheaper_without_gram(short.dim()) {
                     krylov::leading(|x| short.square(x), side, q, &growth, algorithm.seed)?
                 } else {
-                    let gram = at_hand.insert(short.gram()?);
+                    let gram = at_hand.insert(short.gram(may_be_noisy)?);
                     krylov::leading(|x| gram.apply(x), side, q, &growth, algorithm.seed)?
                 };
                 if let Some(pairs) = pairs {
@@ -294,7 +308,7 @@ impl Problem<'_> {
         }
         let reduced = Tridiagonal::reduce(match at_hand {
             Some(gram) => gram.into_host()?,
-            None => short.gram()?.into_host()?,
+            None => short.gram(may_be_noisy)?.into_host()?,
         })?;
         let q = match wanted {
             Wanted::Triplets(q) => q - large.sigma.len(),
@@ -598,12 +612,15 @@ mod tests {
     #[test]
     fn values_far_below_the_largest_are_right_whatever_stands_out() {
         for seed in 0..4 {
-            for exponent in [3.5f32, 4.0, 4.25, 4.5, 5.0] {
+            for exponent in [2.5f32, 3.0, 3.5, 4.0, 4.25, 4.5, 5.0] {
                 let mut matrix = normal(400, 300, seed);
                 let size = 10f32.powf(exponent);
                 match seed % 2 {
                     0 => matrix.column_mut(7).mapv_inplace(|x| x * size),
                     _ => matrix.row_mut(7).mapv_inplace(|x| x * size),
+                }
+                if seed >= 2 {
+                    matrix.mapv_inplace(|x| half::bf16::from_f32(x).to_f32());
                 }
                 let truth = truth(&matrix);
                 for (q, fast) in [(30, false), (150, false), (30, true)] {
@@ -1038,11 +1055,13 @@ mod tests {
         let algorithm = Algorithm::default();
         let svd =
             decompose("test", matrix.view(), Wanted::Triplets(8), &algorithm).expect("certified");
-        let look = |u: &Array2<f32>, sigma: &Array1<f32>, v: &Array2<f32>| {
-            certify(matrix.view(), u, sigma, v, 0)
+        let look_from = |seed, u: &Array2<f32>, sigma: &Array1<f32>, v: &Array2<f32>| {
+            certify(matrix.view(), u, sigma, v, seed)
                 .expect("multiplies")
                 .holds(algorithm.tolerance)
         };
+        let look =
+            |u: &Array2<f32>, sigma: &Array1<f32>, v: &Array2<f32>| look_from(0, u, sigma, v);
         assert!(look(&svd.u, &svd.sigma, &svd.v));
         let mut v = svd.v.clone();
         v[(7, 3)] += 1e-2;
@@ -1057,8 +1076,11 @@ mod tests {
         assert!(!look(&nan, &svd.sigma, &svd.v), "a NaN");
         let but_the_first = |a: &Array2<f32>| a.slice(s![1.., ..]).to_owned();
         let sigma = svd.sigma.slice(s![1..]).to_owned();
+        // the first is 1.25 times the last here, which random probes see five times of six
+        let (u, v) = (but_the_first(&svd.u), but_the_first(&svd.v));
+        let missed = (0..24).filter(|&seed| look_from(seed, &u, &sigma, &v));
         assert!(
-            !look(&but_the_first(&svd.u), &sigma, &but_the_first(&svd.v)),
+            missed.count() < 8,
             "true triplets, but not the leading ones"
         );
     }

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use ndarray::{Array2, ArrayViewMut2};
+use ndarray::{Array2, ArrayViewMut2, Axis, s};
 
 use super::real::{Real, zeros};
 use crate::lanes::{Simd, WithSimd, widest_of};
@@ -16,12 +16,14 @@ use crate::lanes::{Simd, WithSimd, widest_of};
 const BESIDE: usize = 2;
 
 /// Width to which values are bisected, relative to the matrix: one Rayleigh quotient makes rounding of it where neighbours
-/// lie [`LEAST_GAP`] apart.
+/// lie some 10⁻⁹ apart, and nearly so where they lie closer.
 const WIDTH: f64 = 1e-11;
 
-/// The least gap of values, relative to the matrix, and what two computed vectors of length 1 may have in common.
-const LEAST_GAP: f64 = 1e-9;
+/// What two vectors of length 1 may have in common.
 const LEAST_ANGLE: f64 = 1e-7;
+
+/// More than this of a vector is not taken out of another: what would be left means nothing.
+const MOST_IN_COMMON: f64 = 0.1;
 
 /// An element beside the diagonal below this, relative to the matrix, is rounding: as large as this it keeps the halves it
 /// joins from being told apart by a division by zero.
@@ -56,12 +58,17 @@ pub fn pairs<T: Real>(d: &[T], e: &[T], places: Range<usize>) -> Option<Pairs<T>
         residuals: &mut residuals,
     });
     let are_exact = residuals.iter().all(|&residual| residual <= WIDTH);
-    // (λ − μ)·xᵀy = rₓᵀy − xᵀr_y: bounded for neighbours, it is for all
-    let mut neighbours = values.windows(2).zip(residuals.windows(2));
-    let are_apart = neighbours.all(|(values, residuals)| {
-        let gap = values[0] - values[1];
-        gap >= LEAST_GAP && residuals[0] + residuals[1] <= LEAST_ANGLE * gap
-    });
+    // (λ − μ)·xᵀy = rₓᵀy − xᵀr_y: bounded for neighbours, it is for all; those too close for that are made orthogonal
+    let is_close =
+        |i: usize| residuals[i - 1] + residuals[i] > LEAST_ANGLE * (values[i - 1] - values[i]);
+    let mut are_apart = true;
+    let mut first = 0;
+    for i in 1..=values.len() {
+        if i == values.len() || !is_close(i) {
+            are_apart &= orthogonalise(vectors.slice_mut(s![first..i, ..]));
+            first = i;
+        }
+    }
     Some(Pairs {
         values: matrix.unscaled(&values),
         vectors,
@@ -69,11 +76,38 @@ pub fn pairs<T: Real>(d: &[T], e: &[T], places: Range<usize>) -> Option<Pairs<T>
     })
 }
 
+/// Takes out of each row of unit length what it has of those before it (Gram–Schmidt); says whether that was little.
+fn orthogonalise<T: Real>(mut rows: ArrayViewMut2<T>) -> bool {
+    let dot = |x: &[T], y: &[T]| -> f64 {
+        let products = x.iter().zip(y).map(|(&x, &y)| x.into() * y.into());
+        products.sum()
+    };
+    for i in 1..rows.nrows() {
+        let (before, mut rest) = rows.view_mut().split_at(Axis(0), i);
+        let row = rest.row_mut(0).into_slice().expect("rows are dense");
+        for other in before.rows() {
+            let other = other.to_slice().expect("rows are dense");
+            let common = dot(row, other);
+            if common.is_nan() || common.abs() > MOST_IN_COMMON {
+                return false;
+            }
+            for (x, &y) in row.iter_mut().zip(other) {
+                *x = T::from_f64((*x).into() - common * y.into());
+            }
+        }
+        let scale = 1.0 / dot(row, row).sqrt();
+        for x in row {
+            *x = T::from_f64((*x).into() * scale);
+        }
+    }
+    true
+}
+
 /// Some eigenvalues, descending, and their eigenvectors, one per row.
 pub struct Pairs<T> {
     pub values: Vec<T>,
     pub vectors: Array2<T>,
-    /// Whether they are exact, and the vectors orthogonal to single precision. Else neighbours may come out mixed.
+    /// Whether they are exact, and the vectors orthogonal to single precision. Else some of them may be the same.
     pub are_apart: bool,
 }
 
@@ -81,8 +115,8 @@ pub struct Pairs<T> {
 struct Scaled {
     d: Vec<f64>,
     e: Vec<f64>,
-    /// The squares of e, behind a zero: as many as d.
-    e2: Vec<f64>,
+    /// −e², behind a zero: as many as d.
+    minus_e2: Vec<f64>,
     /// What T was divided by, a power of two.
     size: f64,
 }
@@ -114,9 +148,9 @@ impl Scaled {
                 *x = LEAST_JOINT.copysign(*x);
             }
         }
-        let e2 = std::iter::once(0.0).chain(e.iter().map(|x| x * x));
+        let minus_e2 = std::iter::once(0.0).chain(e.iter().map(|x| -x * x));
         Some(Self {
-            e2: e2.collect(),
+            minus_e2: minus_e2.collect(),
             d,
             e,
             size,
@@ -205,11 +239,12 @@ fn changes<S: Simd>(simd: S, matrix: &Scaled, at: Beside<S>) -> Beside<S> {
     let (mut before, mut p) = ([zero; BESIDE], [one; BESIDE]);
     // 1 for each sign that stays, −1 for each that changes
     let mut signs = [zero; BESIDE];
-    for (d, e2) in matrix.d.chunks(STEPS).zip(matrix.e2.chunks(STEPS)) {
-        for (&d, &e2) in d.iter().zip(e2) {
-            let (d, e2) = (simd.splat_f64s(d), simd.splat_f64s(e2));
+    let steps = matrix.d.chunks(STEPS).zip(matrix.minus_e2.chunks(STEPS));
+    for (d, minus_e2) in steps {
+        for (&d, &minus_e2) in d.iter().zip(minus_e2) {
+            let (d, minus_e2) = (simd.splat_f64s(d), simd.splat_f64s(minus_e2));
             for v in 0..BESIDE {
-                let others = simd.neg_f64s(simd.mul_f64s(e2, before[v]));
+                let others = simd.mul_f64s(minus_e2, before[v]);
                 let next = simd.mul_add_e_f64s(simd.sub_f64s(d, at[v]), p[v], others);
                 let turned = simd.and_f64s(simd.xor_f64s(next, p[v]), sign);
                 signs[v] = simd.add_f64s(signs[v], simd.or_f64s(turned, one));
@@ -515,7 +550,14 @@ mod tests {
                 .map(|i| if i % 16 == 0 { 1e-14 } else { 0.3 })
                 .collect(),
         );
-        for (d, e) in [second_difference, diagonal, graded, glued] {
+        // pairs down to 10⁻¹² apart, which alone are orthogonal to 10⁻⁴
+        let close = (
+            (0..side)
+                .map(|i| (i / 2) as f64 + (i % 2) as f64 * 10f64.powi(-(i as i32) / 6))
+                .collect(),
+            vec![1e-3; side - 1],
+        );
+        for (d, e) in [second_difference, diagonal, graded, glued, close] {
             for size in [1.0, 1e-200, -1e200] {
                 let scaled = |x: &[f64]| x.iter().map(|x| x * size).collect::<Vec<f64>>();
                 assert_pairs(&scaled(&d), &scaled(&e), 0..side);

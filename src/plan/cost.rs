@@ -183,21 +183,22 @@ const TILE: u64 = 1024;
 
 /// Bytes of what solves the eigenproblem of a short side s, at its peak, without M.
 ///
-/// - Gram: s² for the matrix, and half of that for its reflectors; then these, as much for the eigenvectors of the two
-///   halves, and q·s for the wanted ones with some more while they are put together. In f64 twice as many bytes.
+/// - Gram: s² for the matrix, and half of that for its reflectors; then these, and q·s for the wanted eigenvectors. In f64
+///   twice as many bytes.
 /// - A Krylov space of r vectors: s² for the Gram matrix, where it is formed, r·s for the basis, 1.25·r² for the projection,
-///   and 2.2·r² to solve that.
+///   and 1.5·r² to solve that.
+/// - All by LAPACK: four matrices of the short side in f64, at most.
 fn solver_bytes(way: Usual, s: u64, q: u64) -> u64 {
-    let wanted = (q + q.min(512)).max(s / 2);
     match way {
         Usual::Krylov {
             vectors,
             forms_gram,
         } => {
             let r = vectors as u64;
-            4 * (u64::from(forms_gram) * s * s + r * s) + 14 * r * r
+            4 * (u64::from(forms_gram) * s * s + r * s) + 11 * r * r
         }
-        Usual::GramF32 => 4 * (s + wanted) * s,
-        Usual::GramF64 | Usual::Full => 8 * (s + wanted) * s,
+        Usual::GramF32 => 6 * s * s,
+        Usual::GramF64 => 12 * s * s,
+        Usual::Full => 8 * (s + q + q.min(512)) * s,
     }
 }
