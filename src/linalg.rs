@@ -2,6 +2,7 @@
 
 mod algorithm;
 mod certificate;
+mod complete;
 mod exact;
 mod filtered;
 mod krylov;

@@ -6,10 +6,9 @@
 
 use std::ops::{Range, RangeInclusive};
 
-use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
+use ndarray::{Array1, ArrayView2, Axis, concatenate, s};
 
 use super::algorithm::{Algorithm, Refused, Route, Svd, Wanted};
-use super::certificate::certify_operand;
 use super::filtered;
 use super::krylov::{self, Pairs};
 use super::lapack::Tridiagonal;
@@ -143,12 +142,12 @@ fn decompose_with(
 }
 
 /// One matrix and what is asked of it.
-struct Problem<'a> {
-    matrix: ArrayView2<'a, f32>,
+pub(super) struct Problem<'a> {
+    pub(super) matrix: ArrayView2<'a, f32>,
     /// The matrix with its short side s as rows, (s, l), where its products are computed.
-    short: Operand<'a>,
-    norm_squared: f64,
-    algorithm: &'a Algorithm,
+    pub(super) short: Operand<'a>,
+    pub(super) norm_squared: f64,
+    pub(super) algorithm: &'a Algorithm,
     thresholds: &'a Thresholds,
 }
 
@@ -376,114 +375,6 @@ impl Problem<'_> {
         Ok(svd)
     }
 
-    /// Of the values so small beside the first that f32 vectors cannot give them to the tolerance: ‖sᵢ·M‖ in f64,
-    /// descending. They are the last ones.
-    fn small_values(&self, short: &Array2<f64>) -> Vec<f64> {
-        // as many columns at a time as keep the copies in f64 small
-        const COLUMNS: usize = 512;
-        let matrix = short_side_first(self.matrix);
-        let lengths = |rows: ArrayView2<f64>| {
-            let mut squares = vec![0f64; rows.nrows()];
-            for columns in matrix.axis_chunks_iter(Axis(1), COLUMNS) {
-                let columns = columns.mapv(f64::from);
-                let product = gemm(rows, false, columns.view(), false);
-                for (square, row) in squares.iter_mut().zip(product.rows()) {
-                    *square += row.dot(&row);
-                }
-            }
-            squares.into_iter().map(f64::sqrt).collect::<Vec<f64>>()
-        };
-        let largest = lengths(short.slice(s![..1, ..]))[0];
-        let least = largest * f64::from(f32::EPSILON) / self.algorithm.tolerance;
-        // the values descend: the first too small one is found by halving
-        let (mut low, mut high) = (0, short.nrows());
-        while low < high {
-            let middle = low + (high - low) / 2;
-            if lengths(short.slice(s![middle..=middle, ..]))[0] < least {
-                high = middle;
-            } else {
-                low = middle + 1;
-            }
-        }
-        let mut small = lengths(short.slice(s![low.., ..]));
-        small.sort_by(|a, b| b.total_cmp(a));
-        small
-    }
-
-    /// σ and the long vectors from the short ones (q, s), and a look at the whole.
-    fn complete(&self, short: Array2<f32>, route: Route) -> Result<Svd> {
-        let mut short = self.short.beside(short)?;
-        // one exact pass over the matrix: σᵢ = ‖sᵢ·M‖ is a Rayleigh quotient, quadratically better than sᵢ
-        let mut long = self.short.times(&short)?;
-        let sigma = long.normalise()?;
-        let sigma: Vec<f32> = sigma.into_iter().map(|x| x as f32).collect();
-        // equal values may come out of order by a rounding error; the file promises that they descend
-        let mut order: Vec<usize> = (0..sigma.len()).collect();
-        order.sort_by(|&a, &b| sigma[b].total_cmp(&sigma[a]));
-        if !order.is_sorted() {
-            // one after the other, so that only one of them is there twice
-            short.permute(&order)?;
-            long.permute(&order)?;
-        }
-        let sigma: Array1<f32> = order.iter().map(|&i| sigma[i]).collect();
-        long.orthonormalise()?;
-        self.certified(short, sigma, long, route)
-    }
-
-    fn certified(
-        &self,
-        short: Operand<'static>,
-        sigma: Array1<f32>,
-        long: Operand<'static>,
-        route: Route,
-    ) -> Result<Svd> {
-        let certificate = certify_operand(&self.short, &short, &sigma, &long, self.algorithm.seed)?;
-        let (short, long) = (short.into_host()?, long.into_host()?);
-        let (u, v) = if self.is_wide() {
-            (short, long)
-        } else {
-            (long, short)
-        };
-        let left_squared = self.left_squared(&u, &sigma, &v);
-        Ok(Svd {
-            u,
-            sigma,
-            v,
-            norm_squared: self.norm_squared,
-            left_squared,
-            route,
-            certificate,
-            refused: None,
-        })
-    }
-
-    /// ‖M − uᵀ·diag(σ)·v‖², Frobenius.
-    fn left_squared(&self, u: &Array2<f32>, sigma: &Array1<f32>, v: &Array2<f32>) -> f64 {
-        // rows at a time, so that the product is small beside M
-        const ROWS: usize = 512;
-        let kept: f64 = sigma.iter().map(|&x| f64::from(x).powi(2)).sum();
-        let left = (self.norm_squared - kept).max(0.0);
-        let (side, _) = self.short.dim();
-        // σ in f32 tells its square to 2⁻²³; with all triplets nothing but rounding is left
-        if left > 1e-3 * self.norm_squared || sigma.len() == side {
-            return left;
-        }
-        let mut sum = 0.0;
-        let sigma = sigma.view().insert_axis(Axis(1));
-        for (rows, part) in
-            (self.matrix.axis_chunks_iter(Axis(0), ROWS)).zip(u.axis_chunks_iter(Axis(1), ROWS))
-        {
-            let scaled = &part * &sigma;
-            let off = &rows - &gemm(scaled.view(), true, v.view(), false);
-            sum += off.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>();
-        }
-        sum
-    }
-
-    fn is_wide(&self) -> bool {
-        self.matrix.nrows() <= self.matrix.ncols()
-    }
-
     /// Every triplet by LAPACK's gesdd in f64, of which the first q are kept: some ten times the work.
     fn in_full(&self, wanted: Wanted) -> Result<Svd> {
         use ndarray_linalg::{JobSvd, SVDDC};
@@ -553,6 +444,8 @@ fn norm_squared(matrix: ArrayView2<f32>) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use ndarray::Array2;
+
     use super::*;
     use crate::device::Queues;
     use crate::linalg::lapack::orthonormalise_rows;
