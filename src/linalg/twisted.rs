@@ -15,9 +15,12 @@ use crate::lanes::{Simd, WithSimd, widest_of};
 /// Vectors of the processor beside each other: the chains of one fill the gaps of the other's.
 const BESIDE: usize = 2;
 
-/// Width to which values are bisected, relative to the matrix: one Rayleigh quotient makes rounding of it where neighbours
-/// lie some 10⁻⁹ apart, and nearly so where they lie closer.
+/// Width to which values are bisected at first, relative to the matrix: one Rayleigh quotient makes rounding of it where
+/// neighbours lie some 10⁻⁹ apart.
 const WIDTH: f64 = 1e-11;
+
+/// ‖T·x − λ·x‖ of an exact pair, relative to the matrix: some ten times what rounding makes of it at a side of 3072.
+const RESIDUAL: f64 = 1e-14;
 
 /// What two vectors of length 1 may have in common.
 const LEAST_ANGLE: f64 = 1e-7;
@@ -48,31 +51,10 @@ pub fn values<T: Real>(d: &[T], e: &[T], places: Range<usize>) -> Option<Vec<T>>
 /// As [`values`], with the eigenvectors.
 pub fn pairs<T: Real>(d: &[T], e: &[T], places: Range<usize>) -> Option<Pairs<T>> {
     let matrix = Scaled::of(d, e)?;
-    let mut values = matrix.bisect(places, WIDTH);
-    let mut vectors = zeros(values.len(), matrix.d.len());
-    let mut residuals = vec![0.0; values.len()];
-    widest_of(Twisted {
-        matrix: &matrix,
-        values: &mut values,
-        vectors: vectors.view_mut(),
-        residuals: &mut residuals,
-    });
-    let are_exact = residuals.iter().all(|&residual| residual <= WIDTH);
-    // (λ − μ)·xᵀy = rₓᵀy − xᵀr_y: bounded for neighbours, it is for all; those too close for that are made orthogonal
-    let is_close =
-        |i: usize| residuals[i - 1] + residuals[i] > LEAST_ANGLE * (values[i - 1] - values[i]);
-    let mut are_apart = true;
-    let mut first = 0;
-    for i in 1..=values.len() {
-        if i == values.len() || !is_close(i) {
-            are_apart &= orthogonalise(vectors.slice_mut(s![first..i, ..]));
-            first = i;
-        }
-    }
-    Some(Pairs {
-        values: matrix.unscaled(&values),
-        vectors,
-        are_apart: are_apart && are_exact,
+    let pairs = matrix.pairs(places.clone(), WIDTH);
+    Some(match pairs.are_apart {
+        true => pairs,
+        false => matrix.pairs(places, f64::EPSILON),
     })
 }
 
@@ -159,6 +141,36 @@ impl Scaled {
 
     fn unscaled<T: Real>(&self, values: &[f64]) -> Vec<T> {
         values.iter().map(|x| T::from_f64(x * self.size)).collect()
+    }
+
+    /// The pairs at some places, from values bisected to `width`.
+    fn pairs<T: Real>(&self, places: Range<usize>, width: f64) -> Pairs<T> {
+        let mut values = self.bisect(places, width);
+        let mut vectors = zeros(values.len(), self.d.len());
+        let mut residuals = vec![0.0; values.len()];
+        widest_of(Twisted {
+            matrix: self,
+            values: &mut values,
+            vectors: vectors.view_mut(),
+            residuals: &mut residuals,
+        });
+        let are_exact = residuals.iter().all(|&residual| residual <= RESIDUAL);
+        // (λ − μ)·xᵀy = rₓᵀy − xᵀr_y: bounded for neighbours, it is for all; those too close for that are made orthogonal
+        let is_close =
+            |i: usize| residuals[i - 1] + residuals[i] > LEAST_ANGLE * (values[i - 1] - values[i]);
+        let mut are_apart = true;
+        let mut first = 0;
+        for i in 1..=values.len() {
+            if i == values.len() || !is_close(i) {
+                are_apart &= orthogonalise(vectors.slice_mut(s![first..i, ..]));
+                first = i;
+            }
+        }
+        Pairs {
+            values: self.unscaled(&values),
+            vectors,
+            are_apart: are_apart && are_exact,
+        }
     }
 
     /// Eigenvalues, descending, to `width`.
