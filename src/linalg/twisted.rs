@@ -52,10 +52,12 @@ pub fn values<T: Real>(d: &[T], e: &[T], places: Range<usize>) -> Option<Vec<T>>
 pub fn pairs<T: Real>(d: &[T], e: &[T], places: Range<usize>) -> Option<Pairs<T>> {
     let matrix = Scaled::of(d, e)?;
     let pairs = matrix.pairs(places.clone(), WIDTH);
-    Some(match pairs.are_apart {
-        true => pairs,
-        false => matrix.pairs(places, f64::EPSILON),
-    })
+    if pairs.are_apart {
+        return Some(pairs);
+    }
+    // one set of vectors at a time
+    drop(pairs);
+    Some(matrix.pairs(places, f64::EPSILON))
 }
 
 /// Takes out of each row of unit length what it has of those before it (Gram–Schmidt); says whether that was little.
