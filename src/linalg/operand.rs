@@ -269,15 +269,25 @@ impl Rest<'_, '_> {
         Ok(squared)
     }
 
-    /// R·Rᵀ in f32; from M·Mᵀ, where that is faster, if its noise, [`Lower::noise`] of what was taken out, does not matter.
-    pub fn gram(&self, may_be_noisy: bool) -> Result<Gram> {
+    /// Whether M·Mᵀ, from which what was taken out is taken out again, is a faster way to [`Rest::gram`], which has then the
+    /// noise [`Lower::noise`] of that.
+    pub fn can_be_squared(&self) -> bool {
+        match self.whole {
+            Operand::Host(m) => !self.x.is_empty() && Lower::suits(m.view()),
+            Operand::Device(_) => false,
+        }
+    }
+
+    /// R·Rᵀ in f32; from M·Mᵀ if `squared`, where it can be.
+    pub fn gram(&self, squared: bool) -> Result<Gram> {
         // as many columns at a time as keep the copies small
         const COLUMNS: usize = 1024;
         Ok(match self.whole {
             whole if self.x.is_empty() => return whole.gram(),
             Operand::Host(m) => {
-                if may_be_noisy && let Some(lower) = Lower::square(m.view()) {
-                    return Ok(Gram::Host(lower.without(self.x.view())));
+                if squared {
+                    let square = Lower::square(m.view());
+                    return Ok(Gram::Host(square.without(self.x.view())));
                 }
                 let columns = m.axis_chunks_iter(Axis(1), COLUMNS);
                 let parts = self.part.axis_chunks_iter(Axis(1), COLUMNS);

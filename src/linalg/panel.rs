@@ -2,8 +2,8 @@
 //!
 //! Half of the whole reduction's work is one product A·v for every column, and each element of A serves two terms of it.
 //! Eight rows are read at a time, once for both, by vectors that begin at the same columns in all of them, zeros filling up
-//! what is shorter: 55 Gflop/s of a matrix that fits a core's own cache (side 576, f32, Zen 4, 2026-11), 50 of one that fits
-//! none (side 2048).
+//! what is shorter: some 50 Gflop/s of a matrix that fits a core's own cache (side 576, f32, Zen 4, 2026-11), and of one that
+//! fits none (side 2048).
 
 use super::real::Real;
 use crate::lanes::{Simd, WithSimd, widest_of};

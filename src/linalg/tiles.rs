@@ -43,31 +43,37 @@ impl Lower {
     /// Rows that lie together.
     const ROWS: usize = 48;
 
-    /// x·xᵀ for an x (s, k) of numbers that bf16 holds, as exact as [`Lower::noise`] tells. `None` where that is no faster than
-    /// other ways.
-    pub fn square(x: ArrayView2<f32>) -> Option<Self> {
+    /// Whether [`Lower::square`] is there and faster than other ways: for numbers that bf16 holds, on processors that multiply
+    /// these.
+    pub fn suits(x: ArrayView2<f32>) -> bool {
         #[cfg(target_arch = "x86_64")]
-        if avx512::is_there() && avx512::has_halves() && are_halves(x) {
-            let mut square = Self::of_zeros(x.nrows());
-            avx512::add_square::<avx512::Halves>(&mut square, x);
-            return Some(square);
+        if avx512::is_there() && avx512::has_halves() {
+            return are_halves(x);
         }
         let _ = x;
-        None
+        false
+    }
+
+    /// x·xᵀ for an x (s, k) that suits, as exact as [`Lower::noise`] tells.
+    pub fn square(x: ArrayView2<f32>) -> Self {
+        let blocks = x.nrows().div_ceil(Self::ROWS);
+        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
+        let mut square = Self {
+            side: x.nrows(),
+            values: zeros(1, Self::place(blocks).start),
+        };
+        #[cfg(target_arch = "x86_64")]
+        if Self::suits(x) {
+            avx512::add_square::<avx512::Halves>(&mut square, x);
+            return square;
+        }
+        unreachable!("it was asked whether the {} rows suit", square.side)
     }
 
     /// Standard deviation of an element of x·xᵀ for x (s, k), relative to it, where all its terms have the same sign: of 256
     /// sums in f32 each rounds by ε/√12 of itself, and k/256 of these are added in f64.
     pub fn noise(length: usize) -> f64 {
         2.4e-7 / (length as f64 / 256.0).max(1.0).sqrt()
-    }
-
-    fn of_zeros(side: usize) -> Self {
-        let blocks = side.div_ceil(Self::ROWS);
-        Self {
-            side,
-            values: zeros(1, Self::place(blocks).start),
-        }
     }
 
     /// Where block i lies, whose rows are ROWS·(i + 1) long.
@@ -447,10 +453,10 @@ mod tests {
             orthonormalise_rows(x.view_mut()).expect("orthonormal");
             let matrix = normal(side, length, 3) + x.t().dot(&along) * 300.0;
             let matrix = matrix.mapv(|x| half::bf16::from_f32(x).to_f32());
-            let Some(lower) = Lower::square(matrix.view()) else {
+            if !Lower::suits(matrix.view()) {
                 return eprintln!("SKIPPED: this processor has no AVX512-BF16");
-            };
-            let found = lower.without(x.view());
+            }
+            let found = Lower::square(matrix.view()).without(x.view());
             let wide = (matrix.mapv(f64::from), x.mapv(f64::from));
             let rest = &wide.0 - &wide.1.t().dot(&wide.1.dot(&wide.0));
             let truth = rest.dot(&rest.t());

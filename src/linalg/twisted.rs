@@ -2,7 +2,7 @@
 //!
 //! Values by bisection on Sturm's sequence (Givens 1954), vectors by twisted factorisations (Fernando 1997; Parlett & Dhillon
 //! 1997), all in f64. A pair of a matrix of side s costs some 60·s steps and nothing else, where divide and conquer needs
-//! all vectors of both halves: 2.0 ms for half of the pairs of 576 and 24 ms of 2048, where that took 4.5 and 86 (Zen 4,
+//! all vectors of both halves: 2 ms for half of the pairs of 576 and 25 ms of 2048, where that took 4 and 90 (Zen 4,
 //! 2026-11). Vectors are orthogonal as far as their values lie apart; where they do not, it says so.
 
 use std::ops::Range;
