@@ -993,6 +993,19 @@ mod tests {
         let mut nan = svd.u.clone();
         nan[(0, 0)] = f32::NAN;
         assert!(!look(&nan, &svd.sigma, &svd.v), "a NaN");
+        for (of_u, of_v) in [(0.01, 0.0), (0.0, 0.01)] {
+            let leaning = |a: &Array2<f32>, by: f32| {
+                let mut leaning = a.clone();
+                leaning.row_mut(1).scaled_add(by, &a.row(0));
+                leaning
+            };
+            let (u, v) = (leaning(&svd.u, of_u), leaning(&svd.v, of_v));
+            let found = certify(matrix.view(), &u, &svd.sigma, &v, 0).expect("multiplies");
+            // two elements of 0.01 among eight rows
+            let wanted = (2e-4f64 / 8.0).sqrt();
+            let off = found.orthogonality / wanted;
+            assert!((0.5..2.0).contains(&off), "{off} by {of_u}, {of_v}");
+        }
         let but_the_first = |a: &Array2<f32>| a.slice(s![1.., ..]).to_owned();
         let sigma = svd.sigma.slice(s![1..]).to_owned();
         // the first is 1.25 times the last here, which random probes see five times of six

@@ -564,12 +564,15 @@ mod tests {
                 .map(|i| if i % 16 == 0 { 1e-14 } else { 0.3 })
                 .collect(),
         );
-        // pairs down to 10⁻¹² apart, which alone are orthogonal to 10⁻⁴
+        // pairs down to 10⁻¹² of the matrix apart, of which one Rayleigh quotient and each vector for itself are not exact enough
+        let gap = |i: usize| 10f64.powf(-(i as f64) / 6.0);
         let close = (
             (0..side)
-                .map(|i| (i / 2) as f64 + (i % 2) as f64 * 10f64.powi(-(i as i32) / 6))
+                .map(|i| (i / 2) as f64 + (i % 2) as f64 * gap(i))
                 .collect(),
-            vec![1e-3; side - 1],
+            (1..side)
+                .map(|i| if i % 2 == 1 { 0.4 * gap(i) } else { 1e-9 })
+                .collect(),
         );
         for (d, e) in [second_difference, diagonal, graded, glued, close] {
             for size in [1.0, 1e-200, -1e200] {
