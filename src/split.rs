@@ -105,6 +105,9 @@ impl RoundingLoss {
     }
 }
 
+/// Elements whose exactness is looked at together: a bit for each.
+const GROUP: usize = 64;
+
 /// Tiles of this side bound the f64 copies to some megabytes, whatever the matrix.
 const TILE: usize = 1024;
 
@@ -234,51 +237,47 @@ impl Factors {
         let mut values = vec![0f32; m * n];
         let mut unsafe_at = Vec::new();
         let dtype = matrix.dtype;
-        let (mut error, mut doubtful, mut doubts) = (Vec::new(), Vec::new(), Vec::new());
         self.for_each_product(&weights, |i, j, p| {
             let at = i * n + j.start..i * n + j.end;
             let (x, rest) = (&original[at.clone()], &mut values[at.clone()]);
-            error.resize(p.len(), 0.0);
-            doubtful.resize(p.len(), false);
-            doubts.resize(p.len(), 0);
             let (row, columns) = (rows[i], &columns[j]);
-            let count = widest(
+            let groups = x.chunks(GROUP).zip(rest.chunks_mut(GROUP));
+            let groups = groups.zip(p.chunks(GROUP).zip(columns.chunks(GROUP)));
+            let unsafe_at = &mut unsafe_at;
+            widest(
                 #[inline(always)]
-                || {
-                    let mut any = false;
-                    let outs = rest.iter_mut().zip(&mut error).zip(&mut doubtful);
-                    for (((rest, error), doubtful), ((&x, &p), column)) in
-                        outs.zip(x.iter().zip(p).zip(columns))
+                move || {
+                    let mut error = [0f64; GROUP];
+                    for (start, ((x, rest), (p, columns))) in
+                        (at.start..).step_by(GROUP).zip(groups)
                     {
-                        let wide = f64::from(x);
-                        *rest = (wide - p) as f32;
-                        let off = (f64::from(*rest) + p - wide).abs();
-                        let doubt =
-                            gamma * (row * column + wide.abs()) + detour * (wide.abs() + p.abs());
-                        *error = off + doubt;
-                        *doubtful = *error >= usual_margin(dtype, x);
-                        any |= *doubtful;
+                        let mut doubtful = 0u64;
+                        let outs = rest.iter_mut().zip(&mut error);
+                        let ins = x.iter().zip(p.iter().zip(columns));
+                        for (k, ((rest, error), (&x, (&p, &column)))) in outs.zip(ins).enumerate() {
+                            let wide = f64::from(x);
+                            *rest = (wide - p) as f32;
+                            let off = (f64::from(*rest) + p - wide).abs();
+                            let doubt = gamma * (row * column + wide.abs())
+                                + detour * (wide.abs() + p.abs());
+                            *error = off + doubt;
+                            doubtful |= u64::from(*error >= usual_margin(dtype, x)) << k;
+                        }
+                        // of an f32 weight one in ten, at random places
+                        while doubtful != 0 {
+                            let k = doubtful.trailing_zeros() as usize;
+                            doubtful &= doubtful - 1;
+                            // a zero has a sign that arithmetic does not keep
+                            if x[k] == 0.0 || error[k] >= rounding_margin(dtype, x[k]) {
+                                unsafe_at.push((start + k) as u64);
+                            }
+                        }
                     }
-                    if !any {
-                        return 0;
-                    }
-                    // one in ten of an f32 weight, at random places: a branch would be mispredicted as often
-                    let mut count = 0;
-                    for (k, &doubtful) in doubtful.iter().enumerate() {
-                        doubts[count] = k;
-                        count += usize::from(doubtful);
-                    }
-                    count
                 },
             );
-            for &k in &doubts[..count] {
-                // a zero has a sign that arithmetic does not keep
-                if x[k] == 0.0 || error[k] >= rounding_margin(dtype, x[k]) {
-                    unsafe_at.push((at.start + k) as u64);
-                }
-            }
         });
-        unsafe_at.sort_unstable();
+        // one run of each tile
+        unsafe_at.sort();
         let exact = match width {
             2 => gather::<2>(&matrix.bytes, &unsafe_at),
             _ => gather::<4>(&matrix.bytes, &unsafe_at),

@@ -132,16 +132,19 @@ fn f32_to_odd(x: f64) -> f32 {
 /// [`rounding_margin`] where it is told by the exponent alone; −1 of zero, of powers of two and of subnormal numbers.
 #[inline(always)]
 pub fn usual_margin(dtype: Dtype, x: f32) -> f64 {
-    // between two powers of two, all neighbours are as far apart: half of 2^(exponent − digits)
+    const fn two_to(exponent: i32) -> f64 {
+        f64::from_bits(((exponent + 1023) as u64) << 52)
+    }
     let (digits, normal_from) = match dtype {
         Dtype::F16 => (10, -14),
         Dtype::BF16 => (7, -126),
         _ => (23, -126),
     };
-    let bits = x.to_bits();
-    let exponent = (bits >> 23 & 0xff) as i32 - 127;
-    if bits << 9 != 0 && exponent >= normal_from && exponent < 128 {
-        f64::from_bits(((exponent - digits - 1 + 1023) as u64) << 52)
+    // between two powers of two, all neighbours are as far apart; in f64, none of them is subnormal
+    let bits = f64::from(x).to_bits();
+    let power = f64::from_bits(bits & 0x7ff << 52);
+    if (bits << 12 != 0) & (power >= two_to(normal_from)) {
+        power * two_to(-digits - 1)
     } else {
         -1.0
     }
