@@ -2,7 +2,7 @@
 //! weights.
 //!
 //! Processors with AVX512-BF16 (Zen 4, Sapphire Rapids and newer) multiply those by pairs and add in f32, at twice the rate
-//! of products in f32: 185 Gflop/s a core where those make 95 (2048 × 8192, Zen 4, 2026-11). Each product is exact, and
+//! of products in f32: 190 Gflop/s a core where those make 95 (2048 × 8192, Zen 4, 2026-11). Each product is exact, and
 //! the sums round as f32's own do; denormal numbers count as zeros.
 
 use std::ops::Range;
@@ -43,6 +43,9 @@ impl Lower {
     /// Rows that lie together.
     const ROWS: usize = 48;
 
+    /// Columns that are summed in f32, and how many such sums, before f64 takes over.
+    const SUMMED: [usize; 2] = [32, 4];
+
     /// Whether [`Lower::square`] is there and faster than other ways: for numbers that bf16 holds, on processors that multiply
     /// these.
     pub fn suits(x: ArrayView2<f32>) -> bool {
@@ -70,10 +73,16 @@ impl Lower {
         unreachable!("it was asked whether the {} rows suit", square.side)
     }
 
-    /// Standard deviation of an element of x·xᵀ for x (s, k), relative to it, where all its terms have the same sign: of 256
-    /// sums in f32 each rounds by ε/√12 of itself, and k/256 of these are added in f64.
+    /// Standard deviation of an element of x·xᵀ for x (s, k), relative to it, where all its terms have the same sign.
+    ///
+    /// Adding to a sum rounds it by ε/√12 of itself. One of a part p of the whole, made in n steps, errs by p·ε·√(n/36); c of these
+    /// in one after the other by c·p·ε·√(c/36 + 1/24) more; and k/(c·columns) of those are added in f64.
     pub fn noise(length: usize) -> f64 {
-        2.4e-7 / (length as f64 / 256.0).max(1.0).sqrt()
+        let [columns, sums] = Self::SUMMED.map(|x| x as f64);
+        let whole = (length as f64 / (columns * sums)).max(1.0);
+        // two products a step
+        let variance = columns / 2.0 / 36.0 / sums + sums / 36.0 + 1.0 / 24.0;
+        f64::from(f32::EPSILON) * (variance / whole).sqrt()
     }
 
     /// Where block i lies, whose rows are ROWS·(i + 1) long.
@@ -171,8 +180,12 @@ fn are_halves(x: ArrayView2<f32>) -> bool {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512, __m512bh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
-        _mm512_setzero_ps, _mm512_storeu_ps,
+        __m512, __m512bh, __m512d, _MM_HINT_T0, _mm_prefetch, _mm512_add_ps, _mm512_and_si512,
+        _mm512_castpd_ps, _mm512_castps_pd, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
+        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_or_si512, _mm512_permutex2var_epi32,
+        _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4,
+        _mm512_srli_epi32, _mm512_storeu_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps,
+        _mm512_unpacklo_pd, _mm512_unpacklo_ps,
     };
     use std::mem::transmute;
 
@@ -185,8 +198,11 @@ mod avx512 {
         /// Columns it holds.
         const COLUMNS: usize;
         fn of(columns: [f32; 2]) -> f32;
-        /// The products of a sliver and [`WIDE`] rows of another, from `at`, on a processor that has what it takes.
-        unsafe fn products(tall: &[Step], wide: &[Step], at: usize, sums: &mut Tile);
+        /// A vector of them, on a processor that has what it takes.
+        unsafe fn vector_of(columns: &[f32]) -> __m512;
+        /// Adds to a tile the products of the first `vectors` vectors of a sliver and [`WIDE`] rows of another, from `at`, on
+        /// a processor that has what it takes.
+        unsafe fn add(tall: &[Step], wide: &[Step], at: usize, vectors: usize, tile: &mut Tile);
     }
 
     pub struct Singles;
@@ -199,11 +215,25 @@ mod avx512 {
             a
         }
 
+        #[inline]
         #[target_feature(enable = "avx512f")]
-        unsafe fn products(tall: &[Step], wide: &[Step], at: usize, sums: &mut Tile) {
+        unsafe fn vector_of(columns: &[f32]) -> __m512 {
+            assert!(columns.len() >= LANES);
+            // SAFETY: so many are there.
+            unsafe { _mm512_loadu_ps(columns.as_ptr()) }
+        }
+
+        #[target_feature(enable = "avx512f")]
+        unsafe fn add(tall: &[Step], wide: &[Step], at: usize, vectors: usize, tile: &mut Tile) {
             let add = |sum, a, b| _mm512_fmadd_ps(a, b, sum);
             // SAFETY: the function has the instructions.
-            unsafe { add_products(tall, wide, at, sums, add) }
+            unsafe {
+                match vectors {
+                    1 => add_products::<1>(tall, wide, at, tile, add),
+                    2 => add_products::<2>(tall, wide, at, tile, add),
+                    _ => add_products::<TALL>(tall, wide, at, tile, add),
+                }
+            }
         }
     }
 
@@ -217,44 +247,87 @@ mod avx512 {
             f32::from_bits(a.to_bits() >> 16 | b.to_bits() & 0xffff_0000)
         }
 
+        #[inline]
+        #[target_feature(enable = "avx512f")]
+        unsafe fn vector_of(columns: &[f32]) -> __m512 {
+            const FIRST: [i32; LANES] = [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30];
+            assert!(columns.len() >= 2 * LANES);
+            // SAFETY: so many are there, and FIRST fills a vector.
+            let (a, b, first) = unsafe {
+                (
+                    _mm512_loadu_si512(columns.as_ptr().cast()),
+                    _mm512_loadu_si512(columns.as_ptr().add(LANES).cast()),
+                    _mm512_loadu_si512(FIRST.as_ptr().cast()),
+                )
+            };
+            let second = _mm512_or_si512(first, _mm512_set1_epi32(1));
+            let firsts = _mm512_permutex2var_epi32(a, first, b);
+            let seconds = _mm512_permutex2var_epi32(a, second, b);
+            let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            _mm512_castsi512_ps(_mm512_or_si512(
+                _mm512_srli_epi32::<16>(firsts),
+                _mm512_and_si512(seconds, upper),
+            ))
+        }
+
         #[target_feature(enable = "avx512f,avx512bf16")]
-        unsafe fn products(tall: &[Step], wide: &[Step], at: usize, sums: &mut Tile) {
+        unsafe fn add(tall: &[Step], wide: &[Step], at: usize, vectors: usize, tile: &mut Tile) {
             // SAFETY: the types are 512 bits of any kind.
             let pairs = |x| unsafe { transmute::<__m512, __m512bh>(x) };
             let add = |sum, a, b| _mm512_dpbf16_ps(sum, pairs(a), pairs(b));
             // SAFETY: the function has the instructions.
-            unsafe { add_products(tall, wide, at, sums, add) }
+            unsafe {
+                match vectors {
+                    1 => add_products::<1>(tall, wide, at, tile, add),
+                    2 => add_products::<2>(tall, wide, at, tile, add),
+                    _ => add_products::<TALL>(tall, wide, at, tile, add),
+                }
+            }
         }
     }
 
+    /// Where a tile lies: WIDE rows of `stride` numbers each, of the last one as many as the tile is wide.
+    pub struct Tile<'a> {
+        values: &'a mut [f32],
+        stride: usize,
+    }
+
     #[inline(always)]
-    unsafe fn add_products(
+    unsafe fn add_products<const VECTORS: usize>(
         tall: &[Step],
         wide: &[Step],
         at: usize,
-        to: &mut Tile,
+        tile: &mut Tile,
         add: impl Fn(__m512, __m512, __m512) -> __m512,
     ) {
         assert!(at + WIDE <= SLIVER && tall.len() == wide.len());
-        // SAFETY: TALL vectors of LANES are a step's, and a row's of a tile; at + j < SLIVER.
+        assert!((WIDE - 1) * tile.stride + VECTORS * LANES <= tile.values.len());
+        let to = tile.values.as_mut_ptr();
+        // SAFETY: VECTORS of LANES are in a step, and in each row of a tile; at + j < SLIVER.
         unsafe {
-            let mut sums = [[_mm512_setzero_ps(); TALL]; WIDE];
+            let place = |j: usize, v: usize| to.add(j * tile.stride + v * LANES);
+            for j in 0..WIDE {
+                for v in 0..VECTORS {
+                    _mm_prefetch::<_MM_HINT_T0>(place(j, v).cast());
+                }
+            }
+            let mut sums = [[_mm512_setzero_ps(); VECTORS]; WIDE];
             for (tall, wide) in tall.iter().zip(wide) {
-                let tall = [
-                    _mm512_loadu_ps(tall.as_ptr()),
-                    _mm512_loadu_ps(tall.as_ptr().add(LANES)),
-                    _mm512_loadu_ps(tall.as_ptr().add(2 * LANES)),
-                ];
+                let mut vectors = [_mm512_setzero_ps(); VECTORS];
+                for (v, vector) in vectors.iter_mut().enumerate() {
+                    *vector = _mm512_loadu_ps(tall.as_ptr().add(v * LANES));
+                }
                 for (j, sums) in sums.iter_mut().enumerate() {
                     let wide = _mm512_set1_ps(*wide.get_unchecked(at + j));
-                    for (sum, &tall) in sums.iter_mut().zip(&tall) {
-                        *sum = add(*sum, tall, wide);
+                    for (sum, &vector) in sums.iter_mut().zip(&vectors) {
+                        *sum = add(*sum, vector, wide);
                     }
                 }
             }
-            for (to, sums) in to.iter_mut().zip(sums) {
+            for (j, sums) in sums.into_iter().enumerate() {
                 for (v, sum) in sums.into_iter().enumerate() {
-                    _mm512_storeu_ps(to.as_mut_ptr().add(v * LANES), sum);
+                    let to = place(j, v);
+                    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum));
                 }
             }
         }
@@ -271,17 +344,14 @@ mod avx512 {
     const SLIVER: usize = TALL * LANES;
     const _: () = assert!(SLIVER == Lower::ROWS);
 
-    /// Lanes of a row that are laid out at a time: 4 MB of 2048 rows.
-    const LAID_OUT: usize = 512;
+    /// Lanes of a row that are laid out at a time: 2 MB of 2048 rows.
+    const LAID_OUT: usize = 256;
 
-    /// Lanes of a row that are summed before they are added to c: longer sums round more.
-    const SUMMED: usize = 128;
+    /// Slivers that stay in the second cache while others pass by.
+    const NEAR: usize = 8;
 
     /// A lane of each row of a sliver.
     pub type Step = [f32; SLIVER];
-
-    /// Sums of WIDE rows.
-    pub type Tile = [Step; WIDE];
 
     pub fn is_there() -> bool {
         is_x86_feature_detected!("avx512f")
@@ -293,14 +363,34 @@ mod avx512 {
 
     /// What takes the sums of tiles.
     pub trait Target {
-        /// Adds those of a tile to the rows from `row` on and the columns from `column` on, as far as they are there.
-        unsafe fn add(&mut self, row: usize, column: usize, sums: &Tile);
+        /// Columns of x that are summed one after the other in f32, longer sums round more; and such sums that are added in f32.
+        const SUMMED: [usize; 2];
+        /// Whether it wants the tiles on the diagonal as a whole, or their lower half will do.
+        const WHOLE_DIAGONAL: bool;
+        /// The tile at a row and a column, if all of it is there and in f32.
+        fn tile(&mut self, row: usize, column: usize) -> Option<Tile<'_>>;
+        /// Adds sums to the rows from `row` on and the columns from `column` on, as far as they are there.
+        unsafe fn add(&mut self, row: usize, column: usize, sums: &[Step; WIDE]);
     }
 
     /// (s, s)
     impl Target for ArrayViewMut2<'_, f32> {
+        const SUMMED: [usize; 2] = [256, 1];
+        const WHOLE_DIAGONAL: bool = false;
+
+        #[inline(always)]
+        fn tile(&mut self, row: usize, column: usize) -> Option<Tile<'_>> {
+            let side = self.ncols();
+            let is_whole = row + WIDE <= side && column + SLIVER <= side;
+            let c = self.as_slice_mut().expect("its rows are dense");
+            is_whole.then(|| Tile {
+                values: &mut c[row * side + column..],
+                stride: side,
+            })
+        }
+
         #[target_feature(enable = "avx512f")]
-        unsafe fn add(&mut self, row: usize, column: usize, sums: &Tile) {
+        unsafe fn add(&mut self, row: usize, column: usize, sums: &[Step; WIDE]) {
             let side = self.ncols();
             let c = self.as_slice_mut().expect("its rows are dense");
             for (row, sums) in (row..side).zip(sums) {
@@ -311,8 +401,16 @@ mod avx512 {
     }
 
     impl Target for Lower {
+        const SUMMED: [usize; 2] = Lower::SUMMED;
+        const WHOLE_DIAGONAL: bool = true;
+
+        #[inline(always)]
+        fn tile(&mut self, _: usize, _: usize) -> Option<Tile<'_>> {
+            None
+        }
+
         #[target_feature(enable = "avx512f")]
-        unsafe fn add(&mut self, row: usize, column: usize, sums: &Tile) {
+        unsafe fn add(&mut self, row: usize, column: usize, sums: &[Step; WIDE]) {
             let (block, length) = (row / SLIVER, (row / SLIVER + 1) * SLIVER);
             let values = self.values.as_slice_mut().expect("made dense");
             let block = &mut values[Self::place(block)];
@@ -340,31 +438,45 @@ mod avx512 {
                 .chunks_exact_mut(steps)
                 .zip(columns.axis_chunks_iter(Axis(0), SLIVER))
             {
-                lay_out::<L>(rows, sliver);
+                // SAFETY: the processor has the instructions: it was asked.
+                unsafe { lay_out::<L>(rows, sliver) };
             }
-            add_tiles::<L>(c, side, laid_out, steps);
+            add_tiles::<L, _>(c, side, laid_out, steps);
         }
     }
 
     /// The lanes of up to [`SLIVER`] rows; other rows are zeros.
-    fn lay_out<L: Lane>(rows: ArrayView2<f32>, to: &mut [Step]) {
+    #[target_feature(enable = "avx512f")]
+    unsafe fn lay_out<L: Lane>(rows: ArrayView2<f32>, to: &mut [Step]) {
         let (count, length) = rows.dim();
         if count < SLIVER {
             to.fill([0.0; SLIVER]);
         }
         let whole = length / L::COLUMNS;
+        let lane = |columns: &[f32]| L::of([columns[0], columns[L::COLUMNS - 1]]);
         if rows.strides()[1] == 1 {
-            // as many lanes at a time as keep what is written in the nearest cache
-            const NEAR: usize = 64;
-            for start in (0..whole).step_by(NEAR) {
-                let end = whole.min(start + NEAR);
-                for (r, row) in rows.rows().into_iter().enumerate() {
-                    let row = row.to_slice().expect("its stride is 1");
-                    let columns =
-                        row[L::COLUMNS * start..L::COLUMNS * end].chunks_exact(L::COLUMNS);
-                    for (to, columns) in to[start..end].iter_mut().zip(columns) {
-                        to[r] = L::of([columns[0], columns[L::COLUMNS - 1]]);
+            let row = |r: usize| rows.row(r).to_slice().expect("its stride is 1");
+            // squares of lanes, turned; and what does not fill one
+            let (turned_rows, turned) = (count / LANES * LANES, whole / LANES * LANES);
+            for first in (0..turned_rows).step_by(LANES) {
+                let rows: [&[f32]; LANES] = std::array::from_fn(|r| row(first + r));
+                for start in (0..turned).step_by(LANES) {
+                    let column = L::COLUMNS * start;
+                    // SAFETY: the function has the instructions.
+                    unsafe {
+                        let square = rows.map(|row| L::vector_of(&row[column..]));
+                        let lanes = turn(square);
+                        for (to, lane) in to[start..start + LANES].iter_mut().zip(lanes) {
+                            _mm512_storeu_ps(to[first..first + LANES].as_mut_ptr(), lane);
+                        }
                     }
+                }
+            }
+            for r in 0..count {
+                let start = if r < turned_rows { turned } else { 0 };
+                let columns = row(r)[L::COLUMNS * start..].chunks_exact(L::COLUMNS);
+                for (to, columns) in to[start..whole].iter_mut().zip(columns) {
+                    to[r] = lane(columns);
                 }
             }
         } else {
@@ -385,21 +497,93 @@ mod avx512 {
         }
     }
 
+    /// Columns for rows: of numbers, then of pairs of them, then of quarters of vectors.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn turn(rows: [__m512; LANES]) -> [__m512; LANES] {
+        let mut pairs = rows;
+        for i in (0..LANES).step_by(2) {
+            pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+            pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+        }
+        let wide: [__m512d; LANES] = pairs.map(|x| _mm512_castps_pd(x));
+        // of rows i to i + 3, columns c, c + 4, c + 8 and c + 12 in vector i + c
+        let mut fours = rows;
+        for i in (0..LANES).step_by(4) {
+            for half in 0..2 {
+                let (a, b) = (wide[i + half], wide[i + half + 2]);
+                fours[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                fours[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+            }
+        }
+        let mut columns = rows;
+        for c in 0..4 {
+            let [a, b, d, e] = [fours[c], fours[4 + c], fours[8 + c], fours[12 + c]];
+            // even and odd quarters
+            let (ab, de) = (
+                _mm512_shuffle_f32x4::<0x88>(a, b),
+                _mm512_shuffle_f32x4::<0x88>(d, e),
+            );
+            columns[c] = _mm512_shuffle_f32x4::<0x88>(ab, de);
+            columns[c + 8] = _mm512_shuffle_f32x4::<0xdd>(ab, de);
+            let (ab, de) = (
+                _mm512_shuffle_f32x4::<0xdd>(a, b),
+                _mm512_shuffle_f32x4::<0xdd>(d, e),
+            );
+            columns[c + 4] = _mm512_shuffle_f32x4::<0x88>(ab, de);
+            columns[c + 12] = _mm512_shuffle_f32x4::<0xdd>(ab, de);
+        }
+        columns
+    }
+
     /// All tiles on and below the diagonal.
-    fn add_tiles<L: Lane>(c: &mut impl Target, side: usize, laid_out: &[Step], steps: usize) {
-        let mut sums = [[0.0; SLIVER]; WIDE];
-        let slivers = || (0..).step_by(SLIVER).zip(laid_out.chunks_exact(steps));
-        for (column, tall) in slivers() {
-            for (first, wide) in slivers().skip(column / SLIVER) {
-                for (tall, wide) in tall.chunks(SUMMED).zip(wide.chunks(SUMMED)) {
-                    for at in (0..SLIVER.min(side - first)).step_by(WIDE) {
+    fn add_tiles<L: Lane, T: Target>(c: &mut T, side: usize, laid_out: &[Step], steps: usize) {
+        let slivers: Vec<&[Step]> = laid_out.chunks_exact(steps).collect();
+        for (near, start) in slivers.chunks(NEAR).zip((0..).step_by(NEAR)) {
+            for (i, wide) in slivers.iter().enumerate().skip(start) {
+                for (j, tall) in (start..=i).zip(near) {
+                    for at in (0..SLIVER.min(side - SLIVER * i)).step_by(WIDE) {
+                        let vectors = match i == j && !T::WHOLE_DIAGONAL {
+                            true => (at + WIDE).div_ceil(LANES),
+                            false => TALL,
+                        };
                         // SAFETY: the processor has the instructions: it was asked.
                         unsafe {
-                            L::products(tall, wide, at, &mut sums);
-                            c.add(first + at, column, &sums);
-                        }
+                            add_tile::<L, T>(c, [SLIVER * i, SLIVER * j], tall, wide, at, vectors)
+                        };
                     }
                 }
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    unsafe fn add_tile<L: Lane, T: Target>(
+        c: &mut T,
+        [row, column]: [usize; 2],
+        tall: &[Step],
+        wide: &[Step],
+        at: usize,
+        vectors: usize,
+    ) {
+        let [columns, sums] = T::SUMMED;
+        let summed = columns / L::COLUMNS;
+        let parts = tall.chunks(sums * summed).zip(wide.chunks(sums * summed));
+        for (tall, wide) in parts {
+            let mut aside = [[0f32; SLIVER]; WIDE];
+            let there = c.tile(row + at, column);
+            let is_aside = there.is_none();
+            let mut tile = there.unwrap_or(Tile {
+                values: aside.as_flattened_mut(),
+                stride: SLIVER,
+            });
+            for (tall, wide) in tall.chunks(summed).zip(wide.chunks(summed)) {
+                // SAFETY: the caller promised the instructions.
+                unsafe { L::add(tall, wide, at, vectors, &mut tile) };
+            }
+            if is_aside {
+                // SAFETY: as above.
+                unsafe { c.add(row + at, column, &aside) };
             }
         }
     }
