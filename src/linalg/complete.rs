@@ -60,7 +60,10 @@ impl Problem<'_> {
             long.permute(&order)?;
         }
         let sigma: Array1<f32> = order.iter().map(|&i| sigma[i]).collect();
-        long.orthonormalise()?;
+        // vᵢ = sᵢ·M/σᵢ are as orthonormal as the sᵢ, but for what rounding left of sⱼ in sᵢ, of which σⱼ/σᵢ are there
+        let last = sigma[sigma.len() - 1];
+        let large = sigma.iter().take_while(|&&x| x > 4.0 * last).count();
+        long.orthonormalise(large, self.algorithm.seed)?;
         self.certified(short, sigma, long, route)
     }
 
