@@ -555,7 +555,7 @@ mod tests {
         orthonormalise_rows(v.view_mut()).expect("independent rows");
         for (i, mut row) in v.rows_mut().into_iter().enumerate() {
             row *= match i {
-                0 => 95.0,
+                0 => 220.0,
                 1..140 => 1.4,
                 _ => 0.3 - 0.0003 * i as f32,
             };
