@@ -65,16 +65,16 @@ struct StepArgs {
 }
 
 impl StepArgs {
-    fn step(&self) -> Step {
-        Step {
-            method: self.method.method(0),
+    fn step(&self) -> Result<Step> {
+        Ok(Step {
+            method: self.method.method(0)?,
             norms: self.train.contains(&Group::Norms),
             embeddings: self.train.contains(&Group::Embeddings),
             batch: self.batch.get(),
             length: self.length,
             recompute: self.recompute,
             number_bytes: 4,
-        }
+        })
     }
 }
 
@@ -159,7 +159,7 @@ impl Command {
 
     fn plan(&self, session: &Session) -> Result<Plan> {
         let options = self.options.options();
-        let step = self.step.step();
+        let step = self.step.step()?;
         let plan = |root: &Path, config: &ModelConfig, inventory: &Inventory| -> Result<Plan> {
             let plan = Plan::new(root, config, inventory, &options)?;
             Ok(plan.with_training(config, &step, options.storing.factors))

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use svdhub::card::{bytes, thousands};
 use svdhub::event::Silent;
 use svdhub::hub::ModelRef;
-use svdhub::model::{Lora, Method, Parametrisation};
+use svdhub::model::{Method, Parametrisation};
 use svdhub::train::optimizer::Schedule;
 use svdhub::train::{self, Duration, Facts, Options};
 use svdhub::{Error, Result, heap};
@@ -94,17 +94,12 @@ pub struct MethodArgs {
         help_heading = "Method"
     )]
     method: MethodChoice,
-    /// Of sigma: absolute moves all σ by about the same, relative by the same share of themselves
-    #[arg(
-        long,
-        value_name = "HOW",
-        default_value = "absolute",
-        help_heading = "Method"
-    )]
-    parametrisation: ParametrisationChoice,
-    /// r of lora and lora-xs; where fewer triplets are stored, lora-xs takes these
-    #[arg(long, value_name = "R", default_value = "8", help_heading = "Method")]
-    lora_rank: NonZeroUsize,
+    /// Of sigma: absolute moves all σ by about the same, relative by the same share of themselves [default: absolute]
+    #[arg(long, value_name = "HOW", help_heading = "Method")]
+    parametrisation: Option<ParametrisationChoice>,
+    /// r of lora and lora-xs; where fewer triplets are stored, lora-xs takes these [default: 8]
+    #[arg(long, value_name = "R", help_heading = "Method")]
+    lora_rank: Option<NonZeroUsize>,
     /// α of lora: B·A is multiplied by α/r [default: 2·r]
     #[arg(long, value_name = "ALPHA", help_heading = "Method")]
     lora_alpha: Option<NonZeroUsize>,
@@ -126,21 +121,52 @@ enum ParametrisationChoice {
 
 impl MethodArgs {
     /// The method; `seed` is of what it draws.
-    pub fn method(&self, seed: u64) -> Method {
-        let rank = self.lora_rank.get();
-        match self.method {
-            MethodChoice::Sigma => Method::Sigma(match self.parametrisation {
-                ParametrisationChoice::Absolute => Parametrisation::Absolute,
-                ParametrisationChoice::Relative => Parametrisation::Relative,
+    ///
+    /// # Errors
+    /// An option of another method.
+    pub fn method(&self, seed: u64) -> Result<Method> {
+        use MethodChoice::{Full, Lora, LoraXs, Sigma};
+        let given = [
+            (
+                "--parametrisation",
+                self.parametrisation.is_some(),
+                &[Sigma][..],
+            ),
+            ("--lora-rank", self.lora_rank.is_some(), &[Lora, LoraXs]),
+            ("--lora-alpha", self.lora_alpha.is_some(), &[Lora]),
+        ];
+        let name = |method: &MethodChoice| {
+            let value = method.to_possible_value().expect("none is hidden");
+            value.get_name().to_string()
+        };
+        for (option, is_given, methods) in given {
+            if is_given && !methods.contains(&self.method) {
+                let methods: Vec<_> = methods.iter().map(name).collect();
+                return Err(Error::Parse {
+                    what: "an option that does something here",
+                    value: option.into(),
+                    reason: format!(
+                        "the method is {}, and it is one of {}",
+                        name(&self.method),
+                        methods.join(" and ")
+                    ),
+                });
+            }
+        }
+        let rank = self.lora_rank.map_or(8, NonZeroUsize::get);
+        Ok(match self.method {
+            Sigma => Method::Sigma(match self.parametrisation {
+                None | Some(ParametrisationChoice::Absolute) => Parametrisation::Absolute,
+                Some(ParametrisationChoice::Relative) => Parametrisation::Relative,
             }),
-            MethodChoice::Lora => Method::Lora(Lora {
+            Lora => Method::Lora(svdhub::model::Lora {
                 rank,
                 alpha: self.lora_alpha.map_or(2 * rank, NonZeroUsize::get),
                 seed,
             }),
-            MethodChoice::LoraXs => Method::LoraXs { rank },
-            MethodChoice::Full => Method::Full,
-        }
+            LoraXs => Method::LoraXs { rank },
+            Full => Method::Full,
+        })
     }
 }
 
@@ -182,9 +208,9 @@ pub fn length(text: &str) -> Result<usize> {
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
         heap::keep_all();
+        let method = self.method.method(self.seed)?;
         let (device, group) = session.device_and_group(self.device, self.parallel)?;
         let (source, pin) = session.source_and_origin(&self.model, &[], self.base.as_ref())?;
-        let method = self.method.method(self.seed);
         let duration = match (self.steps, self.epochs) {
             (Some(steps), _) => Duration::Steps(steps.get()),
             (None, epochs) => Duration::Epochs(epochs.unwrap_or(1.0)),

@@ -1,13 +1,16 @@
 //! From short singular vectors to the whole: the values, the long vectors, and a look at what came out.
 
-use ndarray::{Array1, Array2, ArrayView2, Axis, s};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, s};
 
 use super::algorithm::{Route, Svd};
 use super::certificate::certify_operand;
-use super::operand::Operand;
-use super::product::{gemm, short_side_first};
+use super::lapack::orthonormalise_rows;
+use super::operand::{Operand, pass};
+use super::product::{gemm, multiply, short_side_first};
+use super::rows;
 use super::svd::Problem;
 use crate::error::Result;
+use crate::random::random_signs;
 
 impl Problem<'_> {
     /// Of the values so small beside the first that f32 vectors cannot give them to the tolerance: ‖sᵢ·M‖ in f64,
@@ -63,7 +66,11 @@ impl Problem<'_> {
         // vᵢ = sᵢ·M/σᵢ are as orthonormal as the sᵢ, but for what rounding left of sⱼ in sᵢ, of which σⱼ/σᵢ are there
         let last = sigma[sigma.len() - 1];
         let large = sigma.iter().take_while(|&&x| x > 4.0 * last).count();
-        long.orthonormalise(large, self.algorithm.seed)?;
+        match &mut long {
+            Operand::Host(x) => orthonormalise(x.view_mut(), large, self.algorithm.seed)?,
+            // there, this takes less time than to find out whether it is needed
+            there => there.orthonormalise()?,
+        }
         self.certified(short, sigma, long, route)
     }
 
@@ -119,5 +126,89 @@ impl Problem<'_> {
 
     pub(super) fn is_wide(&self) -> bool {
         self.matrix.nrows() <= self.matrix.ncols()
+    }
+}
+
+/// As [`orthonormalise_rows`], unless the rows are orthonormal already, or are but for the first `large`.
+fn orthonormalise(mut x: ArrayViewMut2<f32>, large: usize, seed: u64) -> Result<()> {
+    // what is taken out of the others may cost a fraction of making all of them orthonormal
+    const SHARE_MAX: usize = 8;
+    if (1..=x.nrows() / SHARE_MAX).contains(&large) {
+        take_out_first(x.view_mut(), large)?;
+    }
+    match are_orthonormal(x.view(), seed)? {
+        true => Ok(()),
+        false => orthonormalise_rows(x),
+    }
+}
+
+/// Makes the first rows orthonormal, and takes them out of the others.
+fn take_out_first(x: ArrayViewMut2<f32>, count: usize) -> Result<()> {
+    let (mut first, mut rest) = x.split_at(Axis(0), count);
+    orthonormalise_rows(first.view_mut())?;
+    let inside = gemm(rest.view(), false, first.view(), true);
+    multiply(&mut rest, 1.0, inside.view(), -1.0, first.view());
+    Ok(())
+}
+
+/// Whether the rows are orthonormal to single precision: the products of any one with all others are 10⁻⁵ together at most,
+/// root of the sum of squares.
+///
+/// For z of independent signs, E((x·xᵀ − 1)·z)ᵢ² is that sum; a single product shows as it is.
+fn are_orthonormal(x: ArrayView2<f32>, seed: u64) -> Result<bool> {
+    const PROBES: usize = 16;
+    const OFF_MAX: f64 = 1e-5;
+    let z = random_signs(PROBES, x.nrows(), seed);
+    let [back] = pass([(Operand::Host(x.into()), z.view())], |[there]| there)?;
+    let off = back - z;
+    let most = PROBES as f64 * OFF_MAX.powi(2);
+    Ok((off.columns().into_iter()).all(|of_row| rows::norm_squared(of_row) <= most))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::normal;
+
+    fn orthonormal() -> Array2<f32> {
+        let mut rows = normal(40, 300, 1);
+        orthonormalise_rows(rows.view_mut()).expect("orthonormal");
+        rows
+    }
+
+    #[test]
+    fn rows_are_left_alone_where_single_precision_tells_no_difference() {
+        let rows = orthonormal();
+        for off in [3e-6, 3e-5] {
+            // one product of all
+            let mut leaning = rows.clone();
+            leaning.row_mut(30).scaled_add(off, &rows.row(20));
+            let mut x = leaning.clone();
+            orthonormalise(x.view_mut(), 0, 7).expect("orthonormal");
+            assert_eq!(x == leaning, off < 1e-5);
+            let product = x.row(30).dot(&x.row(20));
+            assert!(product.abs() < 4e-6, "{product:e} of {off:e}");
+        }
+    }
+
+    #[test]
+    fn the_first_rows_are_taken_out_of_the_others() {
+        let rows = orthonormal();
+        let mut leaning = rows.clone();
+        let along = &rows.row(0) * 0.01 - &rows.row(2) * 0.02;
+        let others = leaning.rows_mut().into_iter().skip(1);
+        others.for_each(|mut row| row += &along);
+        let mut x = leaning.clone();
+        take_out_first(x.view_mut(), 3).expect("multiplies");
+        for ((i, j), product) in x.dot(&x.t()).indexed_iter() {
+            let wanted = if i == j { 1.0 } else { 0.0 };
+            // among themselves, the others are what they were
+            let is_told = i.min(j) < 3;
+            assert!(!is_told || (product - wanted).abs() < 2e-6, "({i}, {j})");
+        }
+        // and then, nothing but their lengths is off: 10⁻⁴
+        orthonormalise(leaning.view_mut(), 3, 7).expect("orthonormal");
+        let off = leaning.dot(&leaning.t()) - Array2::<f32>::eye(40);
+        assert!(off.iter().all(|x| x.abs() < 2e-6));
     }
 }

@@ -17,7 +17,6 @@ use super::rows;
 use super::tiles::Lower;
 use crate::device::{Queue, Queues};
 use crate::error::Result;
-use crate::random::random_signs;
 
 /// Where products with a whole matrix are computed.
 #[derive(Debug, Clone, Default)]
@@ -440,53 +439,8 @@ impl Operand<'static> {
         Ok(())
     }
 
-    /// Makes the first rows orthonormal, and takes them out of the others.
-    fn take_out_first(&mut self, count: usize) -> Result<()> {
-        match self {
-            Self::Host(x) => {
-                let (mut first, mut rest) = x.view_mut().split_at(Axis(0), count);
-                orthonormalise_rows(first.view_mut())?;
-                let inside = gemm(rest.view(), false, first.view(), true);
-                multiply(&mut rest, 1.0, inside.view(), -1.0, first.view());
-            }
-            Self::Device(there) => {
-                let x = &there.matrix;
-                let rest = x.narrow(0, count, x.dim(0)? - count)?;
-                if let Some(first) = there.orthonormal(&x.narrow(0, 0, count)?)? {
-                    let inside = rest.matmul(&first.t()?)?;
-                    let rest = rest.sub(&inside.matmul(&first)?)?;
-                    there.matrix = Tensor::cat(&[first, rest], 0)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the rows are orthonormal to single precision: the products of any one with all others are 10⁻⁵ together at most,
-    /// root of the sum of squares.
-    ///
-    /// For z of independent signs, E((x·xᵀ − 1)·z)ᵢ² is that sum; a single product shows as it is.
-    fn are_orthonormal(&self, seed: u64) -> Result<bool> {
-        const PROBES: usize = 16;
-        const OFF_MAX: f64 = 1e-5;
-        let z = random_signs(PROBES, self.dim().0, seed);
-        let [back] = pass([(self.borrowed(), z.view())], |[through]| through)?;
-        let off = back - z;
-        Ok((off.columns().into_iter())
-            .all(|of_row| rows::norm_squared(of_row) <= PROBES as f64 * OFF_MAX.powi(2)))
-    }
-
-    /// As [`orthonormalise_rows`], but where the first few are all that keeps them from being orthonormal, for a fraction of its
-    /// price.
-    pub fn orthonormalise(&mut self, few: usize, seed: u64) -> Result<()> {
-        const SHARE_MAX: usize = 8;
-        let (count, _) = self.dim();
-        if (1..=count / SHARE_MAX).contains(&few) {
-            self.take_out_first(few)?;
-        }
-        if self.are_orthonormal(seed)? {
-            return Ok(());
-        }
+    /// As [`orthonormalise_rows`].
+    pub fn orthonormalise(&mut self) -> Result<()> {
         let there = match self {
             Self::Host(x) => return orthonormalise_rows(x.view_mut()),
             Self::Device(there) => there,
@@ -642,7 +596,7 @@ mod tests {
                 let order: Vec<usize> = (0..20).rev().collect();
                 x.permute(&order).expect("permutes");
                 let lengths = x.normalise().expect("divides");
-                x.orthonormalise(0, 7).expect("orthonormal");
+                x.orthonormalise().expect("orthonormal");
                 (lengths, x.into_host().expect("it is there"))
             };
             let (here, there) = (made(&Backend::Cpu), made(&there));
@@ -658,57 +612,6 @@ mod tests {
             let off = &here.1 - &there.1;
             let known = off.slice(ndarray::s![..12, ..]);
             assert!(known.iter().all(|x| x.abs() < 1e-4));
-        }
-    }
-
-    #[test]
-    fn rows_are_left_alone_where_single_precision_tells_no_difference() {
-        let mut rows = normal(40, 300, 1);
-        orthonormalise_rows(rows.view_mut()).expect("orthonormal");
-        for backend in [Backend::Cpu, Backend::Device(Queues::of(Device::Cpu))] {
-            let place = Operand::new(rows.view(), &backend).expect("uploads");
-            for off in [3e-6, 3e-5] {
-                // one product of all
-                let mut leaning = rows.clone();
-                leaning.row_mut(30).scaled_add(off, &rows.row(20));
-                let mut x = place.beside(leaning.clone()).expect("uploads");
-                x.orthonormalise(0, 7).expect("orthonormal");
-                let x = x.into_host().expect("it is there");
-                assert_eq!(x == leaning, off < 1e-5);
-                let product = x.row(30).dot(&x.row(20));
-                assert!(product.abs() < 4e-6, "{product:e} of {off:e}");
-            }
-        }
-    }
-
-    #[test]
-    fn the_first_rows_are_taken_out_of_the_others() {
-        let mut rows = normal(40, 300, 1);
-        orthonormalise_rows(rows.view_mut()).expect("orthonormal");
-        let mut leaning = rows.clone();
-        let along = &rows.row(0) * 0.01 - &rows.row(2) * 0.02;
-        leaning
-            .rows_mut()
-            .into_iter()
-            .skip(1)
-            .for_each(|mut row| row += &along);
-        for backend in [Backend::Cpu, Backend::Device(Queues::of(Device::Cpu))] {
-            let place = Operand::new(rows.view(), &backend).expect("uploads");
-            for few in [3, 0] {
-                let mut x = place.beside(leaning.clone()).expect("uploads");
-                if few > 0 {
-                    x.take_out_first(few).expect("multiplies");
-                } else {
-                    x.orthonormalise(3, 7).expect("orthonormal");
-                }
-                let x = x.into_host().expect("it is there");
-                let first = if few > 0 { few } else { 40 };
-                for ((i, j), product) in x.dot(&x.t()).indexed_iter() {
-                    let wanted = if i == j { 1.0 } else { 0.0 };
-                    let is_told = i.min(j) < first && (i != j || i < first);
-                    assert!(!is_told || (product - wanted).abs() < 2e-6, "({i}, {j})");
-                }
-            }
         }
     }
 }

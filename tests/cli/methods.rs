@@ -154,6 +154,30 @@ fn a_tied_head_moves_along_with_the_embedding_and_whole_weights_leave_it_alone()
 }
 
 #[test]
+fn an_option_of_another_method_is_refused() {
+    let world = World::new();
+    let base = world.model("base", Dtype::F32, u64::MAX);
+    let refused = |options: &[&str], words: &[&str]| {
+        let plan = [&["plan", arg(&base)], options].concat();
+        world.run(&plan).refuses(words);
+        let train = ["train", arg(&base), "--data", "x", "--out", "y"];
+        world.run(&[&train, options].concat()).refuses(words);
+    };
+    refused(
+        &["--lora-rank", "4"],
+        &["--lora-rank", "the method is sigma", "lora and lora-xs"],
+    );
+    refused(
+        &["--method", "lora-xs", "--lora-alpha", "4"],
+        &["--lora-alpha", "the method is lora-xs", "one of lora"],
+    );
+    refused(
+        &["--method", "full", "--parametrisation", "relative"],
+        &["--parametrisation", "the method is full", "one of sigma"],
+    );
+}
+
+#[test]
 fn methods_mix_linearly() {
     let world = World::new();
     let (base, split) = decomposed(&world, Dtype::F32, &[]);
