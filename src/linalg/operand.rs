@@ -278,15 +278,16 @@ impl Rest<'_, '_> {
         }
     }
 
-    /// R·Rᵀ in f32; from M·Mᵀ if `squared`, where it can be.
-    pub fn gram(&self, squared: bool) -> Result<Gram> {
+    /// R·Rᵀ in f32; from M·Mᵀ if `squared`, where it can be, with the noise of [`Lower::noise`] for that `fast`.
+    pub fn gram(&self, squared: Option<bool>) -> Result<Gram> {
         // as many columns at a time as keep the copies small
         const COLUMNS: usize = 1024;
         Ok(match self.whole {
             whole if self.x.is_empty() => return whole.gram(),
             Operand::Host(m) => {
-                if squared {
-                    let square = Lower::square(m.view());
+                if let Some(fast) = squared
+                    && let Some(square) = Lower::square(m.view(), fast)
+                {
                     return Ok(Gram::Host(square.without(self.x.view())));
                 }
                 let columns = m.axis_chunks_iter(Axis(1), COLUMNS);
@@ -499,7 +500,7 @@ mod tests {
         for backend in [Backend::Cpu, Backend::Device(Queues::of(Device::Cpu))] {
             let whole = Operand::new(matrix.view(), &backend).expect("uploads");
             let rest = whole.without(&x).expect("multiplies");
-            let gram = rest.gram(false).expect("multiplies");
+            let gram = rest.gram(None).expect("multiplies");
             let squared = rest.square(y.view()).expect("multiplies");
             let applied = gram.apply(y.view()).expect("multiplies");
             let gram = gram.into_host().expect("it is there");

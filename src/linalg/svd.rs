@@ -201,15 +201,16 @@ impl Problem<'_> {
         });
         let first = large.sigma.first().copied().unwrap_or_default();
         // noise ‖E‖ in the Gram matrix costs the leading vectors some 10·‖E‖²/(s·σ_q⁴) of what is left without them
-        let noise = Lower::noise(length) * first.powi(2);
+        let noise = Lower::noise(length, self.algorithm.fast) * first.powi(2);
         let noise_max = (NOISE_EXCESS * side as f64).sqrt();
         let apart: f64 = large.sigma.iter().map(|s| s * s).sum();
         let mean = (self.norm_squared - apart).max(0.0) / side as f64;
         let rest = self.short.without(&large.vectors)?;
-        let squared = noise <= noise_max * guess.powi(2) * mean && rest.can_be_squared();
+        let squared = noise <= noise_max * guess.powi(2) * mean;
         let mut pairs = self.pairs(&rest, &large, wanted, squared)?;
         let last = |pairs: &Pairs| f64::from(*pairs.0.last().expect("at least one is computed"));
-        if squared && (pairs.iter()).any(|(_, pairs)| noise > 2.0 * noise_max * last(pairs)) {
+        let is_noisy = |(_, found): &(Route, Pairs)| noise > 2.0 * noise_max * last(found);
+        if squared && pairs.as_ref().is_some_and(is_noisy) && rest.can_be_squared() {
             // σ_q is less than was guessed
             pairs = self.pairs(&rest, &large, wanted, false)?;
         }
@@ -300,7 +301,7 @@ impl Problem<'_> {
                 let pairs = if growth.is_cheaper_without_gram(short.dim()) {
                     krylov::leading(|x| short.square(x), side, q, &growth, algorithm.seed)?
                 } else {
-                    let gram = at_hand.insert(short.gram(squared)?);
+                    let gram = at_hand.insert(short.gram(squared.then_some(algorithm.fast))?);
                     krylov::leading(|x| gram.apply(x), side, q, &growth, algorithm.seed)?
                 };
                 if let Some(pairs) = pairs {
@@ -310,7 +311,7 @@ impl Problem<'_> {
         }
         let reduced = Tridiagonal::reduce(match at_hand {
             Some(gram) => gram.into_host()?,
-            None => short.gram(squared)?.into_host()?,
+            None => short.gram(squared.then_some(algorithm.fast))?.into_host()?,
         })?;
         let q = match wanted {
             Wanted::Triplets(q) => q - large.sigma.len(),
