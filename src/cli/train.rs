@@ -82,6 +82,9 @@ pub struct Command {
     base: Option<ModelRef>,
 }
 
+/// r of a LoRA, unless it is given: PEFT's own.
+const LORA_RANK: usize = 8;
+
 /// What moves of the linear layers.
 #[derive(Args, Clone)]
 pub struct MethodArgs {
@@ -97,8 +100,12 @@ pub struct MethodArgs {
     /// Of sigma: absolute moves all σ by about the same, relative by the same share of themselves [default: absolute]
     #[arg(long, value_name = "HOW", help_heading = "Method")]
     parametrisation: Option<ParametrisationChoice>,
-    /// r of lora and lora-xs; where fewer triplets are stored, lora-xs takes these [default: 8]
-    #[arg(long, value_name = "R", help_heading = "Method")]
+    #[arg(
+        long,
+        value_name = "R",
+        help_heading = "Method",
+        help = format!("r of lora and lora-xs; where fewer triplets are stored, lora-xs takes these [default: {LORA_RANK}]")
+    )]
     lora_rank: Option<NonZeroUsize>,
     /// α of lora: B·A is multiplied by α/r [default: 2·r]
     #[arg(long, value_name = "ALPHA", help_heading = "Method")]
@@ -153,10 +160,11 @@ impl MethodArgs {
                 });
             }
         }
-        let rank = self.lora_rank.map_or(8, NonZeroUsize::get);
+        let rank = self.lora_rank.map_or(LORA_RANK, NonZeroUsize::get);
         Ok(match self.method {
             Sigma => Method::Sigma(match self.parametrisation {
-                None | Some(ParametrisationChoice::Absolute) => Parametrisation::Absolute,
+                None => Parametrisation::default(),
+                Some(ParametrisationChoice::Absolute) => Parametrisation::Absolute,
                 Some(ParametrisationChoice::Relative) => Parametrisation::Relative,
             }),
             Lora => Method::Lora(svdhub::model::Lora {

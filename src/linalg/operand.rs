@@ -3,6 +3,7 @@
 //! What is as long as a weight stays on the device, and so does what is made of it. The small eigenproblems are solved on the
 //! CPU, where they overlap with the next matrix.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use candle_core::{D, DType, Device, Tensor};
@@ -194,6 +195,7 @@ impl<'a> Operand<'a> {
             whole: self,
             x,
             part,
+            was_squared: Cell::new(false),
         })
     }
 }
@@ -246,6 +248,7 @@ pub struct Rest<'r, 'a> {
     x: &'r Array2<f32>,
     /// x·M (k, l)
     part: Array2<f32>,
+    was_squared: Cell<bool>,
 }
 
 impl Rest<'_, '_> {
@@ -269,25 +272,21 @@ impl Rest<'_, '_> {
         Ok(squared)
     }
 
-    /// Whether M·Mᵀ, from which what was taken out is taken out again, is a faster way to [`Rest::gram`], which has then the
-    /// noise [`Lower::noise`] of that.
-    pub fn can_be_squared(&self) -> bool {
-        match self.whole {
-            Operand::Host(m) => !self.x.is_empty() && Lower::suits(m.view()),
-            Operand::Device(_) => false,
-        }
+    /// Whether [`Rest::gram`] went by M·Mᵀ.
+    pub fn was_squared(&self) -> bool {
+        self.was_squared.get()
     }
 
-    /// R·Rᵀ in f32; from M·Mᵀ if `squared`, where it can be, with the noise of [`Lower::noise`] for that `fast`.
+    /// R·Rᵀ in f32; from M·Mᵀ if `squared`, where that is faster, with the noise of [`Lower::noise`] for that `fast`.
     pub fn gram(&self, squared: Option<bool>) -> Result<Gram> {
         // as many columns at a time as keep the copies small
         const COLUMNS: usize = 1024;
         Ok(match self.whole {
             whole if self.x.is_empty() => return whole.gram(),
             Operand::Host(m) => {
-                if let Some(fast) = squared
-                    && let Some(square) = Lower::square(m.view(), fast)
-                {
+                let square = squared.and_then(|fast| Lower::square(m.view(), fast));
+                self.was_squared.set(square.is_some());
+                if let Some(square) = square {
                     return Ok(Gram::Host(square.without(self.x.view())));
                 }
                 let columns = m.axis_chunks_iter(Axis(1), COLUMNS);

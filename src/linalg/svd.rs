@@ -210,7 +210,7 @@ impl Problem<'_> {
         let mut pairs = self.pairs(&rest, &large, wanted, squared)?;
         let last = |pairs: &Pairs| f64::from(*pairs.0.last().expect("at least one is computed"));
         let is_noisy = |(_, found): &(Route, Pairs)| noise > 2.0 * noise_max * last(found);
-        if squared && pairs.as_ref().is_some_and(is_noisy) && rest.can_be_squared() {
+        if rest.was_squared() && pairs.as_ref().is_some_and(is_noisy) {
             // σ_q is less than was guessed
             pairs = self.pairs(&rest, &large, wanted, false)?;
         }

@@ -33,6 +33,7 @@ pub fn add_square_lower(mut c: ArrayViewMut2<f32>, x: ArrayView2<f32>) -> bool {
 }
 
 /// The lower half of a symmetric matrix (s, s) in f64.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // made there alone
 pub struct Lower {
     side: usize,
     /// Columns that are summed in f32, and how many such sums, before f64 takes over.
@@ -50,32 +51,22 @@ impl Lower {
         if fast { [256, 1] } else { [32, 4] }
     }
 
-    /// Whether [`Lower::square`] is there and faster than other ways: for numbers that bf16 holds, on processors that multiply
-    /// these.
-    pub fn suits(x: ArrayView2<f32>) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        if avx512::is_there() && avx512::has_halves() {
-            return are_halves(x);
-        }
-        let _ = x;
-        false
-    }
-
-    /// x·xᵀ for an x (s, k), as exact as [`Lower::noise`] tells, if it suits.
+    /// x·xᵀ for an x (s, k), as exact as [`Lower::noise`] tells, where this is faster than other ways: of numbers that bf16 holds,
+    /// on processors that multiply these.
     pub fn square(x: ArrayView2<f32>, fast: bool) -> Option<Self> {
-        if !Self::suits(x) {
-            return None;
-        }
-        let blocks = x.nrows().div_ceil(Self::ROWS);
-        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
-        let mut square = Self {
-            side: x.nrows(),
-            summed: Self::summing(fast),
-            values: zeros(1, Self::place(blocks).start),
-        };
         #[cfg(target_arch = "x86_64")]
-        avx512::add_square::<avx512::Halves>(&mut square, x);
-        Some(square)
+        if avx512::is_there() && avx512::has_halves() && are_halves(x) {
+            let blocks = x.nrows().div_ceil(Self::ROWS);
+            let mut square = Self {
+                side: x.nrows(),
+                summed: Self::summing(fast),
+                values: zeros(1, Self::place(blocks).start),
+            };
+            avx512::add_square::<avx512::Halves>(&mut square, x);
+            return Some(square);
+        }
+        let _ = (x, fast);
+        None
     }
 
     /// Standard deviation of an element of x·xᵀ for x (s, k), relative to it, where all its terms have the same sign.
