@@ -15,7 +15,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::event::{Event, Observer, Stage, Unit};
 use crate::format::Origin;
 use crate::model::memory::{Step, Training};
-use crate::model::{Decoder, Gradients, Lora, Method, Parametrisation, Trained, stacked};
+use crate::model::{Decoder, Gradients, Lora, Method, Parametrisation, Trained, gpu, stacked};
 use crate::parallel::{Alone, Group, refuse_uneven, share};
 use crate::plan::{Plan, PlanOptions};
 use crate::report;
@@ -574,11 +574,14 @@ impl<'a> Run<'a> {
             let gradients = bundle
                 .iter()
                 .map(|(name, variable)| match tensors.remove(*name) {
-                    Some(gradient) => gradient.to_dtype(DType::F32)?.flatten_all(),
+                    Some(gradient) => gradient.to_dtype(DType::F32)?.flatten_all()?.contiguous(),
                     None => Tensor::zeros(variable.elem_count(), DType::F32, variable.device()),
                 });
             let gradients = gradients.collect::<candle_core::Result<Vec<_>>>()?;
-            let mut there = Tensor::cat(&gradients, 0)?;
+            let mut there = match gpu::gather(&gradients)? {
+                Some(there) => there,
+                None => Tensor::cat(&gradients, 0)?,
+            };
             drop(gradients);
             let mut gradient = there.to_vec1::<f32>()?;
             if group.size() > 1 {
@@ -623,17 +626,8 @@ impl<'a> Run<'a> {
         if there.device().is_cuda() {
             let values = bundle.iter().map(|(_, variable)| variable.flatten_all());
             let values = values.collect::<candle_core::Result<Vec<_>>>()?;
-            // of one alone, `cat` is no copy: it would be changed where the variable lies
-            let values = Tensor::cat(&values, 0)?.copy()?;
             let optimizer = &mut self.optimizer;
             if optimizer.update_there(&counts, &values, there, learning_rate)? {
-                let mut start = 0;
-                for (_, variable) in bundle {
-                    let count = variable.elem_count();
-                    let moved = values.narrow(0, start, count)?;
-                    variable.set(&moved.reshape(variable.dims())?)?;
-                    start += count;
-                }
                 return Ok(());
             }
         }

@@ -508,9 +508,11 @@ pub fn scale_columns(x: &Tensor, factors: &Tensor) -> Result<Option<Tensor>> {
     Ok(Some(y))
 }
 
-/// y += a·b in place, with y (rows, n), a (rows, k), b (k, n): nobody else may hold y. Says whether it did.
+/// y += a·b in place, with y (rows, n), a (rows, k), b (k, n) dense as it lies or turned: nobody else may hold y. Says whether
+/// it did.
 pub fn add_product(y: &Tensor, a: &Tensor, b: &Tensor) -> Result<bool> {
-    if kind(&[y, a, b]).is_none() {
+    let dense = if b.is_contiguous() { b } else { &b.t()? };
+    if kind(&[y, a, dense]).is_none() {
         return Ok(false);
     }
     device::multiply(y, 1.0, a, b, 1.0, Reading::Whole)?;
@@ -583,32 +585,78 @@ pub struct AdamW {
     pub step: usize,
 }
 
-/// One step on numbers and their moments, in place, all f32 and of one length: the same bits as on the CPU.
+/// Threads of the kernels that take a table of parts.
+const PART_BLOCK: usize = 128;
+
+/// A table of the tensors that lie one behind the other in a long one, and the launch that takes them all; all f32.
+fn parts(tensors: &[Tensor]) -> Result<Option<(Tensor, Geometry)>> {
+    let all: Vec<&Tensor> = tensors.iter().collect();
+    let Some("f32") = kind(&all) else {
+        return Ok(None);
+    };
+    let mut table = Vec::with_capacity(4 * tensors.len());
+    let (mut start, mut longest) = (0u32, 0);
+    for tensor in tensors {
+        let address = launch::address_of(tensor)?;
+        let length = u32::try_from(tensor.elem_count()).map_err(candle_core::Error::wrap)?;
+        table.extend([address as u32, (address >> 32) as u32, start, length]);
+        start = match start.checked_add(length) {
+            Some(end) => end,
+            None => bail!("more than 2³² numbers at once"),
+        };
+        longest = longest.max(tensor.elem_count());
+    }
+    let table = Tensor::from_vec(table, (tensors.len(), 4), tensors[0].device())?;
+    let geometry = Geometry {
+        grid: [
+            longest.div_ceil(PART_BLOCK).min(MOST_BLOCKS),
+            tensors.len(),
+            1,
+        ],
+        block: PART_BLOCK,
+        shared_bytes: 0,
+    };
+    Ok(Some((table, geometry)))
+}
+
+/// The numbers of many tensors, one behind the other: f32.
+pub fn gather(tensors: &[Tensor]) -> Result<Option<Tensor>> {
+    let Some((table, geometry)) = parts(tensors)? else {
+        return Ok(None);
+    };
+    let count: usize = tensors.iter().map(Tensor::elem_count).sum();
+    let all = room(count, DType::F32, &tensors[0])?;
+    run(
+        "sigma",
+        "gather",
+        geometry,
+        &[Arg::Tensor(&table), Arg::Tensor(&all)],
+    )?;
+    Ok(Some(all))
+}
+
+/// One step on the numbers of some tensors, in place, whose gradients and moments lie one behind the other; all f32, and the
+/// same bits as on the CPU.
 pub fn adamw(
-    values: &Tensor,
+    values: &[Tensor],
     gradient: &Tensor,
     moments: [&Tensor; 2],
     with: AdamW,
 ) -> Result<bool> {
-    const NUMBERS: usize = 128;
     let [first, second] = moments;
-    let Some("f32") = kind(&[values, gradient, first, second]) else {
+    let (Some("f32"), Some((table, geometry))) = (kind(&[gradient, first, second]), parts(values)?)
+    else {
         return Ok(false);
     };
-    let count = values.elem_count();
     run(
         "sigma",
         "adamw",
-        Geometry {
-            block: NUMBERS,
-            ..Geometry::blocks(count.div_ceil(NUMBERS).min(MOST_BLOCKS), 1)
-        },
+        geometry,
         &[
-            Arg::Tensor(values),
+            Arg::Tensor(&table),
             Arg::Tensor(gradient),
             Arg::Tensor(first),
             Arg::Tensor(second),
-            Arg::Size(count),
             Arg::F64(with.learning_rate),
             Arg::F64(with.beta1),
             Arg::F64(with.beta2),

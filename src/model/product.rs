@@ -49,22 +49,34 @@ impl Thin {
         })
     }
 
-    /// y + inner·diag(d)·away, where `facing` gives the inner product if it is not known. Nobody else may hold y.
-    fn added(&self, y: Tensor, x: &Tensor, facing: &Tensor, away: &Tensor) -> Result<Tensor> {
+    /// (x·facingᵀ)·diag(d), which the other factor is multiplied by.
+    fn inner(&self, x: &Tensor, facing: &Tensor) -> Result<Tensor> {
         let inner = match &self.inner {
             Some(inner) => inner.clone(),
             None => times(x, &like(facing, x)?.t()?)?,
         };
-        let inner = match &self.diagonal {
-            Some(diagonal) => through(&inner, diagonal)?,
-            None => inner,
-        };
-        let away = like(away, x)?;
-        if gpu::add_product(&rows(&y)?, &rows(&inner)?, &away)? {
-            return Ok(y);
+        match &self.diagonal {
+            Some(diagonal) => through(&inner, diagonal),
+            None => Ok(inner),
         }
-        y + times(&inner, &away)?
     }
+}
+
+/// x·W with W (k, p), and what thin products (…, q) · (q, p) add to it.
+///
+/// The thin ones come first: the large product then reads their sum while it computes, where they would read and write its
+/// result and have little else to do; and what is rounded in between is the smaller part.
+fn summed(x: &Tensor, weight: &Tensor, thin: Vec<(Tensor, Tensor)>) -> Result<Tensor> {
+    let mut sum: Option<Tensor> = None;
+    let whole = (x.clone(), weight.clone());
+    for (a, b) in thin.into_iter().chain([whole]) {
+        sum = Some(match sum {
+            None => times(&a, &b)?,
+            Some(y) if gpu::add_product(&rows(&y)?, &rows(&a)?, &b)? => y,
+            Some(y) => (y + times(&a, &b)?)?,
+        });
+    }
+    Ok(sum.expect("one product at least"))
 }
 
 /// x·diag(d)
@@ -85,10 +97,10 @@ pub fn forward(
     if let Some(y) = tiled(x, weight, added, bias, Direction::Forward)? {
         return Ok(y);
     }
-    let mut y = times(x, &like(weight, x)?.t()?)?;
-    for thin in added {
-        y = thin.added(y, x, &thin.right, &thin.left)?;
-    }
+    let thin = (added.iter())
+        .map(|thin| Ok((thin.inner(x, &thin.right)?, like(&thin.left, x)?)))
+        .collect::<Result<_>>()?;
+    let y = summed(x, &like(weight, x)?.t()?, thin)?;
     match bias {
         Some(bias) => y.broadcast_add(&like(bias, x)?),
         None => Ok(y),
@@ -100,11 +112,10 @@ pub fn back(g: &Tensor, weight: &Tensor, added: &[Thin]) -> Result<Tensor> {
     if let Some(y) = tiled(g, weight, added, None, Direction::Back)? {
         return Ok(y);
     }
-    let mut y = times(g, &like(weight, g)?)?;
-    for thin in added {
-        y = thin.added(y, g, &thin.left, &thin.right)?;
-    }
-    Ok(y)
+    let thin = (added.iter())
+        .map(|thin| Ok((thin.inner(g, &thin.left)?, like(&thin.right, g)?)))
+        .collect::<Result<_>>()?;
+    summed(g, &like(weight, g)?, thin)
 }
 
 /// Σ over rows of gₜ·xₜᵀ: g (…, m), x (…, n) → (m, n).

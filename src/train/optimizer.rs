@@ -93,16 +93,16 @@ impl AdamW {
 pub type Bundle<'a> = [(&'a str, usize)];
 
 impl AdamW {
-    /// Updates a bundle on a GPU, where its numbers and its gradient lie flat; says whether it did, which it does not
-    /// elsewhere.
+    /// Updates the parameters of a bundle where they lie, if that is on a GPU, by their gradients one behind the other; says
+    /// whether it did.
     pub fn update_there(
         &mut self,
         bundle: &Bundle,
-        values: &Tensor,
+        values: &[Tensor],
         gradient: &Tensor,
         learning_rate: f64,
     ) -> candle_core::Result<bool> {
-        if !values.device().is_cuda() {
+        if !gradient.device().is_cuda() {
             return Ok(false);
         }
         let with = gpu::AdamW {
@@ -120,7 +120,7 @@ impl AdamW {
                     let known = self.state.get(*name).map(of);
                     known.cloned().unwrap_or_else(|| vec![0.0; *count])
                 });
-                Tensor::from_iter(all, values.device())
+                Tensor::from_iter(all, gradient.device())
             };
             let moments = [moments(|m| &m.first)?, moments(|m| &m.second)?];
             self.there.insert(name.into(), moments);

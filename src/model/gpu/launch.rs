@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::{DeviceId, WrapErr};
-use candle_core::{CudaDevice, Device, bail};
+use candle_core::{CudaDevice, Device, Tensor, bail};
 use flate2::read::ZlibDecoder;
 
 use super::{Arg, Geometry};
@@ -76,6 +76,12 @@ pub fn launch(
     // are used on one stream in order: a tensor that is dropped is freed behind the kernel.
     unsafe { builder.launch(config) }.w()?;
     Ok(())
+}
+
+/// Where a tensor's first number lies, for a kernel that takes a table of addresses. Whoever makes one keeps the tensor until
+/// the kernel is launched.
+pub fn address_of(tensor: &Tensor) -> candle_core::Result<u64> {
+    address(tensor, &tensor.device().as_cuda_device()?.cuda_stream())
 }
 
 /// More than this, and a kernel has to ask for it.

@@ -1,13 +1,13 @@
 //! Every kernel beside its twin of plain operations in f64, on fresh random numbers: what is said of a GPU holds on this one.
 
-use candle_core::{CpuStorage, D, DType, Device, Result, Storage, Tensor, Var};
+use candle_core::{D, DType, Device, Result, Tensor, Var};
 
 use super::super::config::{Rope, Scaling};
 use super::super::family::{Activation, Scores};
 use super::super::ops;
 use super::super::segments::{Segment, Segments};
 use super::super::tape::record;
-use super::{AdamW, adamw, add_product, cross_entropy, scale_columns, sum_of_products};
+use super::{AdamW, adamw, add_product, cross_entropy, gather, scale_columns, sum_of_products};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -191,8 +191,13 @@ fn products_that_are_added() {
                 let zeros = Tensor::zeros(3, DType::F32, &Device::Cpu)?;
                 let factors = Tensor::cat(&[factors, zeros], 0)?.to_dtype(DType::F64)?;
                 let product = wide[1].broadcast_mul(&factors)?.matmul(&wide[2])?;
-                let far = distance(&y, &(&wide[0] + product)?)?;
+                let far = distance(&y, &(&wide[0] + &product)?)?;
                 assert!(far <= tolerance(dtype), "off by {far:.2e}");
+                // and once more, of a factor that lies turned
+                let turned = drawn[2].t()?.contiguous()?.to_device(&gpu)?;
+                assert!(add_product(&y, &scaled, &turned.t()?)?);
+                let far = distance(&y, &(&wide[0] + (product * 2.0)?)?)?;
+                assert!(far <= 2.0 * tolerance(dtype), "turned: off by {far:.2e}");
                 Ok(())
             };
             held().unwrap_or_else(|error| panic!("{dtype:?} {rows} × {k} × {n}: {error}"));
@@ -344,27 +349,30 @@ fn sums_of_products() {
 
 /// Not near: to the bit, so that a run may move between a GPU and a CPU.
 #[test]
-fn adamw_has_the_bits_of_the_cpu() {
+fn adamw_has_the_bits_of_the_cpu_whatever_the_parts() {
     let Some(gpu) = gpu() else { return };
-    let count = 1003;
-    let bits = |x: &Tensor| -> Vec<u32> {
-        let x = x.to_device(&Device::Cpu).expect("downloads");
-        let (storage, _) = x.storage_and_layout();
-        let Storage::Cpu(CpuStorage::F32(values)) = &*storage else {
-            panic!("f32");
-        };
-        values.iter().map(|x| x.to_bits()).collect()
+    let counts = [1usize, 1003, 300, 129];
+    let upload = |x: &Vec<f32>| Tensor::new(x.as_slice(), &gpu).expect("uploads");
+    let bits = |x: &[f32]| -> Vec<u32> { x.iter().map(|x| x.to_bits()).collect() };
+    let drawn = || -> Vec<Vec<f32>> {
+        let part = |count: &usize| random(&[*count]).to_vec1().expect("numbers");
+        counts.iter().map(part).collect()
     };
     let mut on_cpu = crate::train::optimizer::AdamW::new(0.01);
-    let mut values: Vec<f32> = random(&[count]).to_vec1().expect("numbers");
-    let there = Tensor::new(values.as_slice(), &gpu).expect("uploads");
-    let zeros = || Tensor::zeros(count, DType::F32, &gpu).expect("zeros");
+    let mut values = drawn();
+    let there: Vec<Tensor> = values.iter().map(upload).collect();
+    let zeros = || Tensor::zeros(counts.iter().sum::<usize>(), DType::F32, &gpu).expect("zeros");
     let (first, second) = (zeros(), zeros());
     for step in 1..=5 {
-        let gradient: Vec<f32> = random(&[count]).to_vec1().expect("numbers");
+        let gradients = drawn();
         on_cpu.begin_step();
-        on_cpu.update("x", &mut values, &gradient, 1e-2);
-        let gradient = Tensor::new(gradient.as_slice(), &gpu).expect("uploads");
+        for (part, (values, gradient)) in values.iter_mut().zip(&gradients).enumerate() {
+            on_cpu.update(&part.to_string(), values, gradient, 1e-2);
+        }
+        let parts: Vec<Tensor> = gradients.iter().map(upload).collect();
+        let gradient = gather(&parts).expect("runs").expect("a kernel");
+        let gathered = gradient.to_vec1::<f32>().expect("downloads");
+        assert_eq!(bits(&gathered), bits(&gradients.concat()));
         let with = AdamW {
             learning_rate: 1e-2,
             beta1: on_cpu.beta1,
@@ -374,7 +382,9 @@ fn adamw_has_the_bits_of_the_cpu() {
             step,
         };
         assert!(adamw(&there, &gradient, [&first, &second], with).expect("runs"));
-        let wanted: Vec<u32> = values.iter().map(|x| x.to_bits()).collect();
-        assert_eq!(bits(&there), wanted, "after step {step}");
+        for (there, values) in there.iter().zip(&values) {
+            let moved = there.to_vec1::<f32>().expect("downloads");
+            assert_eq!(bits(&moved), bits(values), "after step {step}");
+        }
     }
 }

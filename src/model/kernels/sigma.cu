@@ -1,4 +1,7 @@
 // The gradient of singular values, and the step that moves them.
+//
+// What moves lies in many small tensors, what is known of it in one long one. A table says of each tensor where it lies and
+// which numbers of the long one are its own: one launch takes all of them, block (x, k) numbers of the k-th.
 #include "common.cuh"
 
 constexpr unsigned THREADS = 128;
@@ -41,26 +44,43 @@ __device__ double power(double x, unsigned n) {
     }
 }
 
-/// adamw(values, gradients, first, second, count, learning_rate, beta1, beta2, eps, decay, step): one step of AdamW
-/// (Loshchilov & Hutter 2019) on f32 numbers in place; `step` counts from 1.
+/// A row of the table: the two halves of an address, and the numbers start … start + length.
+struct Part {
+    unsigned low, high, start, length;
+
+    __device__ float* values() const { return reinterpret_cast<float*>(size_t(high) << 32 | low); }
+};
+
+/// gather(parts, all): copies the numbers of each part to its place. Blocks of 128 threads, any number of them for a part.
+extern "C" __global__ void __launch_bounds__(THREADS) gather(const Part* parts, float* all) {
+    const Part part = parts[blockIdx.y];
+    for (size_t i = size_t(blockIdx.x) * THREADS + threadIdx.x; i < part.length; i += size_t(gridDim.x) * THREADS) {
+        all[part.start + i] = part.values()[i];
+    }
+}
+
+/// adamw(parts, gradients, first, second, learning_rate, beta1, beta2, eps, decay, step): one step of AdamW (Loshchilov &
+/// Hutter 2019) on the f32 numbers of each part, in place; `step` counts from 1.
 ///
 /// The twin of train/optimizer.rs, to the bit: in f64, each operation rounded by itself, where a compiler would fuse
-/// products with sums. Any number of blocks of 128 threads.
+/// products with sums. Blocks of 128 threads, any number of them for a part.
 extern "C" __global__ void __launch_bounds__(THREADS) adamw(
-    float* values, const float* gradients, float* first, float* second, size_t count, double learning_rate,
-    double beta1, double beta2, double eps, double decay, unsigned step) {
+    const Part* parts, const float* gradients, float* first, float* second, double learning_rate, double beta1,
+    double beta2, double eps, double decay, unsigned step) {
     const double correction1 = __dsub_rn(1, power(beta1, step)), correction2 = __dsub_rn(1, power(beta2, step));
     const double length = __ddiv_rn(learning_rate, correction1), root2 = __dsqrt_rn(correction2);
     const double kept = __dsub_rn(1, __dmul_rn(learning_rate, decay));
     const double rest1 = __dsub_rn(1, beta1), rest2 = __dsub_rn(1, beta2);
-    const size_t threads = size_t(gridDim.x) * THREADS;
-    for (size_t i = size_t(blockIdx.x) * THREADS + threadIdx.x; i < count; i += threads) {
-        const double g = gradients[i];
+    const Part part = parts[blockIdx.y];
+    float* const values = part.values();
+    for (size_t i = size_t(blockIdx.x) * THREADS + threadIdx.x; i < part.length; i += size_t(gridDim.x) * THREADS) {
+        const size_t at = part.start + i;
+        const double g = gradients[at];
         const double decayed = __dmul_rn(values[i], kept);
-        const double m = __dadd_rn(first[i], __dmul_rn(__dsub_rn(g, first[i]), rest1));
-        const double v = __dadd_rn(__dmul_rn(second[i], beta2), __dmul_rn(__dmul_rn(g, g), rest2));
-        first[i] = float(m);
-        second[i] = float(v);
+        const double m = __dadd_rn(first[at], __dmul_rn(__dsub_rn(g, first[at]), rest1));
+        const double v = __dadd_rn(__dmul_rn(second[at], beta2), __dmul_rn(__dmul_rn(g, g), rest2));
+        first[at] = float(m);
+        second[at] = float(v);
         const double size = __dadd_rn(__ddiv_rn(__dsqrt_rn(v), root2), eps);
         values[i] = float(__dsub_rn(decayed, __ddiv_rn(__dmul_rn(length, m), size)));
     }
