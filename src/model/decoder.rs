@@ -414,6 +414,34 @@ impl Block {
     ) -> candle_core::Result<Tensor> {
         let (b, t, _) = x.dims3()?;
         let (heads, kv, d) = (config.heads, config.kv_heads, config.head_dim);
+        let [q, k, v] = match (&self.query_key_value, &self.query_key_norms, angles) {
+            (Projections::Stacked(layer), None, Some(angles)) => {
+                ops::split_heads(&layer.forward(x)?, [heads, kv, kv], angles)?
+            }
+            _ => self.heads(config, x, angles)?,
+        };
+        let (k, v) = match past {
+            Some(past) => joined(past, k, v, self.sees.window)?,
+            None => (k, v),
+        };
+        let scores = Scores {
+            scale: config.attention_scale,
+            cap: config.attention_cap,
+        };
+        let attended = ops::attention(&q, &k, &v, sight, scores)?;
+        self.output
+            .forward(&ops::reshape(&attended, (b, t, heads * d))?)
+    }
+
+    /// Queries and keys, rotated, and values: (b, t, heads, d).
+    fn heads(
+        &self,
+        config: &ModelConfig,
+        x: &Tensor,
+        angles: Option<&Angles>,
+    ) -> candle_core::Result<[Tensor; 3]> {
+        let (b, t, _) = x.dims3()?;
+        let (heads, kv, d) = (config.heads, config.kv_heads, config.head_dim);
         let projected = self
             .query_key_value
             .forward(x, &[heads * d, kv * d, kv * d], d)?;
@@ -436,18 +464,7 @@ impl Block {
             Some(angles) => (ops::rotate(&q, angles)?, ops::rotate(&k, angles)?),
             None => (q, k),
         };
-        let v = per_head(v, kv)?;
-        let (k, v) = match past {
-            Some(past) => joined(past, k, v, self.sees.window)?,
-            None => (k, v),
-        };
-        let scores = Scores {
-            scale: config.attention_scale,
-            cap: config.attention_cap,
-        };
-        let attended = ops::attention(&q, &k, &v, sight, scores)?;
-        self.output
-            .forward(&ops::reshape(&attended, (b, t, heads * d))?)
+        Ok([q, k, per_head(v, kv)?])
     }
 
     fn mlp(&self, config: &ModelConfig, x: &Tensor) -> candle_core::Result<Tensor> {
@@ -637,18 +654,26 @@ impl Loader<'_> {
     fn block(&mut self, name: &str, sees: Attention) -> Result<Block> {
         let config = self.config;
         let names = config.names;
-        let mut many = |projections: family::Projections, bias: bool| -> Result<Projections> {
+        let on_gpu = self.device.is_cuda();
+        let mut many = |projections: family::Projections, bias: bool, stacks: bool| {
             let mut one = |part: &str| self.linear(&format!("{name}.{part}"), bias);
-            Ok(match projections {
+            Ok::<_, Error>(match projections {
                 family::Projections::Apart(parts) => {
-                    Projections::Apart(parts.iter().map(|part| one(part)).collect::<Result<_>>()?)
+                    let parts = parts.iter().map(|part| one(part));
+                    let parts = parts.collect::<Result<Vec<_>>>()?;
+                    match stacks.then(|| Linear::stacked(&parts)).transpose()? {
+                        Some(Some(all)) => Projections::Stacked(all),
+                        _ => Projections::Apart(parts),
+                    }
                 }
                 family::Projections::Stacked(part) => Projections::Stacked(one(part)?),
                 family::Projections::ByHead(part) => Projections::ByHead(one(part)?),
             })
         };
-        let query_key_value = many(names.query_key_value, config.qkv_bias)?;
-        let gate_up = many(names.gate_up, config.mlp_bias)?;
+        // what comes out of one product is used as it lies there, unless a norm stands between
+        let (turns, gates) = (config.query_key_norm == QueryKeyNorm::None, config.gated);
+        let query_key_value = many(names.query_key_value, config.qkv_bias, on_gpu && turns)?;
+        let gate_up = many(names.gate_up, config.mlp_bias, on_gpu && gates)?;
         let query_key_norms = match config.query_key_norm {
             QueryKeyNorm::None => None,
             QueryKeyNorm::EachHead | QueryKeyNorm::AllHeads => Some((

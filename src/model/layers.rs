@@ -32,6 +32,32 @@ impl Linear {
         }
     }
 
+    /// Layers of the same input as one, whose outputs lie one behind the other: a GPU prefers few large products to many.
+    ///
+    /// Nothing where a weight moves, or where what is added to one of them is not like what is added to the others.
+    pub fn stacked(layers: &[Self]) -> Result<Option<Self>> {
+        if layers.iter().any(|layer| layer.weight.is_variable()) {
+            return Ok(None);
+        }
+        let biases: Vec<&Tensor> = layers.iter().filter_map(|l| l.bias.as_ref()).collect();
+        let bias = match biases.len() {
+            0 => None,
+            count if count == layers.len() => Some(Tensor::cat(&biases, 0)?),
+            _ => return Ok(None),
+        };
+        let updates: Vec<&[Update]> = layers.iter().map(|layer| &layer.updates[..]).collect();
+        let updates = if updates.iter().all(|updates| updates.is_empty()) {
+            Vec::new()
+        } else {
+            match Update::stacked(&updates)? {
+                Some(update) => vec![update],
+                None => return Ok(None),
+            }
+        };
+        let weights: Vec<&Tensor> = layers.iter().map(|layer| &layer.weight).collect();
+        Ok(Some(Self::new(Tensor::cat(&weights, 0)?, bias, updates)))
+    }
+
     /// What receives gradients, in the order of [`Self::pull`].
     fn inputs<'a>(&'a self, x: &'a Tensor) -> Vec<&'a Tensor> {
         let updates = self.updates.iter().flat_map(Update::tensors);
@@ -90,13 +116,15 @@ impl Linear {
 #[derive(Debug, Clone)]
 pub enum Update {
     /// ΔW = uᵀ·diag(s ∘ δ)·v: the singular values move.
+    ///
+    /// On a GPU u and v may have rows of zeros behind those of δ.
     Diagonal {
         /// (q, m)
         u: Tensor,
         /// (q, n)
         v: Tensor,
-        /// (q,)
-        delta: Tensor,
+        /// δ (q,); of stacked layers in as many parts.
+        delta: Vec<Tensor>,
         /// s (q,); one where δ is absolute, σ where it is relative.
         scale: Option<Tensor>,
     },
@@ -124,17 +152,57 @@ impl Update {
     /// What may be a variable, in the order of [`Self::pull`].
     fn tensors(&self) -> Vec<&Tensor> {
         match self {
-            Self::Diagonal { delta, .. } => vec![delta],
+            Self::Diagonal { delta, .. } => delta.iter().collect(),
             Self::Core { core, .. } => vec![core],
             Self::LowRank { a, b, .. } => vec![a, b],
         }
     }
 
+    /// The updates of layers that become one: all of them diagonal, one of each layer. u has a block for each.
+    fn stacked(updates: &[&[Self]]) -> Result<Option<Self>> {
+        let (mut us, mut vs, mut deltas, mut scales) = (vec![], vec![], vec![], vec![]);
+        for updates in updates {
+            let [Self::Diagonal { u, v, delta, scale }] = updates else {
+                return Ok(None);
+            };
+            let q = delta.iter().map(Tensor::elem_count).sum();
+            us.push(u.narrow(0, 0, q)?);
+            vs.push(v.narrow(0, 0, q)?);
+            deltas.extend(delta.iter().cloned());
+            scales.extend(scale.iter().cloned());
+        }
+        let scale = match scales.len() {
+            0 => None,
+            count if count == updates.len() => Some(Tensor::cat(&scales, 0)?),
+            _ => return Ok(None),
+        };
+        let sides = us.iter().map(|u| u.dim(1)).collect::<Result<Vec<_>>>()?;
+        let all: usize = sides.iter().sum();
+        let mut before = 0;
+        for (u, side) in us.iter_mut().zip(sides) {
+            *u = u.pad_with_zeros(1, before, all - before - side)?;
+            before += side;
+        }
+        Ok(Some(Self::Diagonal {
+            u: padded(Tensor::cat(&us, 0)?)?,
+            v: padded(Tensor::cat(&vs, 0)?)?,
+            delta: deltas,
+            scale,
+        }))
+    }
+
     /// s ∘ δ
-    fn diagonal(delta: &Tensor, scale: &Option<Tensor>) -> Result<Tensor> {
+    fn diagonal(delta: &[Tensor], scale: &Option<Tensor>) -> Result<Tensor> {
+        let delta = match delta {
+            [all] => all.detach(),
+            parts => match gpu::gather(parts)? {
+                Some(all) => all,
+                None => Tensor::cat(parts, 0)?.detach(),
+            },
+        };
         match scale {
-            Some(scale) => delta.detach() * scale,
-            None => Ok(delta.detach()),
+            Some(scale) => delta * scale,
+            None => Ok(delta),
         }
     }
 
@@ -188,17 +256,25 @@ impl Update {
         match self {
             Self::Diagonal { u, v, delta, scale } => {
                 let (xv, gu) = (through_right(v)?, through(g, u)?);
+                let q = delta.iter().map(Tensor::elem_count).sum();
                 let sum = match gpu::sum_of_products(&rows(&xv)?, &rows(&gu)?)? {
-                    Some(sum) => sum.narrow(0, 0, delta.elem_count())?,
+                    Some(sum) => sum.narrow(0, 0, q)?,
                     None => rows(&(wide(&xv)? * wide(&gu)?)?)?
-                        .to_dtype(delta.dtype())?
-                        .sum(0)?,
+                        .to_dtype(delta[0].dtype())?
+                        .sum(0)?
+                        .narrow(0, 0, q)?,
                 };
                 let gradient = match scale {
                     Some(scale) => (sum * scale)?,
                     None => sum,
                 };
-                Ok((vec![gradient], Some(gu)))
+                let mut start = 0;
+                let parts = delta.iter().map(|part| {
+                    let count = part.elem_count();
+                    start += count;
+                    gradient.narrow(0, start - count, count)
+                });
+                Ok((parts.collect::<Result<_>>()?, Some(gu)))
             }
             Self::Core { u, v, core } => {
                 let gu = through(g, u)?;
@@ -214,6 +290,15 @@ impl Update {
                 Ok((vec![da, db], Some(inner)))
             }
         }
+    }
+}
+
+/// Vectors by rows; on a GPU with rows of zeros behind them, up to a multiple of what cuBLAS reads at once, 16 bytes.
+pub(super) fn padded(vectors: Tensor) -> Result<Tensor> {
+    let missing = vectors.dim(0)?.next_multiple_of(8) - vectors.dim(0)?;
+    match vectors.device().is_cuda() {
+        true => vectors.pad_with_zeros(0, 0, missing),
+        false => Ok(vectors),
     }
 }
 
@@ -471,7 +556,7 @@ mod tests {
             Box::new(move |t| Update::Diagonal {
                 u: u.clone(),
                 v: v.clone(),
-                delta: t[0].clone(),
+                delta: vec![t[0].clone()],
                 scale: scale.clone(),
             })
         };
@@ -563,6 +648,72 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// A layer of m outputs whose q values move, in f64.
+    fn moving(m: usize, q: usize, delta: &Tensor, relative: bool) -> Linear {
+        let frozen = |shape: &[usize]| random(shape, DType::F64).as_detached_tensor();
+        let update = Update::Diagonal {
+            u: frozen(&[q, m]),
+            v: frozen(&[q, 6]),
+            delta: vec![delta.clone()],
+            scale: relative.then(|| frozen(&[q])),
+        };
+        Linear::new(frozen(&[m, 6]), Some(frozen(&[m])), vec![update])
+    }
+
+    #[test]
+    fn stacked_layers_give_the_values_and_gradients_of_each() {
+        for relative in [false, true] {
+            let deltas = [3, 2, 4].map(|q| random(&[q], DType::F64));
+            let layers: Vec<Linear> = (deltas.iter().zip([11, 4, 5]))
+                .map(|(delta, m)| moving(m, delta.elem_count(), delta, relative))
+                .collect();
+            let stacked = Linear::stacked(&layers).expect("computes");
+            let stacked = stacked.expect("they are alike");
+            let x = random(&[2, 7, 6], DType::F64);
+            let weights = random(&[2, 7, 20], DType::F64);
+            let run = |f: &dyn Fn() -> Result<Vec<Tensor>>| -> Result<Vec<Vec<f64>>> {
+                let (parts, tape) = record(&[], f)?;
+                let mut start = 0;
+                let mut known = Vec::new();
+                for part in &parts {
+                    let side = part.dim(2)?;
+                    known.push((part.clone(), weights.narrow(2, start, side)?.contiguous()?));
+                    start += side;
+                }
+                let mut gradients = tape.back_from(known)?;
+                let inputs = [&x].into_iter().chain(&deltas);
+                let found = inputs.map(|input| gradients.take(input).expect("a gradient"));
+                let found = [Tensor::cat(&parts, 2)?].into_iter().chain(found);
+                found.map(|t| t.flatten_all()?.to_vec1()).collect()
+            };
+            let apart = run(&|| layers.iter().map(|layer| layer.forward(&x)).collect());
+            let at_once = run(&|| Ok(vec![stacked.forward(&x)?]));
+            let (apart, at_once) = (apart.expect("computes"), at_once.expect("computes"));
+            for (found, wanted) in at_once.iter().flatten().zip(apart.iter().flatten()) {
+                // sums of some tens of products of normal numbers, in another order
+                assert!((found - wanted).abs() < 1e-11, "{found} for {wanted}");
+            }
+        }
+    }
+
+    #[test]
+    fn layers_of_different_kinds_are_not_stacked() {
+        let delta = random(&[2], DType::F64);
+        let plain = moving(4, 2, &delta, false);
+        let mut others = vec![moving(4, 2, &delta, true), plain.clone(), plain.clone()];
+        others[1].updates.clear();
+        others[2].bias = None;
+        let moves = random(&[4, 6], DType::F64);
+        others.push(Linear::new(moves.as_tensor().clone(), None, vec![]));
+        for other in others {
+            let pair = [plain.clone(), other];
+            assert!(Linear::stacked(&pair).expect("asks").is_none());
+        }
+        let bare = |m: usize| Linear::new(random(&[m, 6], DType::F64).detach(), None, vec![]);
+        let stacked = Linear::stacked(&[bare(3), bare(2)]).expect("asks");
+        assert_eq!(stacked.expect("both are bare").weight.dims(), [5, 6]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use half::bf16;
 use ndarray::{Array2, ArrayView2, s};
 use serde::{Deserialize, Serialize};
 
-use super::layers::Update;
+use super::layers::{Update, padded};
 use crate::random::uniform;
 use crate::split::{Change, Factors};
 use crate::weights::{Dtype, Elements};
@@ -144,15 +144,6 @@ impl Place<'_> {
         Tensor::from_vec(values, rows.dim(), self.device)?.to_dtype(self.dtype)
     }
 
-    /// With rows of zeros behind it on a GPU, up to a multiple of what cuBLAS reads at once, 16 bytes.
-    fn padded(&self, rows: Tensor) -> Result<Tensor> {
-        let missing = rows.dim(0)?.next_multiple_of(8) - rows.dim(0)?;
-        match self.device.is_cuda() {
-            true => rows.pad_with_zeros(0, 0, missing),
-            false => Ok(rows),
-        }
-    }
-
     fn zeros(&self, shape: impl Into<candle_core::Shape>) -> Result<Var> {
         Var::zeros(shape, DType::F32, self.device)
     }
@@ -190,12 +181,12 @@ pub(super) fn updates(
         let (q, r) = (factors.q(), change.core.nrows());
         if !absolute && change.delta.iter().any(|&d| d != 0.0) {
             let (u, v) = vectors(q)?;
-            let (u, v) = (place.padded(u)?, place.padded(v)?);
+            let (u, v) = (padded(u)?, padded(v)?);
             let delta = numbers(&change.delta)?;
             made.updates.push(Update::Diagonal {
                 u,
                 v,
-                delta,
+                delta: vec![delta],
                 scale: None,
             });
         }
@@ -208,7 +199,7 @@ pub(super) fn updates(
         match method {
             Some(Method::Sigma(parametrisation)) => {
                 let (u, v) = vectors(q)?;
-                let (u, v) = (place.padded(u)?, place.padded(v)?);
+                let (u, v) = (padded(u)?, padded(v)?);
                 let (ending, delta, scale) = match parametrisation {
                     Parametrisation::Absolute => {
                         (DELTA, Var::from_tensor(&numbers(&change.delta)?)?, None)
@@ -223,7 +214,7 @@ pub(super) fn updates(
                 made.updates.push(Update::Diagonal {
                     u,
                     v,
-                    delta: moving,
+                    delta: vec![moving],
                     scale,
                 });
             }

@@ -258,6 +258,36 @@ fn turned(x: &Tensor, angles: &Angles, back: bool) -> Result<Tensor> {
     }
 }
 
+/// Queries, keys and values (b, t, heads, d) of `x (b, t, Σ heads·d)`, which holds so many heads of each one behind the other;
+/// the first two rotated.
+pub fn split_heads(x: &Tensor, heads: [usize; 3], angles: &Angles) -> Result<[Tensor; 3]> {
+    let (b, t, width) = x.dims3()?;
+    let d = width / heads.iter().sum::<usize>();
+    let turns = [&angles.cos, &angles.sin];
+    let Some(parts) = gpu::split_heads(&x.detach(), heads, turns)? else {
+        let parts = split(x, 2, &heads.map(|heads| heads * d))?;
+        let part = |at: usize| reshape(&parts[at], (b, t, heads[at], d));
+        return Ok([
+            rotate(&part(0)?, angles)?,
+            rotate(&part(1)?, angles)?,
+            part(2)?,
+        ]);
+    };
+    let angles = angles.clone();
+    let shapes = heads.map(|heads| (b, t, heads, d));
+    let (dtype, device) = (x.dtype(), x.device().clone());
+    let parts = attach_many(&[x], parts.into(), move |gradients| {
+        let part = |at: usize| match &gradients[at] {
+            Some(g) => g.contiguous(),
+            None => Tensor::zeros(shapes[at], dtype, &device),
+        };
+        let parts = [part(0)?, part(1)?, part(2)?];
+        let dx = gpu::joined_heads(&parts, [&angles.cos, &angles.sin])?;
+        Ok(vec![Some(dx.expect("invariant: kernels gave the parts"))])
+    })?;
+    Ok(parts.try_into().expect("three parts"))
+}
+
 /// activation(gate) ∘ up (Shazeer 2020).
 pub fn gated(gate: &Tensor, up: &Tensor, activation: &Activation) -> Result<Tensor> {
     let (a, b, activation) = (gate.detach(), up.detach(), activation.clone());

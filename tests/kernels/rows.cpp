@@ -153,30 +153,36 @@ void sums_of_rows() {
 template <typename T>
 void rotations() {
     struct Case {
-        unsigned b, t, h, d, half, shift;
-        bool shared;
+        unsigned tokens, h, d, half, shift, rows;
+        /// Numbers of other tensors between two tokens.
+        unsigned x_gap, y_gap;
     };
-    for (const auto& [b, t, h, d, half, shift, shared] :
-         {Case{1, 1, 1, 2, 1, 0, true}, {2, 37, 3, 64, 32, 0, true}, {2, 9, 5, 96, 24, 0, false},
-          {3, 5, 2, 40, 5, 0, false}, {2, 7, 40, 128, 64, 0, true}, {1, 7, 2, 64, 32, 1, true}}) {
-        const unsigned rows = shared ? t : b * t;
-        const Input<T> x(size_t(b) * t * h * d, 1, shift);
+    for (const auto& [tokens, h, d, half, shift, rows, x_gap, y_gap] :
+         {Case{1, 1, 2, 1, 0, 1, 0, 0}, {74, 3, 64, 32, 0, 37, 128, 0}, {18, 5, 96, 24, 0, 18, 0, 8},
+          {15, 2, 40, 5, 0, 15, 3, 1}, {14, 40, 128, 64, 0, 7, 16, 24}, {7, 2, 64, 32, 1, 7, 0, 0}}) {
+        const unsigned x_pitch = h * d + x_gap, y_pitch = h * d + y_gap;
+        const Input<T> x(size_t(tokens) * x_pitch, 1, shift);
         // a turn may also stretch: cos and sin need not belong together
         const Input<float> cos(size_t(rows) * half), sin(size_t(rows) * half);
         for (const float sign : {1.f, -1.f}) {
-            const Memory<T> y(x.count, shift);
-            on_cpu::launch({5}, sign > 0 ? 256 : 32, 0, [&, b = b, t = t, h = h, d = d, half = half] {
-                KERNEL(T, rotate)(x.data(), cos.data(), sin.data(), y.data(), b, t, h, d, half, rows, sign);
+            Input<T> y(size_t(tokens) * y_pitch, 1, shift);
+            on_cpu::launch({5}, sign > 0 ? 256 : 32, 0, [&, t = tokens, h = h, d = d, half = half, r = rows] {
+                KERNEL(T, rotate)
+                (x.data(), cos.data(), sin.data(), y.data(), t, h, d, half, r, x_pitch, y_pitch, sign);
             });
-            std::vector<double> wanted(x.exact), within(x.count);
-            for (size_t row = 0; row < x.count / d; ++row) {
+            // what lies in between stays
+            std::vector<double> wanted(y.exact), within(y.count);
+            for (size_t row = 0; row < size_t(tokens) * h; ++row) {
+                const size_t from = row / h * x_pitch + row % h * d, to = row / h * y_pitch + row % h * d;
+                for (unsigned i = 0; i < d; ++i) wanted[to + i] = x.exact[from + i];
                 for (unsigned i = 0; i < half; ++i) {
-                    const size_t left = row * d + i, right = left + half, angle = row / h % rows * half + i;
+                    const double left = x.exact[from + i], right = x.exact[from + i + half];
+                    const size_t angle = row / h % rows * half + i;
                     const double c = cos.exact[angle], s = sign * sin.exact[angle];
-                    wanted[left] = x.exact[left] * c - x.exact[right] * s;
-                    wanted[right] = x.exact[left] * s + x.exact[right] * c;
-                    within[left] = summed(std::abs(x.exact[left] * c) + std::abs(x.exact[right] * s), 2);
-                    within[right] = summed(std::abs(x.exact[left] * s) + std::abs(x.exact[right] * c), 2);
+                    wanted[to + i] = left * c - right * s;
+                    wanted[to + i + half] = left * s + right * c;
+                    within[to + i] = summed(std::abs(left * c) + std::abs(right * s), 2);
+                    within[to + i + half] = summed(std::abs(left * s) + std::abs(right * c), 2);
                 }
             }
             const std::string about = "d " + std::to_string(d) + ", half " + std::to_string(half);

@@ -230,6 +230,24 @@ fn rotate() {
             }
         };
         hold("rotate", &[&[2, 41, h, d]], f, twin);
+        // and on the way out of one tensor, whose heads come back into it
+        let together = |t: &[Tensor]| {
+            let [q, k, v] = ops::split_heads(&t[0], [2, 1, 1], &angles(t[0].device())?)?;
+            let q = ops::split(&q, 2, &[1, 1])?;
+            let q = ops::add(&q[0], &ops::scaled(&q[1], 2.0)?)?;
+            ops::add(
+                &q,
+                &ops::add(&ops::scaled(&k, 3.0)?, &ops::scaled(&v, 5.0)?)?,
+            )
+        };
+        let apart = |t: &[Tensor]| {
+            let x = t[0].reshape((2, 41, 4, d))?;
+            let turned = twin(&[x.narrow(2, 0, 3)?])?;
+            let part = |x: &Tensor, at: usize, times: f64| x.narrow(2, at, 1)? * times;
+            let q = (part(&turned, 0, 1.0)? + part(&turned, 1, 2.0)?)?;
+            q + (part(&turned, 2, 3.0)? + part(&x, 3, 5.0)?)?
+        };
+        hold("heads", &[&[2, 41, 4 * d]], together, apart);
     }
 }
 

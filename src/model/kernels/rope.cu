@@ -31,32 +31,33 @@ __device__ void turn(
     }
 }
 
-/// rotate_T(x, cos, sin, y, b, t, h, d, half, rows, sign): for i < half
+/// rotate_T(x, cos, sin, y, tokens, h, d, half, rows, x_pitch, y_pitch, sign): for i < half
 /// yᵢ = xᵢ·cosᵢ − xᵢ₊ₕ·sinᵢ and yᵢ₊ₕ = xᵢ·sinᵢ + xᵢ₊ₕ·cosᵢ with h = half; elements from 2·half on are copied.
 ///
-/// x, y (b, t, h, d); cos, sin (rows, half) with rows = t, shared by the batch, or b·t. sign −1 rotates back, which is
-/// the gradient. A block of at most 256 threads takes a token, then the token gridDim.x further.
+/// x, y (tokens, h, d), from token to token a pitch apart; cos, sin (rows, half), where token i has row i mod rows. sign −1
+/// rotates back, which is the gradient. A block of at most 256 threads takes a token, then the token gridDim.x further.
 template <typename T>
 __device__ void rotate(
-    const T* x, const float* cos, const float* sin, T* y, unsigned b, unsigned t, unsigned h, unsigned d,
-    unsigned half, unsigned rows, float sign) {
-    const bool packs = d % PACKED<T> == 0 && half % PACKED<T> == 0 && aligned(x) && aligned(y);
-    const size_t heads = size_t(h) * d;
-    for (size_t token = blockIdx.x; token < size_t(b) * t; token += gridDim.x) {
+    const T* x, const float* cos, const float* sin, T* y, unsigned tokens, unsigned h, unsigned d, unsigned half,
+    unsigned rows, unsigned x_pitch, unsigned y_pitch, float sign) {
+    const bool packs = (d | half | x_pitch | y_pitch) % PACKED<T> == 0 && aligned(x) && aligned(y);
+    for (size_t token = blockIdx.x; token < tokens; token += gridDim.x) {
+        const T* const from = x + token * x_pitch;
+        T* const to = y + token * y_pitch;
         const size_t angles = token % rows * half;
         if (packs) {
-            turn<T, PACKED<T>>(x + token * heads, cos + angles, sin + angles, y + token * heads, h, d, half, sign);
+            turn<T, PACKED<T>>(from, cos + angles, sin + angles, to, h, d, half, sign);
         } else {
-            turn<T, 1>(x + token * heads, cos + angles, sin + angles, y + token * heads, h, d, half, sign);
+            turn<T, 1>(from, cos + angles, sin + angles, to, h, d, half, sign);
         }
     }
 }
 
-#define DEFINE(NAME, T)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS) rotate_##NAME(                                       \
-        const T* x, const float* cos, const float* sin, T* y, unsigned b, unsigned t, unsigned h, unsigned d,  \
-        unsigned half, unsigned rows, float sign) {                                                            \
-        rotate<T>(x, cos, sin, y, b, t, h, d, half, rows, sign);                                               \
+#define DEFINE(NAME, T)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS) rotate_##NAME(                                             \
+        const T* x, const float* cos, const float* sin, T* y, unsigned tokens, unsigned h, unsigned d, unsigned half, \
+        unsigned rows, unsigned x_pitch, unsigned y_pitch, float sign) {                                             \
+        rotate<T>(x, cos, sin, y, tokens, h, d, half, rows, x_pitch, y_pitch, sign);                                 \
     }
 FOR_DTYPES(DEFINE)
 #undef DEFINE
