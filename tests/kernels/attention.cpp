@@ -159,7 +159,6 @@ void hold(const Case& c) {
     const auto [b, t, s, h, kv, d, mask, cap, shift, size] = c;
     const Geometry geometry(d, sizeof(T));
     const unsigned width = geometry.width;
-    const unsigned threads = geometry.threads;
     const float scale = float(2 / std::sqrt(d));
 
     const Runs seen = runs(c);
@@ -174,10 +173,11 @@ void hold(const Case& c) {
         c, seen, scale, rounds ? Dtype<T>::UNIT : 0, Dtype<T>::TINY, q.exact, k.exact, v.exact, g.exact);
 
     const unsigned query_blocks = (t + geometry.rows - 1) / geometry.rows;
+    const unsigned q_blocks = (t + geometry.q_rows - 1) / geometry.q_rows;
     const unsigned key_blocks = (s + geometry.kv_rows - 1) / geometry.kv_rows;
     const Memory<T> y(q.count, shift);
     const Memory<float> lse(wanted.lse.size()), dots(wanted.dots.size());
-    on_cpu::launch({query_blocks, h, b}, threads, geometry.forward, [&] {
+    on_cpu::launch({query_blocks, h, b}, geometry.threads, geometry.forward, [&] {
         KERNEL(attention)(q.data(), k.data(), v.data(), first.data(), end.data(), rows, y.data(), lse.data(), b, t, s,
                           h, kv, d, scale, float(cap));
     });
@@ -186,7 +186,7 @@ void hold(const Case& c) {
     // the gradients are held against the reference by themselves
     const Input<float> exact_lse(wanted.lse), exact_dots(wanted.dots);
     const Memory<T> dq(q.count, shift), dk(k.count, shift), dv(k.count, shift);
-    on_cpu::launch({query_blocks, h, b}, threads, geometry.back_q, [&] {
+    on_cpu::launch({q_blocks, h, b}, geometry.q_threads, geometry.back_q, [&] {
         KERNEL(attention_back_q)(q.data(), k.data(), v.data(), g.data(), exact_lse.data(), exact_dots.data(),
                                  first.data(), end.data(), rows, dq.data(), b, t, s, h, kv, d, scale, float(cap));
     });

@@ -111,16 +111,16 @@ constexpr unsigned char POISON = 0xff;  // NaN in every dtype
     std::_Exit(1);
 }
 
-/// Memory of a block, from a multiple of 128 bytes on.
+/// Memory of a block, from a multiple of 1024 bytes on.
 struct Room {
     std::unique_ptr<unsigned char[]> memory;
     size_t size = 0, capacity = 0;
 
     unsigned char* data() const {
-        return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(memory.get()) + 127) / 128 * 128);
+        return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(memory.get()) + 1023) / 1024 * 1024);
     }
     void renew(size_t bytes) {
-        if (!memory || bytes > capacity) memory.reset(new unsigned char[(capacity = bytes) + GUARD + 128]);
+        if (!memory || bytes > capacity) memory.reset(new unsigned char[(capacity = bytes) + GUARD + 1024]);
         std::memset(data(), POISON, (size = bytes) + GUARD);
     }
     bool intact() const {
@@ -169,6 +169,7 @@ struct Block {
     Room room;
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<Warp> warps;
+    std::vector<Meeting> groups;  // of four warps
     std::vector<unsigned> turns;  // of each thread: how often its warp has met
     std::vector<std::vector<Copy>> copies;  // of each thread
     std::vector<unsigned> ready;
@@ -183,6 +184,8 @@ struct Block {
         while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
         warps.resize((threads + WARP - 1) / WARP);
         for (unsigned i = 0; i < warps.size(); ++i) warps[i].meeting.members = std::min(WARP, threads - i * WARP);
+        groups.resize((threads + 4 * WARP - 1) / (4 * WARP));
+        for (Meeting& group : groups) group.members = 4 * WARP;
         turns.assign(threads, 0);
         copies.resize(threads);
         meeting.members = threads;
@@ -211,6 +214,7 @@ struct Block {
 
     /// Waits for the warp; returns which of two buffers to use before the next meeting.
     Warp& warp() { return warps[current / WARP]; }
+    Meeting& group() { return groups[current / (4 * WARP)]; }
     unsigned turn() { return turns[current]++ % 2; }
 
 private:
@@ -424,3 +428,69 @@ inline void copies_arrive() {
     for (const on_cpu::Copy& copy : copies) copy.make();
     copies.clear();
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What wgmma.cuh says in PTX. A product is made at once; all four warps must call it.
+
+struct Descriptor {
+    const char* at;
+    unsigned leading, stride;
+
+    Descriptor further(unsigned bytes) const { return {at + bytes, leading, stride}; }
+};
+
+inline Descriptor describe(const void* at, unsigned leading, unsigned stride) {
+    return {static_cast<const char*>(at), leading, stride};
+}
+
+/// A number of a factor so many bytes behind where that starts: with a swizzle of 64 bytes, bits 4 and 5 of its address
+/// change with bits 7 and 8.
+template <typename T>
+float on_cpu_swizzled(const Descriptor& factor, size_t bytes) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(factor.at) + bytes;
+    return on_cpu_wide(*reinterpret_cast<const T*>(address ^ (address >> 7 & 3) << 4));
+}
+
+template <unsigned N, typename T>
+struct Wgmma {
+    static void by_rows(float (&sums)[N][4], const Descriptor& a, const Descriptor& b) {
+        on_cpu::Block& block = on_cpu::block();
+        block.meet(block.group());
+        const auto number = [](const Descriptor& factor, unsigned row, unsigned k) {
+            return on_cpu_swizzled<T>(factor, row / 8 * factor.stride + row % 8 * 64 + k * 2);
+        };
+        const unsigned lane = threadIdx.x % on_cpu::WARP, first = threadIdx.x / on_cpu::WARP % 4 * 16;
+        for (unsigned n = 0; n < N; ++n) {
+            for (unsigned i = 0; i < 4; ++i) {
+                const unsigned row = first + lane / 4 + i / 2 * 8, column = 8 * n + lane % 4 * 2 + i % 2;
+                for (unsigned k = 0; k < 16; ++k) sums[n][i] += number(a, row, k) * number(b, column, k);
+            }
+        }
+    }
+
+    static void by_columns(float (&sums)[N][4], const unsigned (&a)[4], const Descriptor& b) {
+        on_cpu::Block& block = on_cpu::block();
+        on_cpu::Warp& warp = block.warp();
+        const unsigned turn = block.turn(), lane = threadIdx.x % on_cpu::WARP, pair = lane % 4 * 2;
+        for (unsigned i = 0; i < 8; ++i) {
+            const T x = {uint16_t(a[i / 2] >> 16 * (i % 2))};
+            warp.a[turn][lane / 4 + i / 2 % 2 * 8][pair + i % 2 + i / 4 * 8] = on_cpu_wide(x);
+        }
+        block.meet(block.group());
+        for (unsigned n = 0; n < N; ++n) {
+            for (unsigned i = 0; i < 4; ++i) {
+                const unsigned column = 8 * n + pair + i % 2;
+                for (unsigned k = 0; k < 16; ++k) {
+                    const size_t bytes =
+                        column / 32 * b.leading + column % 32 * 2 + k / 8 * b.stride + k % 8 * 64;
+                    sums[n][i] += warp.a[turn][lane / 4 + i / 2 * 8][k] * on_cpu_swizzled<T>(b, bytes);
+                }
+            }
+        }
+    }
+};
+
+inline void show_to_matrix_unit() {}
+inline void wgmma_begins() {}
+inline void wgmma_ends() {}
+inline void keep_here(float&) {}

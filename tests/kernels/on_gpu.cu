@@ -2,6 +2,10 @@
 //
 //     nvcc -O3 -std=c++17 -gencode arch=compute_80,code=sm_90 -o on_gpu tests/kernels/on_gpu.cu && ./on_gpu
 //
+// and, for what the program takes on an H100,
+//
+//     nvcc -O3 -std=c++17 -DATTENTION_BY_WARPGROUPS -gencode arch=compute_90a,code=sm_90a -o on_gpu tests/kernels/on_gpu.cu
+//
 // That is the machine code of an H100 by way of the PTX that the program ships. `tests/kernels/run` holds the kernels
 // tighter, number by number; here they meet what a CPU only imitates: the matrix unit, real copies in the background,
 // warps that do not wait for each other.
@@ -214,11 +218,11 @@ struct Attention {
         allow(Kernels<T>::back_kv(geometry.width), geometry.back_kv);
     }
 
-    dim3 query_blocks() const { return {(p.t + geometry.rows - 1) / geometry.rows, p.h, p.b}; }
+    dim3 query_blocks(unsigned rows) const { return {(p.t + rows - 1) / rows, p.h, p.b}; }
     dim3 key_blocks() const { return {(p.s + geometry.kv_rows - 1) / geometry.kv_rows, p.kv, p.b}; }
 
     void forward() const {
-        Kernels<T>::forward(geometry.width)<<<query_blocks(), geometry.threads, geometry.forward>>>(
+        Kernels<T>::forward(geometry.width)<<<query_blocks(geometry.rows), geometry.threads, geometry.forward>>>(
             q.data(), k.data(), v.data(), first.data(), end.data(), unsigned(first.count), y.data(), lse.data(), p.b,
             p.t, p.s, p.h, p.kv, p.d, p.scale, p.cap);
         NEED(cudaGetLastError());
@@ -228,7 +232,7 @@ struct Attention {
         NEED(cudaGetLastError());
     }
     void back_q() const {
-        Kernels<T>::back_q(geometry.width)<<<query_blocks(), geometry.threads, geometry.back_q>>>(
+        Kernels<T>::back_q(geometry.width)<<<query_blocks(geometry.q_rows), geometry.q_threads, geometry.back_q>>>(
             q.data(), k.data(), v.data(), g.data(), lse.data(), dots.data(), first.data(), end.data(),
             unsigned(first.count), dq.data(), p.b, p.t, p.s, p.h, p.kv, p.d, p.scale, p.cap);
         NEED(cudaGetLastError());
@@ -388,7 +392,7 @@ void time_shape(Problem p) {
     std::printf("%s b %u t %u h %u kv %u d %u\n", Kernels<T>::NAME, p.b, p.t, p.h, p.kv, p.d);
     const Geometry& sizes = is.geometry;
     describe("forward", Kernels<T>::forward(sizes.width), sizes.threads, sizes.forward);
-    describe("back_q", Kernels<T>::back_q(sizes.width), sizes.threads, sizes.back_q);
+    describe("back_q", Kernels<T>::back_q(sizes.width), sizes.q_threads, sizes.back_q);
     describe("back_kv", Kernels<T>::back_kv(sizes.width), sizes.kv_threads, sizes.back_kv);
     std::printf(
         "  forward %.3f ms, %.0f TFLOP/s; back_q %.3f ms (3 products: %.0f); back_kv %.3f ms (4 products: %.0f); "

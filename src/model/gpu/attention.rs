@@ -4,6 +4,7 @@ use candle_core::{DType, Result, Tensor, bail};
 
 use super::super::family::Scores;
 use super::super::segments::Sight;
+use super::launch::has_warpgroups;
 use super::{Arg, BLOCK, Geometry, MOST_BLOCKS, WARP, kind, room, run};
 
 /// Sides of q (b, t, h, d), and of k and v (b, s, kv, d).
@@ -24,14 +25,21 @@ struct Tiles {
     width: usize,
     /// Bytes of a number.
     size: usize,
+    /// Whether four warps multiply together, as those of compute capability 9.0 can.
+    by_warpgroups: bool,
 }
 
 impl Tiles {
-    fn of(d: usize, size: usize) -> Option<Self> {
+    /// On a GPU with warpgroups or without.
+    fn of(d: usize, size: usize, warpgroups: bool) -> Option<Self> {
         let width = [32, 64, 96, 128, 256]
             .into_iter()
             .find(|&width| d <= width)?;
-        Some(Self { width, size })
+        Some(Self {
+            width,
+            size,
+            by_warpgroups: warpgroups && size == 2 && (64..=128).contains(&width),
+        })
     }
 
     /// Whether the kernels are those of 16 bits on the matrix unit.
@@ -44,6 +52,7 @@ impl Tiles {
         Geometry {
             grid: [sides.t.div_ceil(rows), sides.h, sides.b],
             block: match (self.halves(), self.width) {
+                _ if self.by_warpgroups => 2 * rows,
                 (false, _) => 64,
                 (true, 256) => 256,
                 (true, _) => 128,
@@ -57,7 +66,11 @@ impl Tiles {
         if !self.halves() {
             return self.by_queries(sides, 32, 384 * (width + 4) + 5120);
         }
-        let step = if width <= 96 { 64 } else { 32 };
+        let step = if width <= 96 || self.by_warpgroups {
+            64
+        } else {
+            32
+        };
         self.by_queries(sides, 128, 2 * width * (128 + 4 * step))
     }
 
@@ -66,20 +79,26 @@ impl Tiles {
         if !self.halves() {
             return self.by_queries(sides, 32, 512 * (width + 4) + 5120);
         }
-        let step = match width {
-            0..=64 => 64,
-            256 => 16,
-            _ => 32,
+        let (rows, step) = match width {
+            _ if self.by_warpgroups => (64, 64),
+            0..=64 => (128, 64),
+            256 => (128, 16),
+            _ => (128, 32),
         };
-        self.by_queries(sides, 128, 4 * width * (128 + 2 * step) + 8 * 128 + 128)
+        let shared_bytes = 4 * width * (rows + 2 * step) + 8 * rows + 128;
+        self.by_queries(sides, rows, shared_bytes)
     }
 
     fn back_kv(&self, sides: &Sides) -> Geometry {
         let width = self.width;
         let (rows, block, shared_bytes) = if self.halves() {
-            let rows = if width == 256 { 64 } else { 128 };
-            let step = if width <= 96 { 64 } else { 32 };
-            let block = if width <= 64 { 128 } else { 256 };
+            let (rows, step, block) = match width {
+                _ if self.by_warpgroups => (64, 64, 128),
+                0..=64 => (128, 64, 128),
+                96 => (128, 64, 256),
+                128 => (128, 32, 256),
+                _ => (64, 32, 256),
+            };
             let shared_bytes = 4 * width * (rows + 2 * step) + 32 * step + 512;
             (rows, block, shared_bytes)
         } else {
@@ -120,7 +139,7 @@ impl<'a> Attention<'a> {
         };
         let (b, t, h, d) = q.dims4()?;
         let (_, s, kv, _) = k.dims4()?;
-        let tiles = Tiles::of(d, q.dtype().size_in_bytes());
+        let tiles = Tiles::of(d, q.dtype().size_in_bytes(), has_warpgroups(q)?);
         Ok(tiles.map(|tiles| Self {
             kind,
             q,
@@ -160,7 +179,12 @@ impl<'a> Attention<'a> {
 
     /// Each width has its own: a driver need not compile them all.
     fn module(&self) -> String {
-        format!("attention_{}", self.tiles.width)
+        let by = if self.tiles.by_warpgroups {
+            "_by_warpgroups"
+        } else {
+            ""
+        };
+        format!("attention_{}{by}", self.tiles.width)
     }
 
     /// y (b, t, h, d), and the logarithm of each query's sum, (b, h, t) in f32, for the gradients.
@@ -202,6 +226,7 @@ impl<'a> Attention<'a> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::SHARED_BYTES_MAX;
     use super::*;
 
     #[test]
@@ -222,10 +247,14 @@ mod tests {
                 (64, 1, 37),
             ] {
                 let sides = Sides { b, t, s, h, kv, d };
-                for size in [2, 4] {
-                    let tiles = Tiles::of(d, size).expect("a width");
-                    // what an A100 has, and what smaller cards have
-                    let most = if tiles.width == 256 { 163 } else { 99 } << 10;
+                for (size, warpgroups) in [(2, false), (2, true), (4, true)] {
+                    let tiles = Tiles::of(d, size, warpgroups).expect("a width");
+                    // what an H100 has, an A100, and smaller cards; two blocks share an H100's
+                    let most = match tiles.width {
+                        _ if tiles.by_warpgroups => SHARED_BYTES_MAX / 2,
+                        256 => 163 << 10,
+                        _ => 99 << 10,
+                    };
                     for geometry in [
                         tiles.forward(&sides),
                         tiles.back_q(&sides),
@@ -237,6 +266,6 @@ mod tests {
                 }
             }
         }
-        assert!(Tiles::of(257, 2).is_none());
+        assert!(Tiles::of(257, 2, true).is_none());
     }
 }

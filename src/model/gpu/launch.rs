@@ -5,6 +5,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::{
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+};
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::{DeviceId, WrapErr};
@@ -82,6 +85,27 @@ pub fn launch(
 /// the kernel is launched.
 pub fn address_of(tensor: &Tensor) -> candle_core::Result<u64> {
     address(tensor, &tensor.device().as_cuda_device()?.cuda_stream())
+}
+
+/// Whether a tensor's GPU has the products of warpgroups: compute capability 9.0, and no other.
+pub fn has_warpgroups(tensor: &Tensor) -> candle_core::Result<bool> {
+    thread_local! {
+        static KNOWN: RefCell<HashMap<DeviceId, bool>> = RefCell::default();
+    }
+    let device = tensor.device().as_cuda_device()?;
+    KNOWN.with_borrow_mut(|known| {
+        if let Some(has) = known.get(&device.id()) {
+            return Ok(*has);
+        }
+        let stream = device.cuda_stream();
+        let capability = |which| stream.context().attribute(which).w();
+        let version = (
+            capability(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            capability(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        );
+        known.insert(device.id(), version == (9, 0));
+        Ok(version == (9, 0))
+    })
 }
 
 /// More than this, and a kernel has to ask for it.

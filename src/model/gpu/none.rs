@@ -11,3 +11,7 @@ pub fn launch(_: &str, name: &str, _: Geometry, _: &[Arg]) -> candle_core::Resul
 pub fn address_of(_: &Tensor) -> candle_core::Result<u64> {
     bail!("no tensor lies on a GPU in a build without CUDA")
 }
+
+pub fn has_warpgroups(_: &Tensor) -> candle_core::Result<bool> {
+    Ok(false)
+}

@@ -22,10 +22,17 @@
 // bits it has two times as many, since the next arrive meanwhile.
 //
 //   16 bits            rows              step for D = 32 … 256   threads for D = 32 … 256   dynamic shared memory, bytes
+//    by warps
 //   attention          128               64, 64, 64, 32, 32      128, 128, 128, 128, 256    2·D·(rows + 4·step)
 //   attention_back_q   128               64, 64, 32, 32, 16      128, 128, 128, 128, 256    4·D·(rows + 2·step) +
 //                                                                                           8·rows + 128
 //   attention_back_kv  128, D = 256: 64  64, 64, 64, 32, 32      128, 128, 256, 256, 256    4·D·(rows + 2·step) +
+//                                                                                           32·step + 512
+//    by warpgroups, D = 64, 96, 128
+//   attention          128               64                      256                        2·D·(rows + 4·step)
+//   attention_back_q   64                64                      128                        4·D·(rows + 2·step) +
+//                                                                                           8·rows + 128
+//   attention_back_kv  64                64                      128                        4·D·(rows + 2·step) +
 //                                                                                           32·step + 512
 //   f32
 //   attention          32                32                      64                         384·(D + 4) + 5120
@@ -33,20 +40,28 @@
 //   attention_back_kv  32                32                      64, D = 256: 128           512·(D + 4) + 512 +
 //                                                                                           80·threads
 //
-// That is at most 99 KiB for D ≤ 128, what smaller cards have, and 162 KiB for D = 256, what an A100 has. A launch must
+// -DATTENTION_BY_WARPGROUPS, for compute capability 9.0 and no other (-arch=compute_90a), multiplies by warpgroups where it
+// can. Without it, that is at most 99 KiB for D ≤ 128, what smaller cards have, and 162 KiB for D = 256, what an A100 has; an
+// H100 has 227. A launch must
 // first be allowed what is above 48 KiB (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES). h, kv and b are at most
 // 65535, what a grid holds.
 #include "attention_mma.cuh"
 #include "attention_plain.cuh"
 
-/// attention_dots_T(y, g, dots, b, t, h, d): dots[b][h][t] = Σ y·g over d. A warp takes a row of d, then the row as
-/// many warps further as there are.
+/// attention_dots_T(y, g, dots, b, t, h, d): dots[b][h][t] = Σ y·g over d. As many lanes as have packs take a row of d, a
+/// power of two of them, then the row as many further as others have begun.
 template <typename T>
 __device__ void attention_dots(const T* y, const T* g, float* dots, unsigned b, unsigned t, unsigned h, unsigned d) {
     const bool packs = d % PACKED<T> == 0 && aligned(y) && aligned(g);
-    const size_t warp = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / WARP;
-    const size_t warps = size_t(gridDim.x) * blockDim.x / WARP;
-    for (size_t row = warp; row < size_t(b) * t * h; row += warps) {
+    const unsigned width = packs ? PACKED<T> : 1;
+    unsigned lanes = 1;
+    while (lanes < WARP && lanes * width < d) lanes *= 2;
+    const size_t rows = size_t(b) * t * h, at_once = size_t(gridDim.x) * blockDim.x / lanes;
+    const size_t first = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
+    const unsigned lane = threadIdx.x % lanes;
+    // all lanes of a warp go as often
+    for (size_t start = first - threadIdx.x % WARP / lanes; start < rows; start += at_once) {
+        const size_t row = start + threadIdx.x % WARP / lanes;
         float sum = 0;
         const auto add = [&](auto ys, unsigned at) {
             using P = decltype(ys);
@@ -54,15 +69,14 @@ __device__ void attention_dots(const T* y, const T* g, float* dots, unsigned b, 
             const P gs = P::load(g + row * d + at);
             for (unsigned i = 0; i < sizeof(P) / sizeof(T); ++i) sum += widened(ys.x[i]) * widened(gs.x[i]);
         };
-        const unsigned lane = threadIdx.x % WARP;
-        if (packs) {
-            for (unsigned at = lane * PACKED<T>; at < d; at += WARP * PACKED<T>) add(Pack<T>(), at);
-        } else {
-            for (unsigned at = lane; at < d; at += WARP) add(Pack<T, 1>(), at);
+        if (row < rows && packs) {
+            for (unsigned at = lane * width; at < d; at += lanes * width) add(Pack<T>(), at);
+        } else if (row < rows) {
+            for (unsigned at = lane; at < d; at += lanes) add(Pack<T, 1>(), at);
         }
-        for (unsigned step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ALL, sum, step);
+        for (unsigned step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ALL, sum, step);
         const size_t batch = row / h / t, query = row / h % t, head = row % h;
-        if (lane == 0) dots[(batch * h + head) * t + query] = sum;
+        if (lane == 0 && row < rows) dots[(batch * h + head) * t + query] = sum;
     }
 }
 

@@ -3,38 +3,72 @@
 #pragma once
 
 #include "attention.cuh"
-#include "mma.cuh"
+#include "wgmma.cuh"
 
-/// What a launch is made of; the table in attention.cu is this. A warp takes TILES·16 of the rows, so that what it loads
-/// of the other side serves TILES products: with one, shared memory is slower than the matrix unit.
+/// What a launch is made of; the tables in attention.cu are this. A warp takes TILES·16 of the rows. By itself it should have
+/// two such tiles, so that what it loads of the other side serves two products: with one, shared memory is slower than the
+/// matrix unit.
 template <
-    unsigned OF_ROWS, unsigned OF_STEP, unsigned OF_CHUNK, unsigned OF_WARPS, unsigned OF_PARTS = 1,
-    bool DOES_KEEP = false>
+    typename HowToMultiply, unsigned OF_ROWS, unsigned OF_STEP, unsigned OF_CHUNK, unsigned OF_WARPS, unsigned OF_BLOCKS,
+    unsigned OF_PARTS = 1, bool DOES_KEEP = false>
 struct Tiling {
+    using Unit = HowToMultiply;
     static constexpr unsigned ROWS = OF_ROWS, STEP = OF_STEP;
     /// Columns of scores that a warp has in registers at once.
     static constexpr unsigned CHUNK = OF_CHUNK;
     static constexpr unsigned WARPS = OF_WARPS, THREADS = WARPS * WARP;
+    /// Blocks that a multiprocessor shall hold, which is how many registers a thread may have.
+    static constexpr unsigned BLOCKS = OF_BLOCKS;
     /// Warps that share rows.
     static constexpr unsigned PARTS = OF_PARTS;
     /// Whether a warp has registers for its own rows as factors: the next best where there is one tile of them.
     static constexpr bool KEEPS = DOES_KEEP;
     static constexpr unsigned TILES = ROWS * PARTS / WARPS / 16;
-    /// Blocks that a multiprocessor shall hold: eight warps, each with the most registers that a thread can have.
-    static constexpr unsigned BLOCKS = 8 / WARPS;
+    /// Rows that are multiplied together.
+    static constexpr unsigned TOGETHER = Unit::template TOGETHER<TILES>;
+
+    template <unsigned D, unsigned COUNT, typename T>
+    using Tile = typename Unit::template Tile<D, COUNT, T>;
+    /// A warp's rows as a factor.
+    template <unsigned D, typename T>
+    using Own = typename Unit::template Own<D, TILES, KEEPS, ROWS, T>;
 };
 
 template <unsigned D>
-struct MmaLaunches {
-    using Forward = std::conditional_t<D <= 96, Tiling<128, 64, 64, 4>, Tiling<128, 32, 32, D <= 128 ? 4 : 8>>;
+struct WarpLaunches {
+    /// Eight warps to a multiprocessor, each with the most registers that a thread can have.
+    template <unsigned ROWS, unsigned STEP, unsigned CHUNK, unsigned WARPS, unsigned PARTS = 1, bool KEEPS = false>
+    using Each = Tiling<Warps, ROWS, STEP, CHUNK, WARPS, 8 / WARPS, PARTS, KEEPS>;
+    using Forward = std::conditional_t<D <= 96, Each<128, 64, 64, 4>, Each<128, 32, 32, D <= 128 ? 4 : 8>>;
     using BackQ = std::conditional_t<
-        D <= 64, Tiling<128, 64, 64, 4>, std::conditional_t<D <= 128, Tiling<128, 32, 32, 4>, Tiling<128, 16, 16, 8>>>;
+        D <= 64, Each<128, 64, 64, 4>, std::conditional_t<D <= 128, Each<128, 32, 32, 4>, Each<128, 16, 16, 8>>>;
     using BackKv = std::conditional_t<
-        D <= 64, Tiling<128, 64, 32, 4>,
+        D <= 64, Each<128, 64, 32, 4>,
         std::conditional_t<
-            D == 96, Tiling<128, 64, 32, 8, 1, true>,
-            std::conditional_t<D == 128, Tiling<128, 32, 32, 8>, Tiling<64, 32, 32, 8, 2>>>>;
+            D == 96, Each<128, 64, 32, 8, 1, true>,
+            std::conditional_t<D == 128, Each<128, 32, 32, 8>, Each<64, 32, 32, 8, 2>>>>;
 };
+
+/// Four warpgroups to a multiprocessor in the forward pass, and two with twice as many registers in the backward pass: while
+/// one multiplies, another takes its exponentials.
+template <unsigned D>
+struct GroupLaunches {
+    template <unsigned ROWS>
+    using Each = Tiling<Warpgroups, ROWS, 64, 64, ROWS / 16, 2>;
+    using Forward = Each<128>;
+    using BackQ = Each<64>;
+    using BackKv = Each<64>;
+};
+
+#ifdef ATTENTION_BY_WARPGROUPS
+constexpr bool BY_WARPGROUPS = true;
+#else
+constexpr bool BY_WARPGROUPS = false;
+#endif
+
+/// Warpgroups pay for heads that are neither small nor so large that their sums leave a thread no registers.
+template <unsigned D>
+using MmaLaunches = std::conditional_t<BY_WARPGROUPS && D >= 64 && D <= 128, GroupLaunches<D>, WarpLaunches<D>>;
 
 /// From q·k to a score. Where that takes more than a factor above 0 it is done number by number.
 struct MmaBend {
@@ -82,12 +116,12 @@ __device__ void hide(Sums<M, N>& scores, const Seen& seen, unsigned batch, unsig
     }
 }
 
-/// Writes a warp's rows of sums, each times its factor, to a tensor, `rows` and `columns` of which exist. `room` has as
-/// many rows of shared memory, by way of which a row leaves in packs.
-template <unsigned D, unsigned M, typename T>
+/// Writes a warp's rows of sums, each times its factor, to a tensor, `rows` and `columns` of which exist. They leave in packs
+/// by way of a tile, of whose rows from `first` on nobody has any more use.
+template <unsigned D, unsigned M, typename Tile, typename T>
 __device__ void give(
-    const Sums<M, D / 8>& sums, const float (&factors)[M][2], T* room, T* to, size_t stride, unsigned rows,
-    unsigned columns) {
+    const Sums<M, D / 8>& sums, const float (&factors)[M][2], const Tile& room, unsigned first, T* to, size_t stride,
+    unsigned rows, unsigned columns) {
 #pragma unroll
     for (unsigned m = 0; m < M; ++m) {
 #pragma unroll
@@ -97,7 +131,7 @@ __device__ void give(
                 const auto& x = sums.x[m][n];
                 const float factor = factors[m][half];
                 const unsigned pair = rounded_pair<T>(x[2 * half] * factor, x[2 * half + 1] * factor);
-                T* const place = room + Rows<D>::place(16 * m + sums.row(2 * half), n) + sums.column(0);
+                T* const place = room.place(first + 16 * m + sums.row(2 * half), n) + sums.column(0);
                 *reinterpret_cast<unsigned*>(place) = pair;
             }
         }
@@ -108,7 +142,7 @@ __device__ void give(
     for (unsigned i = threadIdx.x % WARP; i < 16 * M * D / 8; i += WARP) {
         const unsigned row = i / (D / 8), pack = i % (D / 8);
         if (row >= rows || pack * 8 >= columns) continue;
-        const T* const from = room + Rows<D>::place(row, pack);
+        const T* const from = room.place(first + row, pack);
         T* const place = to + row * stride + pack * 8;
         if (packs) {
             Pack<T>::load(from).store(place);
@@ -128,29 +162,33 @@ template <unsigned D, typename T>
 __device__ void attention(
     const T* q, const T* k, const T* v, Seen seen, T* y, float* lse, Sides sides, float scale, float cap) {
     using L = typename MmaLaunches<D>::Forward;
+    using U = typename L::Unit;
+    using Queries = typename L::template Tile<D, L::ROWS, T>;
+    using Keys = typename L::template Tile<D, L::STEP, T>;
     constexpr unsigned M = L::TILES, N = L::STEP / 8;
     DYNAMIC_SHARED(room);
-    T* const qs = reinterpret_cast<T*>(room);
-    T* const stages = qs + L::ROWS * D;
+    const Queries qs = {reinterpret_cast<T*>(room)};
+    T* const stages = qs.numbers + Queries::SIZE;
 
     // under a causal mask the last queries see most: they go first
     const unsigned start = (gridDim.x - 1 - blockIdx.x) * L::ROWS, head = blockIdx.y, batch = blockIdx.z;
     const unsigned stride = sides.stride(sides.h), kv_stride = sides.stride(sides.kv);
     const size_t queries = sides.head(batch, sides.t, sides.h, head);
     const size_t keys = sides.head(batch, sides.s, sides.kv, head / (sides.h / sides.kv));
-    Rows<D>::template fetch<L::ROWS, L::THREADS>(qs, q + queries, stride, start, sides.t, sides.d);
-    const auto stage = [&](unsigned turn) { return stages + turn * 2 * L::STEP * D; };
-    const auto fetch = [&](unsigned key, unsigned turn) {
-        T* const to = stage(turn);
-        Rows<D>::template fetch<L::STEP, L::THREADS>(to, k + keys, kv_stride, key, sides.s, sides.d);
-        Rows<D>::template fetch<L::STEP, L::THREADS>(to + L::STEP * D, v + keys, kv_stride, key, sides.s, sides.d);
+    const Source<1, T> of_queries = {{q + queries}, stride, sides.t, sides.d};
+    const Source<2, T> of_keys = {{k + keys, v + keys}, kv_stride, sides.s, sides.d};
+    fetch<L::ROWS, L::THREADS>({qs}, of_queries, start);
+    const auto ks = [&](unsigned turn) { return Keys{stages + turn * 2 * Keys::SIZE}; };
+    const auto vs = [&](unsigned turn) { return Keys{stages + (turn * 2 + 1) * Keys::SIZE}; };
+    const auto fetch_keys = [&](unsigned key, unsigned turn) {
+        fetch<L::STEP, L::THREADS>({ks(turn), vs(turn)}, of_keys, key);
     };
 
     const unsigned local = threadIdx.x / WARP * 16 * M, mine = start + local;
     const Run span = seen.template sight<L::ROWS>(batch, start, sides.t).some;
-    const Sight sight = seen.template sight<16 * M>(batch, mine, sides.t);
+    const Sight sight = seen.template sight<L::TOGETHER>(batch, start + local / L::TOGETHER * L::TOGETHER, sides.t);
     const MmaBend bend(scale, cap);
-    const LoadedRows<D, M, T> own(qs + local * D);
+    const typename L::template Own<D, T> own(qs, local);
     float shifts[M][2], sum[M][2];
 #pragma unroll
     for (unsigned i = 0; i < 2 * M; ++i) shifts[i / 2][i % 2] = -INFINITY, sum[i / 2][i % 2] = 0;
@@ -158,17 +196,18 @@ __device__ void attention(
     ys.clear();
 
     unsigned key = span.first / L::STEP * L::STEP;
-    fetch(key, 0);
+    fetch_keys(key, 0);
     for (unsigned turn = 0; key < span.end; key += L::STEP, turn ^= 1) {
-        copies_arrive();
+        U::copies_arrive();
         __syncthreads();
-        if (key + L::STEP < span.end) fetch(key + L::STEP, turn ^ 1);
+        if (key + L::STEP < span.end) fetch_keys(key + L::STEP, turn ^ 1);
         if (!sight.some.meets(key, L::STEP)) continue;
 
-        const T* const ks = stage(turn);
         Sums<M, N> scores;
         scores.clear();
-        add_products<D>(scores, own, ks);
+        U::begin(scores);
+        add_products<D>(scores, own, ks(turn), 0);
+        U::end(scores);
         if (bend.bends) {
             float slope;
             scores.each([&](unsigned, unsigned, unsigned, float& x) { x = bend.score(x, slope); });
@@ -180,13 +219,15 @@ __device__ void attention(
         for (unsigned m = 0; m < M; ++m) {
 #pragma unroll
             for (unsigned half = 0; half < 2; ++half) {
-                float top = -INFINITY;
+                // two of each: a chain of one would wait for each of its links
+                float tops[2] = {-INFINITY, -INFINITY}, added[2] = {0, 0};
 #pragma unroll
                 for (unsigned n = 0; n < N; ++n) {
                     const float* const pair = scores.x[m][n] + 2 * half;
-                    top = fmaxf(top, fmaxf(pair[0], pair[1]));
+                    tops[n % 2] = fmaxf(tops[n % 2], fmaxf(pair[0], pair[1]));
                 }
-                top = over_row(top, [](float a, float b) { return fmaxf(a, b); }) * bend.unit;
+                const auto larger = [](float a, float b) { return fmaxf(a, b); };
+                const float top = over_row(fmaxf(tops[0], tops[1]), larger) * bend.unit;
                 float& shift = shifts[m][half];
                 const float before = shift;
                 if (top > shift + SLACK) shift = top;
@@ -194,22 +235,24 @@ __device__ void attention(
                 const float from = shift == -INFINITY ? 0 : shift;
                 factors[m][half] = power_of_two(before - from);
                 changes |= shift != before;
-                float added = 0;
 #pragma unroll
                 for (unsigned n = 0; n < N; ++n) {
 #pragma unroll
                     for (unsigned i = 0; i < 2; ++i) {
                         float& x = scores.x[m][n][2 * half + i];
-                        added += x = power_of_two(x * bend.unit - from);
+                        added[i] += x = power_of_two(x * bend.unit - from);
                     }
                 }
-                sum[m][half] = sum[m][half] * factors[m][half] + added;
+                sum[m][half] = sum[m][half] * factors[m][half] + (added[0] + added[1]);
             }
         }
         if (__any_sync(ALL, changes)) {
             ys.each([&](unsigned m, unsigned, unsigned i, float& x) { x *= factors[m][i / 2]; });
         }
-        add_rows<D>(ys, as_left<T>(scores), ks + L::STEP * D);
+        const auto ps = as_left<T>(scores);
+        U::begin(ys);
+        add_rows<D>(ys, ps, vs(turn), 0);
+        U::end(ys);
     }
 
     float factors[M][2];
@@ -226,9 +269,10 @@ __device__ void attention(
             }
         }
     }
-    // nobody else reads this warp's queries: their place is free
+    // nobody reads queries any more: their place is free
+    __syncthreads();
     const unsigned rows = mine < sides.t ? sides.t - mine : 0;
-    give<D>(ys, factors, qs + local * D, y + queries + size_t(mine) * stride, stride, rows, sides.d);
+    give<D>(ys, factors, qs, local, y + queries + size_t(mine) * stride, stride, rows, sides.d);
 }
 
 /// p and ds in the place of q·k and dp − dots. `lse`, in units of ln 2, is a function of a place; `hide` makes −∞ of the
@@ -255,31 +299,33 @@ __device__ void attention_back_q(
     const T* q, const T* k, const T* v, const T* g, const float* lse, const float* dots, Seen seen, T* dq,
     Sides sides, float scale, float cap) {
     using L = typename MmaLaunches<D>::BackQ;
+    using U = typename L::Unit;
+    using Queries = typename L::template Tile<D, L::ROWS, T>;
+    using Keys = typename L::template Tile<D, L::STEP, T>;
     constexpr unsigned M = L::TILES, CHUNK = L::CHUNK;
     DYNAMIC_SHARED(room);
-    T* const qs = reinterpret_cast<T*>(room);
-    T* const gs = qs + L::ROWS * D;
-    T* const stages = gs + L::ROWS * D;
-    float* const lses = reinterpret_cast<float*>(stages + 4 * L::STEP * D);
+    const Queries qs = {reinterpret_cast<T*>(room)}, gs = {qs.numbers + Queries::SIZE};
+    T* const stages = gs.numbers + Queries::SIZE;
+    float* const lses = reinterpret_cast<float*>(stages + 4 * Keys::SIZE);
     float* const all_dots = lses + L::ROWS;
 
     const unsigned start = (gridDim.x - 1 - blockIdx.x) * L::ROWS, head = blockIdx.y, batch = blockIdx.z;
     const unsigned stride = sides.stride(sides.h), kv_stride = sides.stride(sides.kv);
     const size_t queries = sides.head(batch, sides.t, sides.h, head);
     const size_t keys = sides.head(batch, sides.s, sides.kv, head / (sides.h / sides.kv));
-    Rows<D>::template fetch<L::ROWS, L::THREADS>(qs, q + queries, stride, start, sides.t, sides.d);
-    Rows<D>::template fetch<L::ROWS, L::THREADS>(gs, g + queries, stride, start, sides.t, sides.d);
+    const Source<2, T> of_queries = {{q + queries, g + queries}, stride, sides.t, sides.d};
+    const Source<2, T> of_keys = {{k + keys, v + keys}, kv_stride, sides.s, sides.d};
+    fetch<L::ROWS, L::THREADS>({qs, gs}, of_queries, start);
     for (unsigned i = threadIdx.x; i < L::ROWS; i += L::THREADS) {
         const bool exists = start + i < sides.t;
         const size_t at = (size_t(batch) * sides.h + head) * sides.t + (exists ? start + i : 0);
         copy_later<4>(lses + i, lse + at, exists);
         copy_later<4>(all_dots + i, dots + at, exists);
     }
-    const auto stage = [&](unsigned turn) { return stages + turn * 2 * L::STEP * D; };
-    const auto fetch = [&](unsigned key, unsigned turn) {
-        T* const to = stage(turn);
-        Rows<D>::template fetch<L::STEP, L::THREADS>(to, k + keys, kv_stride, key, sides.s, sides.d);
-        Rows<D>::template fetch<L::STEP, L::THREADS>(to + L::STEP * D, v + keys, kv_stride, key, sides.s, sides.d);
+    const auto ks = [&](unsigned turn) { return Keys{stages + turn * 2 * Keys::SIZE}; };
+    const auto vs = [&](unsigned turn) { return Keys{stages + (turn * 2 + 1) * Keys::SIZE}; };
+    const auto fetch_keys = [&](unsigned key, unsigned turn) {
+        fetch<L::STEP, L::THREADS>({ks(turn), vs(turn)}, of_keys, key);
     };
 
     const unsigned local = threadIdx.x / WARP * 16 * M, mine = start + local;
@@ -287,42 +333,48 @@ __device__ void attention_back_q(
     // a warp asks for its sight once a step, and has no registers to spare
     Sight* const sights = reinterpret_cast<Sight*>(all_dots + L::ROWS);
     const Sight& sight = sights[threadIdx.x / WARP];
-    sights[threadIdx.x / WARP] = seen.template sight<16 * M>(batch, mine, sides.t);
+    sights[threadIdx.x / WARP] =
+        seen.template sight<L::TOGETHER>(batch, start + local / L::TOGETHER * L::TOGETHER, sides.t);
     const MmaBend bend(scale, cap);
-    const LoadedRows<D, M, T> own_q(qs + local * D), own_g(gs + local * D);
+    const typename L::template Own<D, T> own_q(qs, local), own_g(gs, local);
     Sums<M, D / 8> dqs;
     dqs.clear();
     unsigned key = span.first / L::STEP * L::STEP;
-    fetch(key, 0);
+    fetch_keys(key, 0);
     for (unsigned turn = 0; key < span.end; key += L::STEP, turn ^= 1) {
-        copies_arrive();
+        U::copies_arrive();
         __syncthreads();
-        if (key + L::STEP < span.end) fetch(key + L::STEP, turn ^ 1);
+        if (key + L::STEP < span.end) fetch_keys(key + L::STEP, turn ^ 1);
 #pragma unroll 1
         for (unsigned n = 0; n < L::STEP; n += CHUNK) {
             if (!sight.some.meets(key + n, CHUNK)) continue;
-            const T* const ks = stage(turn) + n * D;
             Sums<M, CHUNK / 8> ps, ds;
             ps.clear();
             const auto row = [&](unsigned m, unsigned i) { return local + 16 * m + ps.row(i); };
             ds.each([&](unsigned m, unsigned, unsigned i, float& x) { x = -all_dots[row(m, i)]; });
-            add_products<D>(ps, own_q, ks);
-            add_products<D>(ds, own_g, ks + L::STEP * D);
+            U::begin(ps, ds);
+            add_products<D>(ps, own_q, ks(turn), n);
+            add_products<D>(ds, own_g, vs(turn), n);
+            U::end(ps, ds);
             slopes(
                 ps, ds, bend, [&](unsigned m, unsigned, unsigned i) { return lses[row(m, i)] * LOG2_E; },
                 [&] {
                     if (!sight.every.covers(key + n, CHUNK)) hide(ps, seen, batch, mine, sides.t, key + n);
                 });
-            add_rows<D>(dqs, as_left<T>(ds), ks);
+            const auto left = as_left<T>(ds);
+            U::begin(dqs);
+            add_rows<D>(dqs, left, ks(turn), n);
+            U::end(dqs);
         }
     }
 
-    // nobody else reads this warp's queries: their place is free
+    // nobody reads queries any more: their place is free
+    __syncthreads();
     const unsigned rows = mine < sides.t ? sides.t - mine : 0;
     float factors[M][2];
 #pragma unroll
     for (unsigned i = 0; i < 2 * M; ++i) factors[i / 2][i % 2] = scale;
-    give<D>(dqs, factors, qs + local * D, dq + queries + size_t(mine) * stride, stride, rows, sides.d);
+    give<D>(dqs, factors, qs, local, dq + queries + size_t(mine) * stride, stride, rows, sides.d);
 }
 
 /// What attention_back_kv shares of the queries that it holds.
@@ -342,26 +394,28 @@ __device__ void attention_back_kv(
     const T* q, const T* k, const T* v, const T* g, const float* lse, const float* dots, Seen seen, T* dk, T* dv,
     Sides sides, float scale, float cap) {
     using L = typename MmaLaunches<D>::BackKv;
+    using U = typename L::Unit;
     constexpr unsigned M = L::TILES, CHUNK = L::CHUNK, N = CHUNK / 8, STEP = L::STEP;
+    using Keys = typename L::template Tile<D, L::ROWS, T>;
+    using Queries = typename L::template Tile<D, STEP, T>;
     DYNAMIC_SHARED(room);
-    T* const ks = reinterpret_cast<T*>(room);
-    T* const vs = ks + L::ROWS * D;
-    T* const stages = vs + L::ROWS * D;
-    auto* const of_queries = reinterpret_cast<OfQueries<STEP>*>(stages + 4 * STEP * D);
+    const Keys ks = {reinterpret_cast<T*>(room)}, vs = {ks.numbers + Keys::SIZE};
+    T* const stages = vs.numbers + Keys::SIZE;
+    auto* const of_queries = reinterpret_cast<OfQueries<STEP>*>(stages + 4 * Queries::SIZE);
     Sight* const sights = reinterpret_cast<Sight*>(of_queries + 2);
 
     const unsigned start = blockIdx.x * L::ROWS, shared = blockIdx.y, batch = blockIdx.z;
     const unsigned group = sides.h / sides.kv;
     const unsigned stride = sides.stride(sides.h), kv_stride = sides.stride(sides.kv);
     const size_t keys = sides.head(batch, sides.s, sides.kv, shared);
-    Rows<D>::template fetch<L::ROWS, L::THREADS>(ks, k + keys, kv_stride, start, sides.s, sides.d);
-    Rows<D>::template fetch<L::ROWS, L::THREADS>(vs, v + keys, kv_stride, start, sides.s, sides.d);
-    const auto stage = [&](unsigned turn) { return stages + turn * 2 * STEP * D; };
-    const auto fetch = [&](unsigned query, unsigned head, unsigned turn) {
-        T* const to = stage(turn);
+    const Source<2, T> of_keys = {{k + keys, v + keys}, kv_stride, sides.s, sides.d};
+    fetch<L::ROWS, L::THREADS>({ks, vs}, of_keys, start);
+    const auto qs = [&](unsigned turn) { return Queries{stages + turn * 2 * Queries::SIZE}; };
+    const auto gs = [&](unsigned turn) { return Queries{stages + (turn * 2 + 1) * Queries::SIZE}; };
+    const auto fetch_queries = [&](unsigned query, unsigned head, unsigned turn) {
         const size_t queries = sides.head(batch, sides.t, sides.h, head);
-        Rows<D>::template fetch<STEP, L::THREADS>(to, q + queries, stride, query, sides.t, sides.d);
-        Rows<D>::template fetch<STEP, L::THREADS>(to + STEP * D, g + queries, stride, query, sides.t, sides.d);
+        const Source<2, T> from = {{q + queries, g + queries}, stride, sides.t, sides.d};
+        fetch<STEP, L::THREADS>({qs(turn), gs(turn)}, from, query);
         const unsigned i = threadIdx.x;
         if (i < STEP) {
             const bool exists = query + i < sides.t;
@@ -384,11 +438,11 @@ __device__ void attention_back_kv(
     auto &dks = sums[0], &dvs = sums[2 / L::PARTS - 1];
 
     if constexpr (L::KEEPS) {
-        copies_arrive();
+        U::copies_arrive();
         __syncthreads();
     }
-    using Own = std::conditional_t<L::KEEPS, KeptRows<D, M>, LoadedRows<D, M, T>>;
-    const Own own_k(ks + local * D), own_v(vs + local * D);
+    const typename L::template Own<D, T> own_k(ks, local), own_v(vs, local);
+    const unsigned together = start + local / L::TOGETHER * L::TOGETHER;
 
     // what of the queries, if any, sees these keys: one step of them to a lane, many at once because nothing else goes
     // on meanwhile
@@ -409,9 +463,9 @@ __device__ void attention_back_kv(
         unsigned steps = __ballot_sync(ALL, sights[threadIdx.x % WARP].some.meets(start, L::ROWS));
         if (steps == 0) continue;
         unsigned next = __ffs(int(steps)) - 1, head = shared * group;
-        fetch(from + next * STEP, head, 0);
+        fetch_queries(from + next * STEP, head, 0);
         for (unsigned turn = 0; steps != 0; turn ^= 1) {
-            copies_arrive();
+            U::copies_arrive();
             __syncthreads();
             const Sight sight = sights[next];
             if (++head == (shared + 1) * group) {
@@ -419,20 +473,20 @@ __device__ void attention_back_kv(
                 steps &= steps - 1;
                 next = __ffs(int(steps)) - 1;
             }
-            if (steps != 0) fetch(from + next * STEP, head, turn ^ 1);
-            if (!sight.some.meets(mine, 16 * M)) continue;
+            if (steps != 0) fetch_queries(from + next * STEP, head, turn ^ 1);
+            if (!sight.some.meets(together, L::TOGETHER)) continue;
             const bool all_seen = sight.every.covers(mine, 16 * M);
 #pragma unroll 1
             for (unsigned query = 0; query < STEP; query += CHUNK) {
-                const T* const qs = stage(turn) + query * D;
-                const T* const gs = qs + STEP * D;
                 const auto& of = of_queries[turn];
                 Sums<M, N> ps, ds;
                 ps.clear();
                 const auto column = [&](unsigned n, unsigned i) { return query + 8 * n + ps.column(i); };
                 ds.each([&](unsigned, unsigned n, unsigned i, float& x) { x = -of.dots[column(n, i)]; });
-                add_products<D>(ps, own_k, qs);
-                if (sums_keys) add_products<D>(ds, own_v, gs);
+                U::begin(ps, ds);
+                add_products<D>(ps, own_k, qs(turn), query);
+                if (sums_keys) add_products<D>(ds, own_v, gs(turn), query);
+                U::end(ps, ds);
                 slopes(
                     ps, ds, bend, [&](unsigned, unsigned n, unsigned i) { return of.lse[column(n, i)] * LOG2_E; },
                     [&] {
@@ -442,8 +496,17 @@ __device__ void attention_back_kv(
                             if (!run.holds(mine + 16 * m + ps.row(i))) x = -INFINITY;
                         });
                     });
-                if (sums_values) add_rows<D>(dvs, as_left<T>(ps), gs);
-                if (sums_keys) add_rows<D>(dks, as_left<T>(ds), qs);
+                if (sums_values) {
+                    const auto left = as_left<T>(ps);
+                    U::begin(dvs);
+                    add_rows<D>(dvs, left, gs(turn), query);
+                }
+                if (sums_keys) {
+                    const auto left = as_left<T>(ds);
+                    U::begin(dks);
+                    add_rows<D>(dks, left, qs(turn), query);
+                }
+                U::end(dvs, dks);
             }
         }
     }
@@ -456,6 +519,6 @@ __device__ void attention_back_kv(
     float key_factors[M][2], value_factors[M][2];
 #pragma unroll
     for (unsigned i = 0; i < 2 * M; ++i) key_factors[i / 2][i % 2] = scale, value_factors[i / 2][i % 2] = 1;
-    if (sums_keys) give<D>(dks, key_factors, ks + local * D, dk + to, kv_stride, rows, sides.d);
-    if (sums_values) give<D>(dvs, value_factors, vs + local * D, dv + to, kv_stride, rows, sides.d);
+    if (sums_keys) give<D>(dks, key_factors, ks, local, dk + to, kv_stride, rows, sides.d);
+    if (sums_values) give<D>(dvs, value_factors, vs, local, dv + to, kv_stride, rows, sides.d);
 }

@@ -1,5 +1,5 @@
 //! Compiles the kernels beside this file to PTX, in a build with the feature `cuda`: for compute capability 8.0, from which
-//! the driver makes the machine code of its own card.
+//! the driver makes the machine code of its own card. Attention comes once more, for 9.0 alone.
 
 fn main() {
     println!("cargo::rerun-if-changed=src/model/kernels");
@@ -22,20 +22,31 @@ mod cuda {
     /// Of attention, one module for each width: the driver compiles what is used, and little more.
     const WIDTHS: [u32; 5] = [32, 64, 96, 128, 256];
 
+    /// Of which some have products of warpgroups.
+    const BY_WARPGROUPS: [u32; 3] = [64, 96, 128];
+
+    /// What is compiled as what, and with which options.
+    type Module = (String, &'static str, Vec<String>);
+
     pub fn compile() {
         println!("cargo::rerun-if-env-changed=CUDA_HOME");
-        let mut modules: Vec<(String, &str, Vec<String>)> =
-            ["columns", "gated", "loss", "norm", "rope", "sigma"]
-                .map(|name| (name.to_string(), name, Vec::new()))
-                .into();
-        for width in WIDTHS {
-            let define = format!("-DATTENTION_WIDTH={width}");
-            modules.push((format!("attention_{width}"), "attention", vec![define]));
-        }
+        let everywhere = || vec!["-arch=compute_80".to_string()];
+        let mut modules: Vec<Module> = ["columns", "gated", "loss", "norm", "rope", "sigma"]
+            .map(|name| (name.to_string(), name, everywhere()))
+            .into();
+        let attention = |width: u32, by: &str, mut options: Vec<String>| {
+            options.push(format!("-DATTENTION_WIDTH={width}"));
+            (format!("attention_{width}{by}"), "attention", options)
+        };
+        modules.extend(WIDTHS.map(|width| attention(width, "", everywhere())));
+        modules.extend(BY_WARPGROUPS.map(|width| {
+            let options = ["-arch=compute_90a", "-DATTENTION_BY_WARPGROUPS"].map(String::from);
+            attention(width, "_by_warpgroups", options.into())
+        }));
         let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo says where to write"));
         let mut arms = String::new();
-        for (module, source, defines) in &modules {
-            let packed = ptx(source, defines, &out);
+        for (module, source, options) in &modules {
+            let packed = ptx(source, options, &out);
             fs::write(out.join(module), packed).expect("the folder is ours");
             arms += &format!(
                 "{module:?} => Some(include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{module}\"))),\n"
@@ -46,16 +57,16 @@ mod cuda {
     }
 
     /// The PTX of a source, packed: it shrinks to a twentieth.
-    fn ptx(source: &str, defines: &[String], out: &Path) -> Vec<u8> {
+    fn ptx(source: &str, options: &[String], out: &Path) -> Vec<u8> {
         let nvcc = match env::var_os("CUDA_HOME") {
             Some(home) => Path::new(&home).join("bin/nvcc"),
             None => "nvcc".into(),
         };
         let target = out.join("module.ptx");
         let status = Command::new(&nvcc)
-            .args(["-ptx", "-O3", "-std=c++17", "-arch=compute_80", "-o"])
+            .args(["-ptx", "-O3", "-std=c++17", "-o"])
             .arg(&target)
-            .args(defines)
+            .args(options)
             .arg(format!("{FOLDER}/{source}.cu"))
             .status();
         match status {

@@ -12,7 +12,7 @@
 #include <cuda_fp16.h>
 
 /// The shared memory whose size the launch gives.
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #endif
 
 /// Calls `DEFINE(suffix, type)` for every dtype.

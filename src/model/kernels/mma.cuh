@@ -139,50 +139,85 @@ __device__ Left<M, N> as_left(const Sums<M, N>& sums) {
     return left;
 }
 
-/// Rows of D 16-bit numbers in shared memory. The packs of eight in a row change places from row to row, so that eight
+/// Where packs of eight 16-bit numbers are in rows of D in shared memory. They change places from row to row, so that eight
 /// rows below each other, what a load of a matrix reads at once, lie in different banks.
 template <unsigned D>
-struct Rows {
+struct Twisted {
     /// Rows of 64·n numbers all start in the same bank, of 32 + 64·n in one of two.
     static constexpr unsigned TWIST = D % 64 == 0 ? 7 : 3;
-    static constexpr unsigned PACKS = D / 8;
 
     __device__ static unsigned twist(unsigned row) { return (D % 64 == 0 ? row : row / 2) & TWIST; }
+};
 
-    /// Where a pack is.
-    __device__ static unsigned place(unsigned row, unsigned pack) { return row * D + (pack ^ twist(row)) * 8; }
+/// Heads of tensors of the same shape that are read together: keys and values, or queries and the gradients of what came of
+/// them.
+template <unsigned HEADS, typename T>
+struct Source {
+    const T* heads[HEADS];
+    /// From one row to the next, how many rows there are, and numbers in each.
+    unsigned stride, n, d;
 
-    /// Copies COUNT rows of one head, from row `start` of n, by THREADS threads; zeros beyond n and beyond d. They are
-    /// there after copies_arrive() and a barrier.
-    template <unsigned COUNT, unsigned THREADS, typename T>
-    __device__ static void fetch(T* to, const T* head, unsigned stride, unsigned start, unsigned n, unsigned d) {
-        // as many threads to a row as packs change places: each thread's twist is always the same
-        constexpr unsigned LANES = TWIST + 1, STEP = THREADS / LANES;
-        static_assert(STEP % 8 == 0 && PACKS % LANES == 0, "a thread's rows have one twist");
-        if (aligned(head) && d % 8 == 0) {
-            const unsigned first = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-            T* const room = to + place(first, lane);
-            // of a row that does not exist nothing is read, wherever it would be
-            const T* from = head + size_t(start + first) * stride + lane * 8;
+    __device__ bool packs() const {
+        bool all = d % 8 == 0;
+        for (const T* head : heads) all &= aligned(head);
+        return all;
+    }
+};
+
+/// Copies COUNT rows of each head, from row `start` on, to a tile of its own; zeros beyond n and beyond d. They are there
+/// after copies_arrive() and a barrier. By THREADS threads, Tile::LANES packs of a row side by side: what a thread copies
+/// changes places alike everywhere.
+template <unsigned COUNT, unsigned THREADS, typename Tile, unsigned HEADS, typename T>
+__device__ void fetch(const Tile (&tiles)[HEADS], const Source<HEADS, T>& from, unsigned start) {
+    constexpr unsigned LANES = Tile::LANES, STEP = THREADS / LANES, PACKS = Tile::SIZE / COUNT / 8;
+    static_assert(STEP % 8 == 0 && PACKS % LANES == 0, "a thread's rows have one twist");
+    if (from.packs()) {
+        const unsigned row = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+        const unsigned place = unsigned(tiles[0].place(row, lane) - tiles[0].numbers);
+        // of a row that does not exist nothing is read, wherever it would be
+        size_t at = size_t(start + row) * from.stride + lane * 8;
 #pragma unroll
-            for (unsigned i = 0; i < COUNT; i += STEP, from += STEP * stride) {
-                if (COUNT % STEP != 0 && first + i >= COUNT) break;
+        for (unsigned i = 0; i < COUNT; i += STEP, at += STEP * from.stride) {
+            if (COUNT % STEP != 0 && row + i >= COUNT) break;
 #pragma unroll
-                for (unsigned pack = 0; pack < PACKS; pack += LANES) {
-                    const bool exists = start + first + i < n && (pack + lane) * 8 < d;
-                    copy_later<16>(room + i * D + pack * 8, from + pack * 8, exists);
+            for (unsigned pack = 0; pack < PACKS; pack += LANES) {
+                const bool exists = start + row + i < from.n && (pack + lane) * 8 < from.d;
+                const unsigned to = place + Tile::further(i, pack);
+#pragma unroll
+                for (unsigned head = 0; head < HEADS; ++head) {
+                    copy_later<16>(tiles[head].numbers + to, from.heads[head] + at + pack * 8, exists);
                 }
             }
-        } else {
+        }
+    } else {
 #pragma unroll 1
-            for (unsigned i = threadIdx.x; i < COUNT * D; i += THREADS) {
-                const unsigned row = i / D, column = i % D;
-                const bool exists = start + row < n && column < d;
-                T* const number = to + place(row, column / 8) + column % 8;
-                *number = exists ? head[size_t(start + row) * stride + column] : rounded<T>(0);
+        for (unsigned i = threadIdx.x; i < Tile::SIZE; i += THREADS) {
+            const unsigned row = i / (8 * PACKS), column = i % (8 * PACKS);
+            const bool exists = start + row < from.n && column < from.d;
+            const size_t at = size_t(start + row) * from.stride + column;
+#pragma unroll
+            for (unsigned head = 0; head < HEADS; ++head) {
+                const T number = exists ? from.heads[head][at] : rounded<T>(0);
+                tiles[head].place(row, column / 8)[column % 8] = number;
             }
         }
     }
+}
+
+/// COUNT rows of D 16-bit numbers in shared memory.
+template <unsigned D, unsigned COUNT, typename T>
+struct Rows {
+    static constexpr unsigned SIZE = D * COUNT;
+    T* numbers;
+
+    /// Where a pack is.
+    __device__ T* place(unsigned row, unsigned pack) const {
+        return numbers + row * D + (pack ^ Twisted<D>::twist(row)) * 8;
+    }
+
+    /// How far behind its pack another one of a thread is.
+    static constexpr unsigned LANES = Twisted<D>::TWIST + 1;
+    __device__ static unsigned further(unsigned rows, unsigned packs) { return rows * D + packs * 8; }
 };
 
 /// Where the lane's rows of four matrices of 8 × 8 start, as seen from a corner of 16 rows and 16 columns: the second
@@ -196,41 +231,42 @@ struct Corner {
         const unsigned row = DOWN ? lane % 16 : lane % 8 + lane / 16 * 8;
         const unsigned pack = DOWN ? lane / 16 : lane / 8 % 2;
         offset = row * D;
-        twist = Rows<D>::twist(row) ^ pack;
+        twist = Twisted<D>::twist(row) ^ pack;
     }
 
     /// In units of 16 rows and 16 columns.
     template <typename T>
     __device__ const T* at(const T* rows, unsigned row, unsigned column) const {
         // packs change places within groups of TWIST + 1; with the group apart, the compiler sees few different sums
-        const unsigned pack = 2 * column, in_group = pack % (Rows<D>::TWIST + 1);
+        const unsigned pack = 2 * column, in_group = pack % (Twisted<D>::TWIST + 1);
         return rows + offset + (in_group ^ twist) * 8 + row * 16 * D + (pack - in_group) * 8;
     }
 };
 
-/// Rows of shared memory as left factors, loaded whenever they are used.
+/// M·16 rows of a tile as left factors, loaded whenever they are used.
 template <unsigned D, unsigned M, typename T>
 struct LoadedRows {
     const T* rows;
     Corner<D, true> corner;
 
-    __device__ explicit LoadedRows(const T* rows) : rows(rows) {}
+    template <unsigned COUNT>
+    __device__ LoadedRows(Rows<D, COUNT, T> tile, unsigned row) : rows(tile.numbers + row * D) {}
 
     __device__ void factor(unsigned (&x)[4], unsigned m, unsigned k) const { load_four(x, corner.at(rows, m, k)); }
 };
 
-/// Rows of shared memory as left factors, loaded once: M·D/4 registers.
-template <unsigned D, unsigned M>
+/// The same, loaded once: M·D/4 registers.
+template <unsigned D, unsigned M, typename T>
 struct KeptRows {
     unsigned x[M][D / 16][4];
 
-    template <typename T>
-    __device__ explicit KeptRows(const T* rows) {
+    template <unsigned COUNT>
+    __device__ KeptRows(Rows<D, COUNT, T> tile, unsigned row) {
         const Corner<D, true> corner;
 #pragma unroll
         for (unsigned m = 0; m < M; ++m) {
 #pragma unroll
-            for (unsigned k = 0; k < D / 16; ++k) load_four(x[m][k], corner.at(rows, m, k));
+            for (unsigned k = 0; k < D / 16; ++k) load_four(x[m][k], corner.at(tile.numbers + row * D, m, k));
         }
     }
 
@@ -240,10 +276,11 @@ struct KeptRows {
     }
 };
 
-/// sums += left · rightᵀ for 16·M rows `left` and 8·N rows `right` of shared memory.
-template <unsigned D, unsigned M, unsigned N, typename LeftRows, typename T>
-__device__ void add_products(Sums<M, N>& sums, const LeftRows& left, const T* right) {
+/// sums += left · rightᵀ for 16·M rows `left` and 8·N rows of a tile, from `row` on.
+template <unsigned D, unsigned M, unsigned N, typename LeftRows, unsigned COUNT, typename T>
+__device__ void add_products(Sums<M, N>& sums, const LeftRows& left, Rows<D, COUNT, T> right, unsigned row) {
     const Corner<D, false> corner;
+    const T* const rows = right.numbers + row * D;
 #pragma unroll
     for (unsigned k = 0; k < D / 16; ++k) {
         unsigned a[M][4];
@@ -252,7 +289,7 @@ __device__ void add_products(Sums<M, N>& sums, const LeftRows& left, const T* ri
 #pragma unroll
         for (unsigned n = 0; n < N; n += 2) {
             unsigned b[4];
-            load_four(b, corner.at(right, n / 2, k));
+            load_four(b, corner.at(rows, n / 2, k));
 #pragma unroll
             for (unsigned m = 0; m < M; ++m) {
                 multiply<T>(sums.x[m][n], a[m], b[0], b[1]);
@@ -262,16 +299,17 @@ __device__ void add_products(Sums<M, N>& sums, const LeftRows& left, const T* ri
     }
 }
 
-/// sums += left · right for 8·N rows `right` of shared memory.
-template <unsigned D, unsigned M, unsigned N, typename T>
-__device__ void add_rows(Sums<M, D / 8>& sums, const Left<M, N>& left, const T* right) {
+/// sums += left · right for 8·N rows of a tile, from `row` on.
+template <unsigned D, unsigned M, unsigned N, unsigned COUNT, typename T>
+__device__ void add_rows(Sums<M, D / 8>& sums, const Left<M, N>& left, Rows<D, COUNT, T> right, unsigned row) {
     const Corner<D, true> corner;
+    const T* const rows = right.numbers + row * D;
 #pragma unroll
     for (unsigned k = 0; k < N / 2; ++k) {
 #pragma unroll
         for (unsigned n = 0; n < D / 8; n += 2) {
             unsigned b[4];
-            load_four_turned(b, corner.at(right, k, n / 2));
+            load_four_turned(b, corner.at(rows, k, n / 2));
 #pragma unroll
             for (unsigned m = 0; m < M; ++m) {
                 multiply<T>(sums.x[m][n], left.x[m][k], b[0], b[1]);
@@ -280,3 +318,23 @@ __device__ void add_rows(Sums<M, D / 8>& sums, const Left<M, N>& left, const T* 
         }
     }
 }
+
+/// How warps multiply, each by itself; wgmma.cuh has another way.
+struct Warps {
+    /// Rows that one product takes, of the M·16 that a warp has.
+    template <unsigned M>
+    static constexpr unsigned TOGETHER = 16 * M;
+
+    template <unsigned D, unsigned COUNT, typename T>
+    using Tile = Rows<D, COUNT, T>;
+    template <unsigned D, unsigned M, bool KEEPS, unsigned COUNT, typename T>
+    using Own = std::conditional_t<KEEPS, KeptRows<D, M, T>, LoadedRows<D, M, T>>;
+
+    /// Waits for this thread's copies, so that products may read them behind a barrier.
+    __device__ static void copies_arrive() { ::copies_arrive(); }
+    /// Around products that add to these sums.
+    template <typename... AllSums>
+    __device__ static void begin(AllSums&...) {}
+    template <typename... AllSums>
+    __device__ static void end(AllSums&...) {}
+};
