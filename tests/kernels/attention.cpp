@@ -181,7 +181,7 @@ void hold(const Case& c) {
         KERNEL(attention)(q.data(), k.data(), v.data(), first.data(), end.data(), rows, y.data(), lse.data(), b, t, s,
                           h, kv, d, scale, float(cap));
     });
-    on_cpu::launch({3}, 256, 0, [&] { dots_kernel<T>()(y.data(), g.data(), dots.data(), b, t, h, d); });
+    on_cpu::launch({3}, 256, 0, [&] { dots_kernel<T>()(y.data(), g.data(), dots.data(), b * t * h, t, h, d); });
 
     // the gradients are held against the reference by themselves
     const Input<float> exact_lse(wanted.lse), exact_dots(wanted.dots);

@@ -228,7 +228,7 @@ struct Attention {
         NEED(cudaGetLastError());
     }
     void make_dots() const {
-        Kernels<T>::dots()<<<1024, 256>>>(y.data(), g.data(), dots.data(), p.b, p.t, p.h, p.d);
+        Kernels<T>::dots()<<<1024, 256>>>(y.data(), g.data(), dots.data(), p.b * p.t * p.h, p.t, p.h, p.d);
         NEED(cudaGetLastError());
     }
     void back_q() const {

@@ -200,9 +200,10 @@ impl<'a> Attention<'a> {
     pub fn gradients(&self, y: &Tensor, lse: &Tensor, g: &Tensor) -> Result<[Tensor; 3]> {
         let Sides { b, t, h, d, .. } = self.sides;
         let dots = room((b, h, t), DType::F32, self.q)?;
-        let sides = [b, t, h, d].map(Arg::Count);
+        let rows = b * t * h;
+        let sides = [rows, t, h, d].map(Arg::Count);
         let args = [[y, g, &dots].map(Arg::Tensor).as_slice(), &sides].concat();
-        let blocks = (b * t * h * WARP).div_ceil(BLOCK).min(MOST_BLOCKS);
+        let blocks = (rows * WARP).div_ceil(BLOCK).min(MOST_BLOCKS);
         let dots_name = format!("attention_dots_{}", self.kind);
         run(
             &self.module(),

@@ -48,25 +48,25 @@
 #include "attention_mma.cuh"
 #include "attention_plain.cuh"
 
-/// attention_dots_T(y, g, dots, b, t, h, d): dots[b][h][t] = Σ y·g over d. As many lanes as have packs take a row of d, a
-/// power of two of them, then the row as many further as others have begun.
+/// attention_dots_T(y, g, dots, rows, t, h, d): dots[b][h][t] = Σ y·g over d, of b·t·h rows. As many lanes as have packs take
+/// a row, a power of two of them, then the row as many further as others have begun.
 template <typename T>
-__device__ void attention_dots(const T* y, const T* g, float* dots, unsigned b, unsigned t, unsigned h, unsigned d) {
+__device__ void attention_dots(const T* y, const T* g, float* dots, unsigned rows, unsigned t, unsigned h, unsigned d) {
     const bool packs = d % PACKED<T> == 0 && aligned(y) && aligned(g);
     const unsigned width = packs ? PACKED<T> : 1;
     unsigned lanes = 1;
     while (lanes < WARP && lanes * width < d) lanes *= 2;
-    const size_t rows = size_t(b) * t * h, at_once = size_t(gridDim.x) * blockDim.x / lanes;
-    const size_t first = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
-    const unsigned lane = threadIdx.x % lanes;
-    // all lanes of a warp go as often
-    for (size_t start = first - threadIdx.x % WARP / lanes; start < rows; start += at_once) {
-        const size_t row = start + threadIdx.x % WARP / lanes;
+    const unsigned of_warp = WARP / lanes, lane = threadIdx.x % lanes;
+    const unsigned warps = gridDim.x * (blockDim.x / WARP);
+    const unsigned warp = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    // all lanes of a warp go as often, since they add up together
+    for (size_t start = size_t(warp) * of_warp; start < rows; start += size_t(warps) * of_warp) {
+        const unsigned row = unsigned(start) + threadIdx.x % WARP / lanes;
         float sum = 0;
         const auto add = [&](auto ys, unsigned at) {
             using P = decltype(ys);
-            ys = P::load(y + row * d + at);
-            const P gs = P::load(g + row * d + at);
+            ys = P::load(y + size_t(row) * d + at);
+            const P gs = P::load(g + size_t(row) * d + at);
             for (unsigned i = 0; i < sizeof(P) / sizeof(T); ++i) sum += widened(ys.x[i]) * widened(gs.x[i]);
         };
         if (row < rows && packs) {
@@ -75,8 +75,9 @@ __device__ void attention_dots(const T* y, const T* g, float* dots, unsigned b, 
             for (unsigned at = lane; at < d; at += lanes) add(Pack<T, 1>(), at);
         }
         for (unsigned step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ALL, sum, step);
-        const size_t batch = row / h / t, query = row / h % t, head = row % h;
-        if (lane == 0 && row < rows) dots[(batch * h + head) * t + query] = sum;
+        if (lane != 0 || row >= rows) continue;
+        const unsigned token = row / h, head = row - token * h, batch = token / t, query = token - batch * t;
+        dots[(size_t(batch) * h + head) * t + query] = sum;
     }
 }
 
@@ -122,8 +123,8 @@ struct Launches<float, D> {
     }
 #define DEFINE_DOTS(NAME, T)                                                                                          \
     extern "C" __global__ void __launch_bounds__(256) attention_dots_##NAME(                                          \
-        const T* y, const T* g, float* dots, unsigned b, unsigned t, unsigned h, unsigned d) {                        \
-        attention_dots<T>(y, g, dots, b, t, h, d);                                                                    \
+        const T* y, const T* g, float* dots, unsigned rows, unsigned t, unsigned h, unsigned d) {                     \
+        attention_dots<T>(y, g, dots, rows, t, h, d);                                                                 \
     }
 FOR_DTYPES(DEFINE_DOTS)
 #undef DEFINE_DOTS

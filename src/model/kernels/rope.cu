@@ -20,9 +20,17 @@ __device__ void turn(
         }
         const P left = P::load(x + start + at);
         P turned_left, turned_right;
+        // of angles, packs are narrower
+        using Angles = Pack<float, WIDTH == 1 ? 1 : PACKED<float>>;
+        constexpr unsigned EACH = sizeof(Angles) / sizeof(float);
+        Angles cs[WIDTH / EACH], ss[WIDTH / EACH];
+        for (unsigned j = 0; j < WIDTH; j += EACH) {
+            cs[j / EACH] = Angles::load(cos + at + j);
+            ss[j / EACH] = Angles::load(sin + at + j);
+        }
         for (unsigned j = 0; j < WIDTH; ++j) {
             const float l = widened(left.x[j]), r = widened(right.x[j]);
-            const float c = cos[at + j], s = sign * sin[at + j];
+            const float c = cs[j / EACH].x[j % EACH], s = sign * ss[j / EACH].x[j % EACH];
             turned_left.x[j] = rounded<T>(l * c - r * s);
             turned_right.x[j] = rounded<T>(l * s + r * c);
         }
@@ -40,7 +48,8 @@ template <typename T>
 __device__ void rotate(
     const T* x, const float* cos, const float* sin, T* y, unsigned tokens, unsigned h, unsigned d, unsigned half,
     unsigned rows, unsigned x_pitch, unsigned y_pitch, float sign) {
-    const bool packs = (d | half | x_pitch | y_pitch) % PACKED<T> == 0 && aligned(x) && aligned(y);
+    const bool packs =
+        (d | half | x_pitch | y_pitch) % PACKED<T> == 0 && aligned(x) && aligned(y) && aligned(cos) && aligned(sin);
     for (size_t token = blockIdx.x; token < tokens; token += gridDim.x) {
         const T* const from = x + token * x_pitch;
         T* const to = y + token * y_pitch;
