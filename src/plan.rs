@@ -311,9 +311,13 @@ impl Plan {
             };
             let (m, n) = tensor.sides();
             let width = (tensor.bytes as usize) / (m * n).max(1);
+            let stacked = (config.stacked_on_gpu())
+                .find(|(parts, _)| parts.iter().any(|part| tensor.module().ends_with(part)))
+                .map_or(m, |(_, side)| side);
             matrices.push(Matrix {
                 m,
                 n,
+                stacked,
                 width,
                 vector_width: factors.bytes() as usize,
                 part,

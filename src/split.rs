@@ -538,6 +538,21 @@ mod tests {
         }
     }
 
+    /// As the format wants them, which tiles do not give them.
+    #[test]
+    fn exceptions_of_a_wide_weight_are_in_order_and_return() {
+        let matrix = random(5, 2 * TILE + 70, Dtype::F32, 3);
+        let factors = factors(&matrix, 2);
+        let residual = factors.residual(&matrix);
+        let rows = residual
+            .exact_at
+            .iter()
+            .map(|at| at / (2 * TILE as u64 + 70));
+        assert!(rows.collect::<std::collections::BTreeSet<_>>().len() > 1);
+        assert!(residual.exact_at.is_sorted_by(|a, b| a < b));
+        assert_eq!(factors.restore(&residual, Dtype::F32).bytes, matrix.bytes);
+    }
+
     #[test]
     fn exceptions_of_sixteen_bit_weights_are_few() {
         let matrix = random(200, 300, Dtype::BF16, 7);

@@ -270,6 +270,22 @@ impl ModelConfig {
         format!("{prefix}{}.weight", self.names.embedding)
     }
 
+    /// Projections of one input that a GPU computes as one, with the outputs of all of them: what comes out of one product is
+    /// used as it lies there, unless a norm stands in between.
+    pub fn stacked_on_gpu(&self) -> impl Iterator<Item = (&'static [&'static str], usize)> {
+        let (query, key) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let turned = self.query_key_norm == QueryKeyNorm::None;
+        [
+            (self.names.query_key_value, query + 2 * key, turned),
+            (self.names.gate_up, 2 * self.intermediate, self.gated),
+        ]
+        .into_iter()
+        .filter_map(|(projections, side, suits)| match projections {
+            Projections::Apart(parts) if suits => Some((parts, side)),
+            _ => None,
+        })
+    }
+
     /// Every tensor the decoder needs, with its shape, under `prefix`.
     pub fn tensors(&self, prefix: &str) -> Vec<(String, Vec<usize>)> {
         let (h, i, names) = (self.hidden, self.intermediate, self.names);

@@ -655,12 +655,13 @@ impl Loader<'_> {
         let config = self.config;
         let names = config.names;
         let on_gpu = self.device.is_cuda();
-        let mut many = |projections: family::Projections, bias: bool, stacks: bool| {
+        let mut many = |projections: family::Projections, bias: bool| -> Result<Projections> {
             let mut one = |part: &str| self.linear(&format!("{name}.{part}"), bias);
-            Ok::<_, Error>(match projections {
-                family::Projections::Apart(parts) => {
-                    let parts = parts.iter().map(|part| one(part));
-                    let parts = parts.collect::<Result<Vec<_>>>()?;
+            Ok(match projections {
+                family::Projections::Apart(names) => {
+                    let parts: Vec<_> =
+                        names.iter().map(|part| one(part)).collect::<Result<_>>()?;
+                    let stacks = on_gpu && config.stacked_on_gpu().any(|(of, _)| of == names);
                     match stacks.then(|| Linear::stacked(&parts)).transpose()? {
                         Some(Some(all)) => Projections::Stacked(all),
                         _ => Projections::Apart(parts),
@@ -670,10 +671,8 @@ impl Loader<'_> {
                 family::Projections::ByHead(part) => Projections::ByHead(one(part)?),
             })
         };
-        // what comes out of one product is used as it lies there, unless a norm stands between
-        let (turns, gates) = (config.query_key_norm == QueryKeyNorm::None, config.gated);
-        let query_key_value = many(names.query_key_value, config.qkv_bias, on_gpu && turns)?;
-        let gate_up = many(names.gate_up, config.mlp_bias, on_gpu && gates)?;
+        let query_key_value = many(names.query_key_value, config.qkv_bias)?;
+        let gate_up = many(names.gate_up, config.mlp_bias)?;
         let query_key_norms = match config.query_key_norm {
             QueryKeyNorm::None => None,
             QueryKeyNorm::EachHead | QueryKeyNorm::AllHeads => Some((

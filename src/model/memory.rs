@@ -33,6 +33,8 @@ impl Step {
 pub struct Matrix {
     pub m: usize,
     pub n: usize,
+    /// Outputs of all layers that a GPU computes as one with this: its left vectors are as long there, and zero but for m.
+    pub stacked: usize,
     /// Bytes of a stored number, and of one of its singular vectors.
     pub width: usize,
     pub vector_width: usize,
@@ -109,6 +111,10 @@ pub fn training(
                 weights += matrix.vector_width as u128 * vectors;
                 moving += moves;
                 rows += vectors / (m + n);
+                if step.on_gpu() && matches!(step.method, Method::Sigma(_)) {
+                    let zeros = vectors / (m + n) * (matrix.stacked as u128).saturating_sub(m);
+                    weights += matrix.vector_width as u128 * zeros;
+                }
                 let whole = step.method == Method::Full;
                 weights += if whole { 0 } else { NUMBER * moves };
                 (whole, q)

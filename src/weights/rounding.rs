@@ -230,6 +230,32 @@ mod tests {
         assert_eq!(nearest(Dtype::F16, 2f64.powi(-25) * (1.0 + 1e-12)), 1);
     }
 
+    /// Of every 16-bit number: a value just inside rounds back, and of one just outside on the narrower side at least one
+    /// does not.
+    #[test]
+    fn the_margin_of_every_number_is_as_wide_as_can_be_and_no_wider() {
+        for dtype in [Dtype::BF16, Dtype::F16] {
+            for bits in 0..=u32::from(u16::MAX) {
+                let x = value_of(dtype, bits);
+                let margin = rounding_margin(dtype, x as f32);
+                assert!(margin >= usual_margin(dtype, x as f32), "{dtype:?} {x}");
+                if !x.is_finite() || !margin.is_finite() {
+                    continue;
+                }
+                let back = |to: f64| value_of(dtype, nearest(dtype, to));
+                let (inside, outside) = (0.999 * margin, 1.001 * margin);
+                assert!(
+                    back(x + inside) == x && back(x - inside) == x,
+                    "{dtype:?} {x}"
+                );
+                assert!(
+                    back(x + outside) != x || back(x - outside) != x,
+                    "{dtype:?} {x}"
+                );
+            }
+        }
+    }
+
     #[test]
     fn stochastic_rounding_keeps_the_mean_and_nearest_does_not() {
         // a quarter of the way from 1 to its neighbour
