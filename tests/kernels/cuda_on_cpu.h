@@ -4,16 +4,18 @@
 // after each barrier, so that a missing one shows as a wrong number. Shared memory is `thread_local`, hence the block's
 // own. Blocks run side by side on as many threads as there are cores. Factors and sums of the matrix unit are spread over
 // the lanes of a warp as the PTX ISA says. A copy in the background is made at once or when its thread waits for it, as
-// chance has it, so that a missing wait shows as a wrong number as well.
+// chance has it, and so is a product of a warpgroup, so that a missing wait shows as a wrong number as well.
 //
 // Here, unlike on a GPU, these end the program: a barrier that not every thread reaches, an address that a load of a
-// matrix or a copy does not take, a copy that nobody waits for, dynamic shared memory that is written behind its end.
+// matrix or a copy does not take, a copy or a product that nobody waits for, dynamic shared memory that is written behind
+// its end.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -172,6 +174,7 @@ struct Block {
     std::vector<Meeting> groups;  // of four warps
     std::vector<unsigned> turns;  // of each thread: how often its warp has met
     std::vector<std::vector<Copy>> copies;  // of each thread
+    std::vector<std::vector<std::function<void()>>> products;
     std::vector<unsigned> ready;
     Meeting meeting;
     unsigned current = 0, done = 0;
@@ -188,6 +191,7 @@ struct Block {
         for (Meeting& group : groups) group.members = 4 * WARP;
         turns.assign(threads, 0);
         copies.resize(threads);
+        products.resize(threads);
         meeting.members = threads;
         done = 0;
         for (unsigned i = 0; i < threads; ++i) meeting.waiting.push_back(i);
@@ -202,6 +206,9 @@ struct Block {
         if (done != threads) die("threads wait at a barrier that others never reach");
         for (const auto& of_thread : copies) {
             if (!of_thread.empty()) die("nobody waits for a copy");
+        }
+        for (const auto& of_thread : products) {
+            if (!of_thread.empty()) die("nobody waits for a product");
         }
         if (!room.intact()) die("dynamic shared memory is written behind its end");
     }
@@ -430,7 +437,7 @@ inline void copies_arrive() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What wgmma.cuh says in PTX. A product is made at once; all four warps must call it.
+// What wgmma.cuh says in PTX. All four warps must call a product.
 
 struct Descriptor {
     const char* at;
@@ -451,21 +458,32 @@ float on_cpu_swizzled(const Descriptor& factor, size_t bytes) {
     return on_cpu_wide(*reinterpret_cast<const T*>(address ^ (address >> 7 & 3) << 4));
 }
 
+/// At once, or when the thread waits.
+inline void on_cpu_later(std::function<void()> product) {
+    on_cpu::Block& block = on_cpu::block();
+    block.meet(block.group());
+    if (block.order() % 2 == 0) {
+        product();
+    } else {
+        block.products[threadIdx.x].push_back(std::move(product));
+    }
+}
+
 template <unsigned N, typename T>
 struct Wgmma {
     static void by_rows(float (&sums)[N][4], const Descriptor& a, const Descriptor& b) {
-        on_cpu::Block& block = on_cpu::block();
-        block.meet(block.group());
-        const auto number = [](const Descriptor& factor, unsigned row, unsigned k) {
-            return on_cpu_swizzled<T>(factor, row / 8 * factor.stride + row % 8 * 64 + k * 2);
-        };
-        const unsigned lane = threadIdx.x % on_cpu::WARP, first = threadIdx.x / on_cpu::WARP % 4 * 16;
-        for (unsigned n = 0; n < N; ++n) {
-            for (unsigned i = 0; i < 4; ++i) {
-                const unsigned row = first + lane / 4 + i / 2 * 8, column = 8 * n + lane % 4 * 2 + i % 2;
-                for (unsigned k = 0; k < 16; ++k) sums[n][i] += number(a, row, k) * number(b, column, k);
+        on_cpu_later([&sums, a, b] {
+            const auto number = [](const Descriptor& factor, unsigned row, unsigned k) {
+                return on_cpu_swizzled<T>(factor, row / 8 * factor.stride + row % 8 * 64 + k * 2);
+            };
+            const unsigned lane = threadIdx.x % on_cpu::WARP, first = threadIdx.x / on_cpu::WARP % 4 * 16;
+            for (unsigned n = 0; n < N; ++n) {
+                for (unsigned i = 0; i < 4; ++i) {
+                    const unsigned row = first + lane / 4 + i / 2 * 8, column = 8 * n + lane % 4 * 2 + i % 2;
+                    for (unsigned k = 0; k < 16; ++k) sums[n][i] += number(a, row, k) * number(b, column, k);
+                }
             }
-        }
+        });
     }
 
     static void by_columns(float (&sums)[N][4], const unsigned (&a)[4], const Descriptor& b) {
@@ -476,21 +494,31 @@ struct Wgmma {
             const T x = {uint16_t(a[i / 2] >> 16 * (i % 2))};
             warp.a[turn][lane / 4 + i / 2 % 2 * 8][pair + i % 2 + i / 4 * 8] = on_cpu_wide(x);
         }
-        block.meet(block.group());
-        for (unsigned n = 0; n < N; ++n) {
-            for (unsigned i = 0; i < 4; ++i) {
-                const unsigned column = 8 * n + pair + i % 2;
-                for (unsigned k = 0; k < 16; ++k) {
-                    const size_t bytes =
-                        column / 32 * b.leading + column % 32 * 2 + k / 8 * b.stride + k % 8 * 64;
-                    sums[n][i] += warp.a[turn][lane / 4 + i / 2 * 8][k] * on_cpu_swizzled<T>(b, bytes);
+        block.meet(warp.meeting);
+        std::array<std::array<float, 16>, 2> rows;
+        for (unsigned half = 0; half < 2; ++half) {
+            std::copy_n(warp.a[turn][lane / 4 + half * 8], 16, rows[half].begin());
+        }
+        on_cpu_later([&sums, rows, b, pair] {
+            for (unsigned n = 0; n < N; ++n) {
+                for (unsigned i = 0; i < 4; ++i) {
+                    const unsigned column = 8 * n + pair + i % 2;
+                    for (unsigned k = 0; k < 16; ++k) {
+                        const size_t bytes =
+                            column / 32 * b.leading + column % 32 * 2 + k / 8 * b.stride + k % 8 * 64;
+                        sums[n][i] += rows[i / 2][k] * on_cpu_swizzled<T>(b, bytes);
+                    }
                 }
             }
-        }
+        });
     }
 };
 
 inline void show_to_matrix_unit() {}
 inline void wgmma_begins() {}
-inline void wgmma_ends() {}
+inline void wgmma_ends() {
+    auto& products = on_cpu::block().products[threadIdx.x];
+    for (const auto& product : products) product();
+    products.clear();
+}
 inline void keep_here(float&) {}

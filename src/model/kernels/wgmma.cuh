@@ -8,21 +8,24 @@
 
 #include "mma.cuh"
 
+/// Columns of a panel, and the bytes of one of its rows and of eight, after which the packs lie as in the first.
+constexpr unsigned PANEL = 32, ROW_BYTES = 2 * PANEL, ROWS_BYTES = 8 * ROW_BYTES;
+
 /// COUNT rows of D 16-bit numbers in shared memory, from a multiple of 512 bytes on.
 template <unsigned D, unsigned COUNT, typename T>
 struct Panels {
-    static constexpr unsigned SIZE = D * COUNT, WIDTH = 32, LANES = 4;
-    static_assert(D % WIDTH == 0 && COUNT % 8 == 0, "whole panels, of whole groups of rows");
+    static constexpr unsigned SIZE = D * COUNT, LANES = PANEL / 8;
+    static_assert(D % PANEL == 0 && COUNT % 8 == 0, "whole panels, of whole groups of rows");
     T* numbers;
 
     /// Where a pack is.
     __device__ T* place(unsigned row, unsigned pack) const {
-        return numbers + (pack / LANES * COUNT + row) * WIDTH + (pack ^ row / 2) % LANES * 8;
+        return numbers + (pack / LANES * COUNT + row) * PANEL + (pack ^ row / 2) % LANES * 8;
     }
 
     /// How far behind its pack another one of a thread is.
     __device__ static unsigned further(unsigned rows, unsigned packs) {
-        return (packs / LANES * COUNT + rows) * WIDTH;
+        return (packs / LANES * COUNT + rows) * PANEL;
     }
 };
 
@@ -44,7 +47,7 @@ __device__ inline Descriptor describe(const void* at, unsigned leading, unsigned
     return {__shfl_sync(~0u, start >> 4 | leading >> 4 << 16, 0), swizzle_64 | stride >> 4};
 }
 
-/// sums += a · bᵀ and sums += a · b of 8·N columns and 16 numbers in each sum.
+/// sums += a · bᵀ and sums += a · b of 8·N columns, by 16 products to a sum.
 template <unsigned N, typename T>
 struct Wgmma;
 
@@ -82,7 +85,6 @@ struct Wgmma;
         }                                                                                                              \
     };
 #define DEFINE_ALL(T, NAME)                           \
-    DEFINE(T, NAME, 32, 16, 16, 17, 18, 19, 20)       \
     DEFINE(T, NAME, 64, 32, 32, 33, 34, 35, 36)       \
     DEFINE(T, NAME, 96, 48, 48, 49, 50, 51, 52)       \
     DEFINE(T, NAME, 128, 64, 64, 65, 66, 67, 68)
@@ -114,18 +116,18 @@ struct GroupRows {
 
     /// `row` is the first of a warp's 16.
     __device__ GroupRows(Panels<D, COUNT, T> tile, unsigned row)
-        : descriptor(describe(tile.numbers + row / 64 * 64 * 32, 16, 8 * 64)) {}
+        : descriptor(describe(tile.numbers + row / 64 * 64 * PANEL, 16, ROWS_BYTES)) {}
 };
 
 /// sums += left · rightᵀ for the warpgroup's 64 rows and 8·N rows of a tile, from `row` on: a multiple of 8.
 template <unsigned D, unsigned N, unsigned LEFT, unsigned COUNT, typename T>
 __device__ void add_products(
     Sums<1, N>& sums, const GroupRows<D, LEFT, T>& left, Panels<D, COUNT, T> right, unsigned row) {
-    const Descriptor b = describe(right.numbers + row * 32, 16, 8 * 64);
+    const Descriptor b = describe(right.numbers + row * PANEL, 16, ROWS_BYTES);
 #pragma unroll
     for (unsigned k = 0; k < D / 16; ++k) {
         // half a panel further each time: swizzling goes by addresses
-        const auto at = [&](unsigned count) { return k / 2 * count * 64 + k % 2 * 32; };
+        const auto at = [&](unsigned count) { return k / 2 * count * ROW_BYTES + k % 2 * ROW_BYTES / 2; };
         Wgmma<N, T>::by_rows(sums.x[0], left.descriptor.further(at(LEFT)), b.further(at(COUNT)));
     }
 }
@@ -133,9 +135,11 @@ __device__ void add_products(
 /// sums += left · right for 8·N rows of a tile, from `row` on: a multiple of 8.
 template <unsigned D, unsigned N, unsigned COUNT, typename T>
 __device__ void add_rows(Sums<1, D / 8>& sums, const Left<1, N>& left, Panels<D, COUNT, T> right, unsigned row) {
-    const Descriptor b = describe(right.numbers + row * 32, COUNT * 64, 8 * 64);
+    const Descriptor b = describe(right.numbers + row * PANEL, COUNT * ROW_BYTES, ROWS_BYTES);
 #pragma unroll
-    for (unsigned k = 0; k < N / 2; ++k) Wgmma<D / 8, T>::by_columns(sums.x[0], left.x[0][k], b.further(k * 16 * 64));
+    for (unsigned k = 0; k < N / 2; ++k) {
+        Wgmma<D / 8, T>::by_columns(sums.x[0], left.x[0][k], b.further(16 * k * ROW_BYTES));
+    }
 }
 
 /// How warpgroups multiply. Every warp of a group calls the same products.
