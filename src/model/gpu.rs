@@ -13,12 +13,16 @@ use crate::device::{self, Reading};
 mod launch;
 
 mod attention;
+mod heads;
+mod step;
 
 #[cfg(all(test, feature = "cuda"))]
 mod twins;
 
 pub use attention::Attention;
+pub use heads::{joined_heads, rotate, split_heads};
 use launch::launch;
+pub use step::{AdamW, adamw, gather};
 
 /// What a kernel is given.
 #[derive(Clone, Copy)]
@@ -257,123 +261,6 @@ pub fn rms_norm_gradient(
         None => None,
     };
     Ok(Some((dx, dw)))
-}
-
-/// Rotates the leading 2·half elements of each head of `x (b, t, h, d)` by angles (rows, half), back where `back` says so.
-pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, back: bool) -> Result<Option<Tensor>> {
-    if kind(&[x]).is_none() {
-        return Ok(None);
-    }
-    let (b, t, h, d) = x.dims4()?;
-    let y = room(x.shape(), x.dtype(), x)?;
-    let by_token = |x: &Tensor| x.reshape((b * t, h * d));
-    let done = rotate_rows([&by_token(x)?, &by_token(&y)?], d, [cos, sin], back)?;
-    Ok(done.then_some(y))
-}
-
-/// The same from x to y (tokens, h·d), of which either may be a part of wider rows.
-fn rotate_rows(
-    [x, y]: [&Tensor; 2],
-    d: usize,
-    [cos, sin]: [&Tensor; 2],
-    back: bool,
-) -> Result<bool> {
-    let (Some(kind), Some("f32")) = (kind_of_rows(&[x, y]), kind(&[cos, sin])) else {
-        return Ok(false);
-    };
-    let (Some((tokens, width, x_pitch)), Some((_, _, y_pitch))) = (pitched(x), pitched(y)) else {
-        return Ok(false);
-    };
-    let half = cos.dim(D::Minus1)?;
-    let (h, rows) = (width / d, cos.elem_count() / half);
-    run(
-        "rope",
-        &format!("rotate_{kind}"),
-        Geometry {
-            block: threads_for(h * (d - half)),
-            ..by_rows(tokens)
-        },
-        &[
-            Arg::Part(x),
-            Arg::Tensor(cos),
-            Arg::Tensor(sin),
-            Arg::Part(y),
-            Arg::Count(tokens),
-            Arg::Count(h),
-            Arg::Count(d),
-            Arg::Count(half),
-            Arg::Count(rows),
-            Arg::Count(x_pitch),
-            Arg::Count(y_pitch),
-            Arg::F32(if back { -1.0 } else { 1.0 }),
-        ],
-    )?;
-    Ok(true)
-}
-
-/// Queries, keys and values (b, t, heads, d) from `x (b, t, Σ heads·d)`, which holds them one behind the other: so many heads
-/// of each, the first two rotated on their way.
-pub fn split_heads(
-    x: &Tensor,
-    heads: [usize; 3],
-    angles: [&Tensor; 2],
-) -> Result<Option<[Tensor; 3]>> {
-    let Some(kind) = kind(&[x]) else {
-        return Ok(None);
-    };
-    let (b, t, width) = x.dims3()?;
-    let d = width / heads.iter().sum::<usize>();
-    let part = |heads: usize| room((b, t, heads, d), x.dtype(), x);
-    let parts = [part(heads[0])?, part(heads[1])?, part(heads[2])?];
-    for (at, within) in places(x, heads, d)?.iter().enumerate() {
-        let alone = parts[at].reshape(within.shape())?;
-        let done = match at {
-            0 | 1 => rotate_rows([within, &alone], d, angles, false)?,
-            _ => copy_columns(kind, [within, &alone], 1, [width, heads[at] * d]).map(|()| true)?,
-        };
-        if !done {
-            return Ok(None);
-        }
-    }
-    Ok(Some(parts))
-}
-
-/// What [`split_heads`] took apart: the gradient of x from those of the parts.
-pub fn joined_heads(parts: &[Tensor; 3], angles: [&Tensor; 2]) -> Result<Option<Tensor>> {
-    let all: Vec<&Tensor> = parts.iter().collect();
-    let Some(kind) = kind(&all) else {
-        return Ok(None);
-    };
-    let (b, t, _, d) = parts[0].dims4()?;
-    let mut heads = [0; 3];
-    for (heads, part) in heads.iter_mut().zip(parts) {
-        *heads = part.dim(2)?;
-    }
-    let width = d * heads.iter().sum::<usize>();
-    let x = room((b, t, width), parts[0].dtype(), &parts[0])?;
-    for (at, within) in places(&x, heads, d)?.iter().enumerate() {
-        let alone = parts[at].reshape(within.shape())?;
-        let done = match at {
-            0 | 1 => rotate_rows([&alone, within], d, angles, true)?,
-            _ => copy_columns(kind, [&alone, within], 1, [heads[at] * d, width]).map(|()| true)?,
-        };
-        if !done {
-            return Ok(None);
-        }
-    }
-    Ok(Some(x))
-}
-
-/// The parts (b·t, heads·d) of x (b, t, Σ heads·d).
-fn places(x: &Tensor, heads: [usize; 3], d: usize) -> Result<[Tensor; 3]> {
-    let (b, t, width) = x.dims3()?;
-    let x = x.reshape((b * t, width))?;
-    let [first, second, third] = heads.map(|heads| heads * d);
-    Ok([
-        x.narrow(1, 0, first)?,
-        x.narrow(1, first, second)?,
-        x.narrow(1, first + second, third)?,
-    ])
 }
 
 fn gate(activation: &Activation) -> Option<&'static str> {
@@ -655,101 +542,6 @@ pub fn sum_of_products(a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
         ],
     )?;
     Ok(Some(sum_rows(&partial)?))
-}
-
-/// The numbers of a step of AdamW, as the trainer's optimiser has them.
-#[derive(Debug, Clone, Copy)]
-pub struct AdamW {
-    pub learning_rate: f64,
-    pub beta1: f64,
-    pub beta2: f64,
-    pub eps: f64,
-    pub weight_decay: f64,
-    /// From 1.
-    pub step: usize,
-}
-
-/// Threads of the kernels that take a table of parts.
-const PART_BLOCK: usize = 128;
-
-/// A table of the tensors that lie one behind the other in a long one, and the launch that takes them all; all f32.
-fn parts(tensors: &[Tensor]) -> Result<Option<(Tensor, Geometry)>> {
-    let all: Vec<&Tensor> = tensors.iter().collect();
-    let Some("f32") = kind(&all) else {
-        return Ok(None);
-    };
-    let mut table = Vec::with_capacity(4 * tensors.len());
-    let (mut start, mut longest) = (0u32, 0);
-    for tensor in tensors {
-        let address = launch::address_of(tensor)?;
-        let length = u32::try_from(tensor.elem_count()).map_err(candle_core::Error::wrap)?;
-        table.extend([address as u32, (address >> 32) as u32, start, length]);
-        start = match start.checked_add(length) {
-            Some(end) => end,
-            None => bail!("more than 2³² numbers at once"),
-        };
-        longest = longest.max(tensor.elem_count());
-    }
-    let table = Tensor::from_vec(table, (tensors.len(), 4), tensors[0].device())?;
-    let geometry = Geometry {
-        grid: [
-            longest.div_ceil(PART_BLOCK).min(MOST_BLOCKS),
-            tensors.len(),
-            1,
-        ],
-        block: PART_BLOCK,
-        shared_bytes: 0,
-    };
-    Ok(Some((table, geometry)))
-}
-
-/// The numbers of many tensors, one behind the other: f32.
-pub fn gather(tensors: &[Tensor]) -> Result<Option<Tensor>> {
-    let Some((table, geometry)) = parts(tensors)? else {
-        return Ok(None);
-    };
-    let count: usize = tensors.iter().map(Tensor::elem_count).sum();
-    let all = room(count, DType::F32, &tensors[0])?;
-    run(
-        "sigma",
-        "gather",
-        geometry,
-        &[Arg::Tensor(&table), Arg::Tensor(&all)],
-    )?;
-    Ok(Some(all))
-}
-
-/// One step on the numbers of some tensors, in place, whose gradients and moments lie one behind the other; all f32, and the
-/// same bits as on the CPU.
-pub fn adamw(
-    values: &[Tensor],
-    gradient: &Tensor,
-    moments: [&Tensor; 2],
-    with: AdamW,
-) -> Result<bool> {
-    let [first, second] = moments;
-    let (Some("f32"), Some((table, geometry))) = (kind(&[gradient, first, second]), parts(values)?)
-    else {
-        return Ok(false);
-    };
-    run(
-        "sigma",
-        "adamw",
-        geometry,
-        &[
-            Arg::Tensor(&table),
-            Arg::Tensor(gradient),
-            Arg::Tensor(first),
-            Arg::Tensor(second),
-            Arg::F64(with.learning_rate),
-            Arg::F64(with.beta1),
-            Arg::F64(with.beta2),
-            Arg::F64(with.eps),
-            Arg::F64(with.weight_decay),
-            Arg::Count(with.step),
-        ],
-    )?;
-    Ok(true)
 }
 
 #[cfg(test)]
