@@ -401,8 +401,10 @@ mod tests {
     use super::*;
     use crate::decompose::PASSING_SHARD_BYTES;
     use crate::format::ArtifactLayout;
+    use crate::model::Method;
     use crate::weights::Dtype;
     use serde_json::{Value, json};
+    use std::num::NonZeroUsize;
 
     fn plan(config: Value, rank: Rank) -> Plan {
         let options = PlanOptions {
@@ -439,6 +441,28 @@ mod tests {
         assert_eq!(gigabytes(llama(8192, 28_672, 80, 64)), 6);
         // of 405 billion weights, 4.2 and 9.3
         assert_eq!(gigabytes(llama(16_384, 53_248, 126, 128)), 13);
+    }
+
+    #[test]
+    fn left_vectors_of_layers_that_a_gpu_stacks_are_as_long_as_all_their_outputs() {
+        let config = ModelConfig::parse(Path::new("config.json"), &small()).expect("parses");
+        let rank = Rank::Fixed(NonZeroUsize::new(4).expect("four"));
+        let weights = |number_bytes: usize| {
+            let step = Step {
+                method: Method::default(),
+                norms: false,
+                embeddings: false,
+                batch: 1,
+                length: 8,
+                recompute: false,
+                number_bytes,
+            };
+            let planned = plan(small(), rank).with_training(&config, &step, FactorsDtype::F32);
+            planned.training.expect("a step").weights_bytes
+        };
+        // of q, k and v 48 in all, of gate and up 80; two layers of 4 vectors in f32
+        let zeros = (48 - 24) + 2 * (48 - 12) + 2 * (80 - 40);
+        assert_eq!(weights(2) - weights(4), 2 * 4 * 4 * zeros);
     }
 
     #[test]

@@ -366,6 +366,26 @@ mod tests {
     }
 
     #[test]
+    fn a_gpu_stacks_what_no_norm_follows() {
+        let stacked = |model_type: &str| -> Vec<(Vec<&str>, usize)> {
+            let mut config = llama();
+            config["model_type"] = model_type.into();
+            let parsed = parse(config).expect("parses");
+            let all = parsed.stacked_on_gpu().map(|(parts, side)| {
+                let ends = parts.iter().map(|part| part.rsplit('.').next());
+                (ends.map(|end| end.expect("a name")).collect(), side)
+            });
+            all.collect()
+        };
+        let attention = (vec!["q_proj", "k_proj", "v_proj"], 64 + 2 * 32);
+        let mlp = (vec!["gate_proj", "up_proj"], 2 * 172);
+        assert_eq!(stacked("llama"), [attention, mlp.clone()]);
+        // norms of queries and keys; and what is stacked already
+        assert_eq!(stacked("qwen3"), [mlp]);
+        assert_eq!(stacked("phi3"), []);
+    }
+
+    #[test]
     fn tensors_follow_the_family() {
         let mut config = llama();
         let names = |c: &ModelConfig| {
