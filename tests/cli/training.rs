@@ -64,6 +64,10 @@ fn merged_model_answers_like_the_trained_one() {
         "f32",
     ]);
     assert_eq!(facts["identical_to_base"], false);
+    let original = world.path("base");
+    world
+        .run(&["verify", arg(&merged), "--against", arg(&original)])
+        .succeeds();
     let after = loss(&world, &[arg(&merged)]);
     // some hundred f32 roundings in each of two evaluation orders, averaged over ten thousand tokens
     assert!(

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use svdhub::event::Silent;
 use svdhub::weights::{Checkpoint, Dtype, Header, ShardWriter};
 
-use crate::world::{World, arg, files, fixture};
+use crate::world::{World, arg, files, fixture, tensors, write_model};
 
 /// Verifies as the program does, without starting it anew each time.
 fn problems(dir: &Path) -> Vec<svdhub::verify::Problem> {
@@ -67,6 +67,40 @@ fn small_base(world: &World) -> PathBuf {
     let base = world.random_model("base", &config);
     std::fs::write(base.join("generation_config.json"), "{\"eos_token_id\": 2}").expect("writes");
     base
+}
+
+#[test]
+fn a_model_merged_to_another_dtype_is_held_to_that_one() {
+    let world = World::new();
+    let base = small_base(&world);
+    let (split, merged) = (world.path("split"), world.path("merged"));
+    world.json(&["decompose", arg(&base), "--out", arg(&split)]);
+    world.json(&[
+        "merge",
+        arg(&split),
+        "--out",
+        arg(&merged),
+        "--dtype",
+        "f16",
+    ]);
+    let verify = ["verify", arg(&merged), "--against", arg(&base)];
+    let facts = world.json(&verify);
+    assert_eq!(facts["problems"], json!([]));
+    let checks = facts["checks"].to_string();
+    assert!(checks.contains("in F16 as merged"), "{checks}");
+
+    // one tensor is the base's own
+    let mut all = tensors(&merged);
+    let name = "model.norm.weight";
+    all.insert(name.into(), tensors(&base).remove(name).expect("a norm"));
+    write_model(&merged, &all, u64::MAX);
+    let run = world.run(&[&verify[..], &["--json"]].concat());
+    let facts: Value = serde_json::from_str(&run.stdout).expect("facts");
+    let problems = facts["problems"].as_array().expect("a list");
+    let told = |p: &&Value| {
+        p["tensor"] == name && p["expected"] == "F16 [16]" && p["found"] == "BF16 [16]"
+    };
+    assert_eq!(problems.iter().filter(told).count(), 1, "{problems:?}");
 }
 
 #[test]
