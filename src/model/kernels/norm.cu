@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const unsigned column = start + lane;
         float sum = 0;
         if (column < n) {
-#pragma unroll 32
+#pragma unroll 8
             for (unsigned row = warp; row < rows; row += WARPS) sum += partial[size_t(row) * n + column];
         }
         sums[warp][lane] = sum;

@@ -18,7 +18,7 @@ __device__ void sigma_products(const T* xv, const T* gu, float* partial, unsigne
     const unsigned share = (rows + gridDim.y - 1) / gridDim.y;
     const unsigned first = min(blockIdx.y * share, rows), end = min(first + share, rows);
     float sum = 0;
-#pragma unroll 16
+#pragma unroll 8
     for (unsigned row = first; row < end; ++row) {
         const size_t at = size_t(row) * q + column;
         sum += widened(xv[at]) * widened(gu[at]);
