@@ -7,14 +7,17 @@ pub mod decoder;
 pub mod family;
 mod fused;
 pub mod gpu;
-pub mod layers;
+mod head;
+mod linear;
 pub mod memory;
 pub mod method;
+mod norm;
 pub mod ops;
 mod product;
 pub mod rope;
 pub mod segments;
 mod tape;
+mod update;
 
 pub use backward::Gradients;
 pub use config::ModelConfig;

@@ -8,8 +8,10 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use super::config::{Attention, ModelConfig, Scaling};
 use super::family::{self, Activation, NormKind, QueryKeyNorm, Scores};
-use super::layers::{Head, Linear, Loss, Norm};
+use super::head::{Head, Loss};
+use super::linear::Linear;
 use super::method::{self, LowRank, Method, Place, Updates};
+use super::norm::Norm;
 use super::ops;
 use super::rope::Angles;
 use super::segments::{Segments, Sight, reach};

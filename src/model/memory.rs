@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::config::ModelConfig;
 use super::family::{Projections, QueryKeyNorm};
-use super::layers::chunk_rows;
+use super::head::chunk_rows;
 use super::method::Method;
 
 /// What is trained, and how much at a time.

@@ -5,7 +5,7 @@ use half::bf16;
 use ndarray::{Array2, ArrayView2, s};
 use serde::{Deserialize, Serialize};
 
-use super::layers::{Update, padded};
+use super::update::{Update, padded};
 use crate::random::uniform;
 use crate::split::{Change, Factors};
 use crate::weights::{Dtype, Elements};
