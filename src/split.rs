@@ -538,6 +538,29 @@ mod tests {
         }
     }
 
+    /// Another order of summing, or a fused product, gives another sum there, by more than a step of the element.
+    #[test]
+    fn elements_whose_products_cancel_are_exceptions() {
+        for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+            // 3·2⁴⁰ − 2⁴⁰ − 2⁴¹
+            let factors = Factors {
+                u: Array2::ones((3, 8)),
+                sigma: Array1::from_vec([3.0, 1.0, 2.0].map(|x| x * 2f32.powi(40)).to_vec()),
+                v: Array2::from_shape_fn((3, 9), |(k, _)| if k == 0 { 1.0 } else { -1.0 }),
+            };
+            let matrix = random(8, 9, dtype, 4);
+            let residual = factors.residual(&matrix);
+            assert!(
+                residual
+                    .values
+                    .iter()
+                    .zip(matrix.to_f32())
+                    .all(|(r, x)| *r == x)
+            );
+            assert_eq!(residual.exact_at.len(), 8 * 9, "{dtype:?}");
+        }
+    }
+
     /// As the format wants them, which tiles do not give them.
     #[test]
     fn exceptions_of_a_wide_weight_are_in_order_and_return() {
