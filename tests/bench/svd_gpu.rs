@@ -1,6 +1,6 @@
 //! Decomposition on a GPU beside torch.svd_lowrank on the same one, on the shapes of Phi-3-mini's weights.
 //!
-//! `. .ci/cuda && cargo bench --features cuda --bench svd_gpu -- --check` (`-- --help` for the settings). Ours are several
+//! `.ci/cuda cargo bench --features cuda --bench svd_gpu -- --check` (`-- --help` for the settings). Ours are several
 //! matrices at a time, each from this process's memory and back to it, as `svdhub decompose` makes them; the peer's lie on
 //! the GPU before and stay there, one after the other, which leaves it no waiting (and once more from memory to memory, told
 //! beside it). Both are held against eigenvalues in f64.

@@ -7,7 +7,7 @@
 //!
 //! With `--device cuda:0`, in a build with the feature `cuda`, all sides compute in bf16 on one GPU, whose memory is what
 //! is compared, and `--shapes` makes a model of a known one's shapes from random numbers, so that nothing is carried along:
-//! `. .ci/cuda && cargo bench --features cuda --bench train -- --device cuda:0 --shapes phi-3-mini --batch 8 --length 2048 --check`
+//! `.ci/cuda cargo bench --features cuda --bench train -- --device cuda:0 --shapes phi-3-mini --batch 8 --length 2048 --check`
 
 mod blas;
 mod gpu;

@@ -74,7 +74,7 @@ mod cuda {
             Ok(_) => exit(1),
             Err(error) => {
                 eprintln!(
-                    "{} cannot be run ({error}): `. .ci/cuda` fetches it",
+                    "{} cannot be run ({error}): `.ci/cuda cargo …` fetches it",
                     nvcc.display()
                 );
                 exit(1);
