@@ -589,6 +589,25 @@ mod tests {
         }
     }
 
+    /// More copies than the space of that route can have (32 at this side).
+    #[test]
+    fn values_that_repeat_are_all_found() {
+        let small = normal(20, 20, 5);
+        let matrix = Array2::from_shape_fn((660, 660), |(i, j)| match i % 33 == j % 33 {
+            true => small[(i / 33, j / 33)],
+            false => 0.0,
+        });
+        for q in [66, 90] {
+            let wanted = Wanted::Triplets(q);
+            let svd = decompose("x", matrix.view(), wanted, &Algorithm::default());
+            let svd = svd.expect("certified");
+            for (k, (found, wanted)) in svd.sigma.iter().zip(truth(&matrix)).enumerate() {
+                let off = (f64::from(*found) / wanted - 1.0).abs();
+                assert!(off < 1e-4, "σ_{k}: {off:.1e} off by {:?}", svd.route);
+            }
+        }
+    }
+
     #[test]
     fn fast_gives_way_where_values_repeat_more_often_than_its_space_holds() {
         let (mut u, mut v) = (normal(400, 400, 1), normal(400, 400, 2));
