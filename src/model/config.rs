@@ -161,7 +161,11 @@ impl ModelConfig {
                 &format!("is {head_dim} in each of {heads} heads, which no model has"),
             ));
         }
-        let kv_heads = key.optional("num_key_value_heads")?.unwrap_or(heads);
+        let kv_heads = match json.get("num_key_value_heads") {
+            None => family.kv_heads,
+            Some(_) => key.optional("num_key_value_heads")?,
+        };
+        let kv_heads = kv_heads.unwrap_or(heads);
         if !heads.is_multiple_of(kv_heads) {
             return Err(key.refuse(
                 "num_key_value_heads",
@@ -169,7 +173,8 @@ impl ModelConfig {
             ));
         }
         let layers = key.count("num_hidden_layers")?;
-        let positions_max = key.optional("max_position_embeddings")?.unwrap_or(2048);
+        let positions_max = key.optional("max_position_embeddings")?;
+        let positions_max = positions_max.unwrap_or(family.positions_max);
         let flag = |name: &str| json[name].as_bool().unwrap_or(false);
         let multiplier = |name: &str| Ok::<_, Error>(key.number(name)?.unwrap_or(1.0));
         let (qkv_bias, output_bias) = match family.biases {
@@ -515,6 +520,70 @@ mod tests {
             smollm.attention.iter().map(|a| a.rope).collect::<Vec<_>>(),
             [Some(0), Some(0), Some(0), None]
         );
+    }
+
+    /// As transformers 4.57 fills them in.
+    #[test]
+    fn what_a_config_leaves_out_is_its_familys() {
+        let with = |family: &str, values: Value| {
+            let mut config = llama();
+            config["model_type"] = family.into();
+            config["num_attention_heads"] = 8.into();
+            config["head_dim"] = 8.into();
+            config["num_hidden_layers"] = 3.into();
+            let object = config.as_object_mut().expect("an object");
+            for absent in ["num_key_value_heads", "max_position_embeddings"] {
+                object.remove(absent);
+            }
+            for (key, value) in values.as_object().expect("an object") {
+                object.insert(key.clone(), value.clone());
+            }
+            parse(config).expect("parses")
+        };
+        let mistral = with("mistral", json!({}));
+        assert_eq!((mistral.kv_heads, mistral.positions_max), (8, 131_072));
+        assert_eq!(with("gemma2", json!({})).kv_heads, 4);
+        assert_eq!(with("llama", json!({})).kv_heads, 8);
+        assert_eq!(
+            with("smollm3", json!({"num_key_value_heads": null})).kv_heads,
+            8
+        );
+
+        // a Mistral that lists its layers is a Ministral
+        let types = ["full_attention", "sliding_attention", "full_attention"];
+        let listed = json!({"sliding_window": 5, "layer_types": types});
+        let windows = |config: &ModelConfig| -> Vec<Option<usize>> {
+            config.attention.iter().map(|a| a.window).collect()
+        };
+        for family in ["mistral", "ministral"] {
+            assert_eq!(
+                windows(&with(family, listed.clone())),
+                [None, Some(5), None]
+            );
+            let all = with(family, json!({"sliding_window": 5}));
+            assert_eq!(windows(&all), [Some(5); 3]);
+        }
+        assert_eq!(windows(&with("phi3", listed)), [Some(5); 3]);
+        let period = json!({"sliding_window": 5, "sliding_window_pattern": 3});
+        assert_eq!(
+            windows(&with("gemma2", period.clone())),
+            [Some(5), None, Some(5)]
+        );
+        assert_eq!(
+            windows(&with("gemma3_text", period)),
+            [Some(5), Some(5), None]
+        );
+
+        let long =
+            json!({"type": "longrope", "short_factor": [1, 1, 1, 1], "long_factor": [2, 2, 2, 2]});
+        let phi = with(
+            "phi3",
+            json!({"max_position_embeddings": 8192, "rope_scaling": long}),
+        );
+        let Scaling::LongRope { original, .. } = phi.ropes[0].scaling else {
+            panic!("{:?}", phi.ropes);
+        };
+        assert_eq!(original, 4096);
     }
 
     #[test]

@@ -94,7 +94,12 @@ impl Activation {
 /// says nothing.
 pub(super) struct Family {
     pub model_type: &'static str,
+    /// Heads of keys and values; none is as many as of queries.
+    pub kv_heads: Option<usize>,
     pub head_dim: Option<usize>,
+    pub positions_max: usize,
+    /// The window a longrope was stretched from; none is the whole.
+    pub positions_first: Option<u64>,
     pub tied: bool,
     pub norm: NormKind,
     // a key of the config, and what stands for an absent one
@@ -128,12 +133,16 @@ pub(super) struct Family {
 pub(super) enum Windows {
     Nowhere,
     Everywhere,
+    /// In all layers, unless `layer_types` lists them.
+    Listed,
     /// Where `use_sliding_window` is set: from `max_window_layers` on.
     Later,
     /// Where `use_sliding_window` is set: in the layers without a rope.
     WithoutRope,
     /// In all but every n-th.
     AllBut(usize),
+    /// The same, of another n where `sliding_window_pattern` says so.
+    Pattern(usize),
 }
 
 pub(super) enum Biases {
@@ -202,7 +211,10 @@ const NEOX: Names = Names {
 
 const LLAMA: Family = Family {
     model_type: "llama",
+    kv_heads: None,
     head_dim: None,
+    positions_max: 2048,
+    positions_first: None,
     tied: false,
     norm: NormKind::RootMeanSquare,
     norm_eps: ("rms_norm_eps", 1e-6),
@@ -229,7 +241,9 @@ const LLAMA: Family = Family {
 
 const GEMMA: Family = Family {
     model_type: "gemma",
+    kv_heads: Some(16),
     head_dim: Some(256),
+    positions_max: 8192,
     tied: true,
     activation: ("hidden_act", "gelu_pytorch_tanh"),
     norm_offset: 1.0,
@@ -239,6 +253,7 @@ const GEMMA: Family = Family {
 
 const GEMMA_2: Family = Family {
     model_type: "gemma2",
+    kv_heads: Some(4),
     activation: ("hidden_activation", "gelu_pytorch_tanh"),
     norm_places: NormPlaces::Around,
     windows: Windows::AllBut(2),
@@ -257,17 +272,28 @@ const OLMO_2: Family = Family {
     ..LLAMA
 };
 
+const MISTRAL: Family = Family {
+    model_type: "mistral",
+    kv_heads: Some(8),
+    positions_max: 131_072,
+    windows: Windows::Listed,
+    window: Some(4096),
+    ..LLAMA
+};
+
 /// The families. A new Llama-like one is a row here.
 pub(super) const FAMILIES: &[Family] = &[
     LLAMA,
+    MISTRAL,
+    // what transformers calls a Mistral that lists its layers
     Family {
-        model_type: "mistral",
-        windows: Windows::Everywhere,
-        window: Some(4096),
-        ..LLAMA
+        model_type: "ministral",
+        ..MISTRAL
     },
     Family {
         model_type: "qwen2",
+        kv_heads: Some(32),
+        positions_max: 32_768,
         windows: Windows::Later,
         window: Some(4096),
         biases: Biases::QueryKeyValue,
@@ -275,6 +301,8 @@ pub(super) const FAMILIES: &[Family] = &[
     },
     Family {
         model_type: "qwen3",
+        kv_heads: Some(32),
+        positions_max: 32_768,
         head_dim: Some(128),
         query_key_norm: QueryKeyNorm::EachHead,
         windows: Windows::Later,
@@ -283,6 +311,8 @@ pub(super) const FAMILIES: &[Family] = &[
     },
     Family {
         model_type: "phi3",
+        positions_max: 4096,
+        positions_first: Some(4096),
         norm_eps: ("rms_norm_eps", 1e-5),
         windows: Windows::Everywhere,
         names: &FUSED,
@@ -290,6 +320,8 @@ pub(super) const FAMILIES: &[Family] = &[
     },
     Family {
         model_type: "smollm3",
+        kv_heads: Some(4),
+        positions_max: 32_768,
         tied: true,
         rope_theta: ("rope_theta", 2_000_000.0),
         windows: Windows::WithoutRope,
@@ -300,9 +332,10 @@ pub(super) const FAMILIES: &[Family] = &[
     GEMMA_2,
     Family {
         model_type: "gemma3_text",
+        positions_max: 131_072,
         rope_theta: ("rope_theta", 1_000_000.0),
         query_key_norm: QueryKeyNorm::EachHead,
-        windows: Windows::AllBut(6),
+        windows: Windows::Pattern(6),
         rope_of_windows: Some(("rope_local_base_freq", 10_000.0)),
         // transformers reads the cap of scores and does not use it
         attention_cap: Cap::Never,

@@ -27,13 +27,18 @@ pub fn attention(
         (Windows::Nowhere, _) => vec![false; layers],
         (Windows::Everywhere, _) => vec![true; layers],
         (_, Some(types)) => types,
+        (Windows::Listed, None) => vec![true; layers],
         (Windows::Later, None) => {
             let first = key.optional("max_window_layers")?.unwrap_or(28);
             (0..layers).map(|layer| layer >= first).collect()
         }
         (Windows::WithoutRope, None) => turned.iter().map(|turned| !turned).collect(),
-        (Windows::AllBut(usual), None) => {
-            let period = key.optional("sliding_window_pattern")?.unwrap_or(*usual);
+        (Windows::AllBut(usual) | Windows::Pattern(usual), None) => {
+            let said = match &family.windows {
+                Windows::Pattern(_) => key.optional("sliding_window_pattern")?,
+                _ => None,
+            };
+            let period = said.unwrap_or(*usual);
             let windowed = |layer: usize| !(layer + 1).is_multiple_of(period);
             (0..layers).map(windowed).collect()
         }
@@ -172,6 +177,7 @@ fn rope(
         "longrope" | "su" | "yarn" if kind != "yarn" || family.model_type == "phi3" => {
             let known = json["original_max_position_embeddings"].as_u64();
             let known = known.or(scaling["original_max_position_embeddings"].as_u64());
+            let known = known.or(family.positions_first);
             let original = known.map_or(positions_max, |n| n as usize);
             if original < 2 {
                 let reason = format!("is {original}, too few to stretch");
@@ -223,6 +229,11 @@ fn rope(
             original: positions_max as f64,
         },
         other => Scaling::Unsupported(other.into()),
+    };
+    // pairs turn
+    let scaling = match dim % 2 {
+        0 => scaling,
+        _ => Scaling::Unsupported(format!("{kind} of {dim} elements, an odd number")),
     };
     Ok(Rope {
         theta,

@@ -79,7 +79,6 @@ impl Keys<'_> {
         Ok(())
     }
 
-    /// The row that `model_type` names.
     /// What is read where it has the right type, and would be taken for missing where it has another.
     pub fn refuse_wrong_types(&self) -> Result<()> {
         type Kind = (&'static str, fn(&Value) -> bool, &'static [&'static str]);
@@ -155,22 +154,22 @@ impl Keys<'_> {
         Ok(())
     }
 
+    /// The row that `model_type` names.
     pub fn family(&self) -> Result<&'static Family> {
-        let found = self.json["model_type"].as_str().unwrap_or_default();
+        let found = match &self.json["model_type"] {
+            Value::Null => return Err(self.refuse("model_type", "is missing: it names the family")),
+            named => named.as_str().unwrap_or_default(),
+        };
         if let Some(family) = FAMILIES.iter().find(|f| f.model_type == found) {
             return Ok(family);
         }
         if let Some((_, reason)) = KNOWN_TO_DIFFER.iter().find(|(name, _)| *name == found) {
             return Err(self.refuse("model_type", &format!("is `{found}`, which {reason}")));
         }
-        let found = match found {
-            "" => self.json["architectures"][0].as_str(),
-            named => Some(named),
-        };
         let supported: Vec<&str> = FAMILIES.iter().map(|f| f.model_type).collect();
         Err(Error::Architecture {
             path: self.path.into(),
-            found: found.unwrap_or("(no model_type)").into(),
+            found: found.into(),
             supported: supported.join(", "),
         })
     }
