@@ -16,10 +16,12 @@ use crate::artifact::Artifact;
 use crate::base::side_sums;
 use crate::error::{Error, Result};
 use crate::event::Observer;
+use crate::model::ModelConfig;
+use crate::peft::Naming;
 use crate::sum::Sum;
 use crate::weights::Checkpoint;
 use crate::workspace::{Claim, Workspace};
-use crate::{linalg, peft, report};
+use crate::{linalg, report};
 
 pub use lora::{LoraFacts, LoraModule};
 pub use svd_training::SvdTrainingFacts;
@@ -118,9 +120,11 @@ pub fn run(
 ) -> Result<Facts> {
     let started = Instant::now();
     linalg::single_threaded_blas();
+    let config = ModelConfig::read(&artifact.dir)?;
     let job = Job {
         artifact,
         mixture,
+        naming: Naming::of(&config, |name| artifact.base_entry(name).is_some()),
         out,
         threads: options.threads,
         observer,
@@ -193,6 +197,7 @@ impl Facts {
 struct Job<'a> {
     artifact: &'a Artifact,
     mixture: &'a Mixture,
+    naming: Naming,
     out: &'a Path,
     threads: usize,
     observer: &'a dyn Observer,
@@ -208,12 +213,6 @@ impl Job<'_> {
         names.sort_unstable();
         names.dedup();
         names
-    }
-
-    /// A name of the checkpoint as a model for generation has it.
-    fn name_in_model(&self, name: &str) -> String {
-        let inner = self.artifact.base_entry(peft::INNER_EMBEDDING).is_some();
-        peft::name_in_model(name, inner)
     }
 
     /// Refuses adapters that hold more of a linear layer than Δσ.

@@ -10,6 +10,7 @@ use serde_json::json;
 use crate::error::Result;
 use crate::event::Observer;
 use crate::format::Pin;
+use crate::model::ModelConfig;
 use crate::plan::place;
 use crate::weights::Entry;
 use crate::weights::shard::write_atomically;
@@ -19,9 +20,6 @@ pub use adapter::LoraAdapter;
 /// What PEFT looks for in a directory: with these it is a LoRA adapter.
 pub const LORA_CONFIG: &str = "adapter_config.json";
 pub const LORA_WEIGHTS: &str = "adapter_model.safetensors";
-
-/// The head of the families whose inner model is called `model`.
-pub const HEAD: &str = "lm_head";
 
 /// What PEFT puts before every name in a model for generation.
 const PREFIX: &str = "base_model.model.";
@@ -46,13 +44,39 @@ pub fn saved_name(tensor: &str) -> String {
     format!("{PREFIX}{tensor}")
 }
 
-/// A name of the checkpoint as a model for generation has it: some checkpoints were saved from the model inside, and hold
-/// `inner`, the embedding without its prefix.
-pub fn name_in_model(name: &str, inner: bool) -> String {
-    if inner && !name.starts_with(HEAD) {
-        format!("model.{name}")
-    } else {
-        name.into()
+/// How the names of a checkpoint become those of a model for generation: some were saved from the model inside, and go
+/// without its prefix.
+#[derive(Debug, Clone, Copy)]
+pub struct Naming {
+    /// What the checkpoint leaves out, but for the head.
+    left_out: &'static str,
+    head: &'static str,
+}
+
+impl Naming {
+    /// Of a checkpoint that `has` tensors.
+    pub fn of(config: &ModelConfig, has: impl Fn(&str) -> bool) -> Self {
+        let names = config.names;
+        Self {
+            left_out: match config.prefix(has) {
+                "" => names.prefix,
+                _ => "",
+            },
+            head: names.head,
+        }
+    }
+
+    /// By a name in the checkpoint.
+    pub fn in_model(&self, name: &str) -> String {
+        match name.starts_with(self.head) {
+            true => name.into(),
+            false => format!("{}{name}", self.left_out),
+        }
+    }
+
+    /// By a name in the model.
+    pub fn in_checkpoint<'a>(&self, name: &'a str) -> &'a str {
+        name.strip_prefix(self.left_out).unwrap_or(name)
     }
 }
 
@@ -101,9 +125,6 @@ impl Expected<'_> {
         }
     }
 }
-
-/// The embedding of a checkpoint that was saved from the model inside.
-pub const INNER_EMBEDDING: &str = "embed_tokens.weight";
 
 /// The names by which PEFT finds exactly some modules, each given as (name in the checkpoint, name in the model): the last
 /// part of a name where it means no other linear layer of the checkpoint, whole names otherwise.
@@ -169,5 +190,41 @@ impl Config<'_> {
         });
         let config = serde_json::to_vec_pretty(&config).expect("a JSON value serialises");
         write_atomically(&dir.join(LORA_CONFIG), &config).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_of_the_inner_model_is_named_as_the_whole_one() {
+        for (family, module, name, head) in [
+            (
+                "llama",
+                "layers.0.mlp.up_proj",
+                "model.layers.0.mlp.up_proj",
+                "lm_head",
+            ),
+            (
+                "gpt_neox",
+                "layers.0.mlp.dense_h_to_4h",
+                "gpt_neox.layers.0.mlp.dense_h_to_4h",
+                "embed_out",
+            ),
+        ] {
+            let config = json!({"model_type": family, "hidden_size": 8, "num_attention_heads": 2,
+                "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 8});
+            let config = ModelConfig::parse(Path::new("config.json"), &config).expect("parses");
+            let inner = Naming::of(&config, |tensor| tensor == config.embedding(""));
+            assert_eq!(inner.in_model(module), name);
+            assert_eq!(inner.in_checkpoint(name), module);
+            assert_eq!(inner.in_model(head), head);
+            let whole = Naming::of(&config, |tensor| {
+                tensor == config.embedding(config.names.prefix)
+            });
+            assert_eq!(whole.in_model(name), name);
+            assert_eq!(whole.in_checkpoint(name), name);
+        }
     }
 }

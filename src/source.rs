@@ -11,7 +11,7 @@ use crate::base::Base;
 use crate::error::Result;
 use crate::event::{Observer, Stage, Unit};
 use crate::model::{Decoder, LowRank, ModelConfig, Tensors, Trained};
-use crate::peft::{INNER_EMBEDDING, LoraAdapter};
+use crate::peft::{LoraAdapter, Naming};
 use crate::split::{Change, Factors};
 use crate::weights::{Elements, Header};
 
@@ -42,8 +42,8 @@ impl Source {
             .flat_map(|(_, header)| header.entries)
             .map(|entry| (entry.name, entry.shape))
             .collect();
-        let inner = self.has(INNER_EMBEDDING);
         let config = self.config()?;
+        let naming = Naming::of(&config, |name| self.has(name));
         let embedding = config.embedding(config.prefix(|name| self.has(name)));
         let shape_of = |name: &str| {
             // of a head that is the embedding there is no tensor, and a LoRA on it is for the head alone
@@ -56,7 +56,7 @@ impl Source {
             let head = name.strip_suffix(".weight") == Some(config.names.head);
             config.tied && !untied && (head || name == embedding)
         };
-        let lora = LoraAdapter::open(dir, inner, shape_of, is_tied)?;
+        let lora = LoraAdapter::open(dir, naming, shape_of, is_tied)?;
         let (source, mut loras) = match self {
             Self::WithLoras { source, loras } => (source, loras),
             source => (Box::new(source), Vec::new()),

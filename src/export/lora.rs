@@ -95,7 +95,7 @@ impl Plan {
             .iter()
             .map(|(module, record)| Planned {
                 module: module.clone(),
-                name: job.name_in_model(module),
+                name: job.naming.in_model(module),
                 shape: record.shape,
                 delta: job.mixture.delta(module, record.q),
             })
@@ -278,7 +278,7 @@ fn norms(job: &Job) -> Result<Vec<Norm>> {
                 .expect("a trained tensor is in the mixture");
             values.refuse_not_finite(tensor, Path::new("(merged)"))?;
             let module = tensor.strip_suffix(".weight").expect("a norm is a weight");
-            let name = job.name_in_model(module);
+            let name = job.naming.in_model(module);
             let mut tensors = vec![(format!("{name}.weight"), values)];
             // PEFT carries a module whole, and asks for all of it
             let bias = format!("{module}.bias");

@@ -15,7 +15,6 @@ use crate::event::{Stage, Unit};
 use crate::format::{BASE_CONFIG, ModuleRecord, Rank, untie};
 use crate::json;
 use crate::kind::SVD_TRAINING_WEIGHTS;
-use crate::peft::HEAD;
 use crate::split::Factors;
 use crate::weights::element::is_float;
 use crate::weights::shard::write_atomically;
@@ -275,7 +274,7 @@ fn items(job: &Job) -> Result<Vec<Item>> {
             );
             return Err(refuse(format!("`{}`", entry.name), &reason));
         }
-        let name = job.name_in_model(&entry.name);
+        let name = job.naming.in_model(&entry.name);
         let replaced = entry
             .name
             .strip_suffix(".weight")
@@ -290,7 +289,7 @@ fn items(job: &Job) -> Result<Vec<Item>> {
                 let record = artifact.svd.modules.get(module);
                 items.push(Item::Layer(Layer {
                     tensor: entry.name.clone(),
-                    name: job.name_in_model(module),
+                    name: job.naming.in_model(module),
                     shape: [m, n],
                     module: record.map(|_| module.to_string()),
                     held: record.map_or(0, |record| record.q),
@@ -330,6 +329,9 @@ fn items(job: &Job) -> Result<Vec<Item>> {
     }
     Ok(items)
 }
+
+/// What the models are called whose layers svd-training replaces, of their heads.
+const HEAD: &str = "lm_head";
 
 /// Whether a tensor of the model is the weight of a layer that svd-training replaces.
 fn is_replaced(tensor: &str) -> bool {

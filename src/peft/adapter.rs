@@ -7,7 +7,7 @@ use ndarray::Array2;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{LORA_CONFIG, LORA_WEIGHTS, PREFIX};
+use super::{LORA_CONFIG, LORA_WEIGHTS, Naming, PREFIX};
 use crate::error::{Error, Result};
 use crate::json;
 use crate::model::LowRank;
@@ -25,7 +25,7 @@ pub struct LoraAdapter {
     pub whole: BTreeMap<String, Elements>,
 }
 
-/// What of `adapter_config.json` decides the numbers. Other keys are about training.
+/// What of `adapter_config.json` decides the numbers. Other keys are about training, or show in the tensors.
 #[derive(Deserialize)]
 struct Config {
     peft_type: String,
@@ -40,7 +40,20 @@ struct Config {
     bias: Option<String>,
     #[serde(default)]
     alpha_pattern: Option<BTreeMap<String, Value>>,
+    #[serde(default)]
+    init_lora_weights: Value,
+    #[serde(default)]
+    use_qalora: bool,
+    #[serde(default)]
+    alora_invocation_tokens: Value,
+    #[serde(default)]
+    layer_replication: Value,
+    #[serde(default)]
+    target_parameters: Value,
 }
+
+/// The ways to begin a LoRA that leave the base as it is; others, such as `pissa`, take from it what they begin with.
+const INITIALISATIONS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
 impl Config {
     fn check(&self, path: &Path) -> Result<()> {
@@ -54,8 +67,24 @@ impl Config {
             Some(("bias", bias.into(), "none"))
         } else if self.alpha_pattern.as_ref().is_some_and(|p| !p.is_empty()) {
             Some(("alpha_pattern", "not empty".into(), "{}"))
+        } else if let Some(way) = (self.init_lora_weights.as_str())
+            .filter(|way| !INITIALISATIONS.contains(&way.to_lowercase().as_str()))
+        {
+            let expected = "true, \"gaussian\", \"eva\" or \"orthogonal\", since PEFT changes the base for others";
+            Some(("init_lora_weights", format!("{way:?}"), expected))
+        } else if self.use_qalora {
+            Some(("use_qalora", "true".into(), "false"))
         } else {
-            None
+            let absent = [
+                ("alora_invocation_tokens", &self.alora_invocation_tokens),
+                ("layer_replication", &self.layer_replication),
+                ("target_parameters", &self.target_parameters),
+            ];
+            let empty = |value: &Value| {
+                value.is_null() || value.as_array().is_some_and(|list| list.is_empty())
+            };
+            let found = absent.into_iter().find(|(_, value)| !empty(value));
+            found.map(|(key, value)| (key, value.to_string(), "null"))
         };
         match refused {
             None => Ok(()),
@@ -77,14 +106,14 @@ impl Config {
 
 impl LoraAdapter {
     /// Reads the LoRA in `dir` for a checkpoint, of which `shape_of` tells the shape of a tensor, and `is_tied` whether it is
-    /// embedding and head at once. With `inner`, that was saved from the model inside (see [`super::name_in_model`]).
+    /// embedding and head at once.
     ///
     /// # Errors
     /// Weights that are not a safetensors file; variants that compute otherwise (DoRA, biases, transposed weights, an α for
     /// each module); a tensor that belongs to nothing in the checkpoint, or does not fit.
     pub fn open(
         dir: &Path,
-        inner: bool,
+        naming: Naming,
         shape_of: impl Fn(&str) -> Option<Vec<usize>>,
         is_tied: impl Fn(&str) -> bool,
     ) -> Result<Self> {
@@ -109,10 +138,7 @@ impl LoraAdapter {
             let Some(name) = entry.name.strip_prefix(PREFIX) else {
                 return Err(refuse(&entry.name, format!("does not begin with {PREFIX}")));
             };
-            let name = match name.strip_prefix("model.") {
-                Some(rest) if inner => rest,
-                _ => name,
-            };
+            let name = naming.in_checkpoint(name);
             let half = [".lora_A.weight", ".lora_B.weight"].map(|side| name.strip_suffix(side));
             match half {
                 [Some(module), _] => halves.entry(module.into()).or_default()[0] = Some(elements),
@@ -146,8 +172,12 @@ impl LoraAdapter {
                 _ => false,
             };
             if !fits {
+                let found = match &shape {
+                    Some(shape) => format!("is {shape:?} in the model"),
+                    None => "is not in the model".into(),
+                };
                 let reason = format!(
-                    "is {shape:?} in the model, which B {:?}·A {:?} does not fit",
+                    "{found}, which B {:?}·A {:?} does not fit",
                     b.shape, a.shape
                 );
                 return Err(refuse(&module, reason));

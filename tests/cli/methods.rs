@@ -383,6 +383,39 @@ fn a_lora_of_a_plain_model_or_of_its_decomposition_is_the_one_that_was_trained()
 }
 
 #[test]
+fn a_lora_that_changes_the_base_is_refused_by_key() {
+    let world = World::new();
+    let (base, _) = decomposed(&world, Dtype::F32, &[]);
+    let options = [&AS_LORA[..], &["--steps", "1"]].concat();
+    let (adapter, _) = trained(&world, &base, "lora", &options);
+    let evaluate = ["evaluate", arg(&base), "--adapter", arg(&adapter), "--data"];
+    let text = fixture("eighty-train.txt");
+    let evaluate = [&evaluate[..], &[arg(&text)]].concat();
+    let path = adapter.join("adapter_config.json");
+    let plain = json_file(&path);
+    for (key, value, fine) in [
+        ("init_lora_weights", json!("pissa_niter_4"), false),
+        ("init_lora_weights", json!("olora"), false),
+        ("init_lora_weights", json!("gaussian"), true),
+        ("init_lora_weights", json!(false), true),
+        ("use_qalora", json!(true), false),
+        ("alora_invocation_tokens", json!([1, 2]), false),
+        ("layer_replication", json!([[0, 1], [0, 1]]), false),
+        ("target_parameters", json!(["mlp.experts.w"]), false),
+        ("target_parameters", json!([]), true),
+    ] {
+        let mut config = plain.clone();
+        config[key] = value.clone();
+        std::fs::write(&path, config.to_string()).expect("writes");
+        let run = world.run(&evaluate);
+        match fine {
+            true => run.succeeds(),
+            false => run.refuses(&["adapter_config.json", key]),
+        };
+    }
+}
+
+#[test]
 fn peft_answers_like_the_decoder_that_trained() {
     let packages = "peft, transformers, torch";
     let Some(python) = python(packages, "peft_answers_like_the_decoder_that_trained") else {
