@@ -57,11 +57,8 @@ impl<'a> Spelling<'a> {
         let all = self.decoded(self.ids.len())?;
         // a context that ends within a character tells less than it will
         let same = told.trim_end_matches(char::REPLACEMENT_CHARACTER);
-        Ok(all
-            .strip_prefix(&told)
-            .or(all.strip_prefix(same))
-            .unwrap_or_default()
-            .into())
+        let new = all.strip_prefix(&told).or(all.strip_prefix(same));
+        Ok(new.map_or_else(|| beyond(&told, &all), String::from))
     }
 
     fn decoded(&self, end: usize) -> Result<String> {
@@ -73,6 +70,12 @@ impl<'a> Spelling<'a> {
                 reason: e.to_string(),
             })
     }
+}
+
+/// What `all` has behind `told`, of which the end now reads otherwise: where bytes stand for themselves, one that is a letter
+/// is none any more beside one that belongs to no character. What is told stays told.
+fn beyond(told: &str, all: &str) -> String {
+    all.chars().skip(told.chars().count()).collect()
 }
 
 #[cfg(test)]
@@ -115,6 +118,23 @@ mod tests {
                 "{pieces:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_byte_that_spoils_the_one_before_it_silences_nothing() {
+        let json = r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": null, "post_processor": null,
+            "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+            "model": {"type": "BPE", "byte_fallback": true, "merges": [],
+                "vocab": {"<0x0A>": 0, "<0xFF>": 1, "a": 2, "b": 3}}}"#;
+        let tokenizer: Tokenizer = json.parse().expect("a tokenizer");
+        let mut spelling = Spelling::behind(&tokenizer, Path::new("tokenizer.json"), &[2]);
+        let mut said = Vec::new();
+        for id in [2, 0, 1, 1, 2, 3, 0, 3] {
+            said.push(spelling.push(id).expect("decodes"));
+        }
+        said.push(spelling.finish().expect("decodes"));
+        assert_eq!(said.concat(), "a\n\u{FFFD}\u{FFFD}ab\nb", "{said:?}");
     }
 
     #[test]
