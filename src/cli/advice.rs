@@ -39,6 +39,9 @@ pub fn advice(error: &Error) -> Option<String> {
         {
             "copy it again, or remove that file and run its `svdhub decompose --part` again: only this matrix is then repeated"
         }
+        Error::Checksum { path, .. } if path.parent().is_some_and(|dir| dir.ends_with("blobs")) => {
+            "the bytes changed in the Hub's cache: remove that file and run the same command again, which fetches it anew"
+        }
         Error::PartChanged { path, .. } if path.ends_with("training.safetensors") => {
             "what went on from here would not be the run that was begun: begin anew in another --out"
         }

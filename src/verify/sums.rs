@@ -58,6 +58,17 @@ impl Sums {
         for (file, expected) in self.sha256.iter().chain(&self.side_sha256) {
             compare_file(dir, file, expected, facts)?;
         }
+        let mut stated = Vec::new();
+        for file in &inventory.files {
+            stated.extend(checkpoint.stated_sha256(file).map(|sum| (&file.name, sum)));
+        }
+        for (file, expected) in &stated {
+            compare_file(dir, file, expected, facts)?;
+        }
+        if !stated.is_empty() {
+            let check = "sha256 of every weight file, as the Hub stated it".into();
+            facts.checks.push(check);
+        }
         if !self.sha256.is_empty() {
             let check = "sha256 of every file and tensor that was written".into();
             facts.checks.push(check);

@@ -190,6 +190,14 @@ impl Storage for Disk {
         let opened = File::open(&path).context("open", &path)?;
         opened.read_exact_at(buffer, offset).context("read", &path)
     }
+
+    /// In the Hub's cache a file is a link to a blob whose name is the sha256 that the Hub stated.
+    fn stated_sha256(&self, file: &str) -> Option<String> {
+        let blob = std::fs::read_link(self.0.join(file)).ok()?;
+        let name = blob.file_name()?.to_str()?;
+        let is_sum = name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit());
+        (is_sum && blob.parent()?.ends_with("blobs")).then(|| name.into())
+    }
 }
 
 /// A checkpoint that can be read. Tensors come one at a time, by position: nothing is mapped or cached.
@@ -253,12 +261,36 @@ impl Checkpoint {
         self.storage.is_remote()
     }
 
-    /// The sha256 of a file: as whoever holds it says, else of its bytes.
+    /// The sha256 of a file: of one that is elsewhere, as whoever holds it says; else of its bytes.
+    ///
+    /// # Errors
+    /// A file in the Hub's cache that is not what the Hub said.
     pub fn file_sha256(&self, file: &WeightFile, progress: impl FnMut(u64)) -> Result<String> {
-        match self.storage.stated_sha256(&file.name) {
-            Some(stated) => Ok(stated),
-            None if !self.is_remote() => sha256_file(&self.dir.join(&file.name), progress),
-            None => Ok(self.hash(file, progress)?.0),
+        match self.stated_sha256(file) {
+            Some(stated) if self.is_remote() => Ok(stated),
+            None if self.is_remote() => Ok(self.hash(file, progress)?.0),
+            _ => {
+                let found = sha256_file(&self.dir.join(&file.name), progress)?;
+                self.refuse_damaged(file, found)
+            }
+        }
+    }
+
+    /// What whoever holds a file, or brought it into the Hub's cache, says its sha256 is.
+    pub fn stated_sha256(&self, file: &WeightFile) -> Option<String> {
+        self.storage.stated_sha256(&file.name)
+    }
+
+    fn refuse_damaged(&self, file: &WeightFile, found: String) -> Result<String> {
+        let path = self.dir.join(&file.name);
+        match self.stated_sha256(file) {
+            Some(stated) if stated != found => Err(Error::Checksum {
+                what: format!("`{}` as it was read", file.name),
+                path: std::fs::canonicalize(&path).unwrap_or(path),
+                expected: stated,
+                found,
+            }),
+            _ => Ok(found),
         }
     }
 
@@ -288,16 +320,7 @@ impl Checkpoint {
             sums.insert(entry.name.clone(), sum.finish());
         }
         assert_eq!(at, file.header.file_bytes(), "tensors cover their file");
-        let found = whole.finish();
-        match self.storage.stated_sha256(&file.name) {
-            Some(stated) if stated != found => Err(Error::Checksum {
-                what: format!("`{}` as it was read", file.name),
-                path: self.dir.join(&file.name),
-                expected: stated,
-                found,
-            }),
-            _ => Ok((found, sums)),
-        }
+        Ok((self.refuse_damaged(file, whole.finish())?, sums))
     }
 
     /// Reads index and headers, and checks them against each other and against the files' lengths.
