@@ -207,8 +207,12 @@ pub fn remembered(artifact: &Path) -> Option<PathBuf> {
     Some(PathBuf::from(std::ffi::OsString::from_vec(bytes)))
 }
 
-/// Weights in whatever format, their indices, and files too large to carry along unasked.
-pub fn is_weights_or_media(name: &str) -> bool {
+/// A tokenizer of 260,000 words takes 35 MB; what is larger is data, or weights of some other kind.
+const SIDE_BYTES_MAX: u64 = 100_000_000;
+
+/// Whether a file travels along with the weights: not what is weights in whatever format, an index, or media, nor what is
+/// too large to carry along unasked.
+pub fn travels(name: &str, bytes: u64) -> bool {
     const ENDINGS: [&str; 20] = [
         ".safetensors",
         ".bin",
@@ -231,7 +235,7 @@ pub fn is_weights_or_media(name: &str) -> bool {
         ".zip",
         ".gz",
     ];
-    ENDINGS.iter().any(|end| name.ends_with(end))
+    bytes <= SIDE_BYTES_MAX && !ENDINGS.iter().any(|end| name.ends_with(end))
 }
 
 /// Files that are neither weights nor ours: tokenizer, templates, licences. They travel along unchanged.
@@ -251,10 +255,12 @@ pub fn side_files(dir: &Path) -> Result<Vec<String>> {
             continue;
         };
         // a file, or a link to one: snapshots in the Hub's cache consist of links
-        let is_file = entry.path().is_file();
-        let skipped =
-            OURS.contains(&name.as_str()) || name.starts_with('.') || is_weights_or_media(&name);
-        if is_file && !skipped {
+        let found = std::fs::metadata(entry.path()).ok();
+        let Some(file) = found.filter(|found| found.is_file()) else {
+            continue;
+        };
+        let is_ours = OURS.contains(&name.as_str());
+        if !is_ours && !name.starts_with('.') && travels(&name, file.len()) {
             files.push(name);
         }
     }

@@ -93,7 +93,7 @@ pub enum Error {
         found: u64,
         most: u64,
     },
-    #[error("{} is there already, and svdhub did not write it", path.display())]
+    #[error("{} is there already, and svdhub did not write it as it is", path.display())]
     ForeignFile { path: PathBuf },
 
     // -- weights ----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 use super::client::RemoteFile;
-use crate::base::is_weights_or_media;
+use crate::base::travels;
 use crate::error::{Error, IoContext, Result};
 use crate::sum::hex;
 use crate::weights::Layout;
@@ -75,21 +75,33 @@ impl Place {
         }
     }
 
-    /// Refuses a file that lies where this one would, unless some download brought it: what was damaged since is mended.
+    /// Refuses a file that lies where this one would, unless some download brought it, and nobody changed it since.
     pub fn refuse_foreign(dir: &Path, file: &RemoteFile) -> Result<()> {
         let path = dir.join(&file.path);
         if path.symlink_metadata().is_err() {
             return Ok(());
         }
         let name = name_in_state(&file.path);
-        let mut state = std::fs::read_dir(dir.join(STATE)).into_iter().flatten();
-        let is_ours = state.any(|entry| {
-            entry.is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with(&name))
-        });
-        match is_ours {
-            true => Ok(()),
-            false => Err(Error::ForeignFile { path }),
+        let state = std::fs::read_dir(dir.join(STATE)).into_iter().flatten();
+        // ids of git's have 40 digits, sums of large files 64
+        let (mut blob, mut sum) = (None, None);
+        for entry in state.flatten().map(|entry| entry.file_name()) {
+            let entry = entry.to_string_lossy();
+            let oid = entry
+                .strip_prefix(&name)
+                .and_then(|rest| rest.strip_prefix('-'));
+            let Some(oid) = oid.and_then(|rest| rest.strip_suffix(".lock")) else {
+                continue;
+            };
+            let found = if oid.len() == 64 { &mut sum } else { &mut blob };
+            if found.is_none() {
+                *found = Some(digest(&path, oid.len() == 64)?);
+            }
+            if found.as_deref() == Some(oid) {
+                return Ok(());
+            }
         }
+        Err(Error::ForeignFile { path })
     }
 
     pub fn is_filled(&self, file: &RemoteFile) -> Result<bool> {
@@ -118,15 +130,15 @@ pub(super) fn open_partial(partial: &Path, size: u64) -> Result<(File, u64)> {
 
 /// Of a repository's files, those that some verb reads.
 pub(super) fn needed(mut files: Vec<RemoteFile>, weights: &[String]) -> Vec<RemoteFile> {
-    files.retain(|file| is_read(&file.path, weights));
+    files.retain(|file| is_read(&file.path, file.size, weights));
     files
 }
 
 /// Whether some verb reads a file: one of the `weights`, or what is small and lies at the top.
-fn is_read(path: &str, weights: &[String]) -> bool {
+fn is_read(path: &str, bytes: u64, weights: &[String]) -> bool {
     let index = path.ends_with(".safetensors.index.json");
     let named = weights.iter().any(|name| name == path);
-    !path.contains('/') && (named || index || !is_weights_or_media(path))
+    !path.contains('/') && (named || index || travels(path, bytes))
 }
 
 /// One repository's part of the cache, laid out as huggingface_hub does.
@@ -198,12 +210,17 @@ impl Cache {
         write_atomically(&path, listing.to_string().as_bytes()).map(drop)
     }
 
-    /// The paths of a commit's files, where its listing was kept.
-    fn listed(&self, commit: &str) -> Option<Vec<String>> {
+    /// The paths of a commit's files and their bytes, where its listing was kept.
+    fn listed(&self, commit: &str) -> Option<Vec<(String, u64)>> {
         let text = std::fs::read(self.listing_path(commit)).ok()?;
         let listing: Value = serde_json::from_slice(&text).ok()?;
         let files = listing["files"].as_object()?;
-        Some(files.keys().cloned().collect())
+        let bytes = |entry: &Value| entry["size"].as_u64().unwrap_or_default();
+        Some(
+            (files.iter())
+                .map(|(path, entry)| (path.clone(), bytes(entry)))
+                .collect(),
+        )
     }
 
     /// Links the files of a commit to their contents.
@@ -258,8 +275,10 @@ impl Cache {
         let listed = self.listed(&commit);
         let wanted = match (names, listed) {
             (Some(names), Some(listed)) => {
-                let named = |path: &String| names.contains(&path.as_str());
-                listed.into_iter().filter(named).collect()
+                let paths = listed.into_iter().map(|(path, _)| path);
+                paths
+                    .filter(|path| names.contains(&path.as_str()))
+                    .collect()
             }
             (Some(_), None) => Vec::new(),
             (None, listed) => self.needed(&dir, listed)?,
@@ -282,10 +301,12 @@ impl Cache {
     }
 
     /// What verbs read of a snapshot, by its listing; without one, what lies there and what its indices name.
-    fn needed(&self, dir: &Path, listed: Option<Vec<String>>) -> Result<Vec<String>> {
-        let mut names = Vec::new();
+    fn needed(&self, dir: &Path, listed: Option<Vec<(String, u64)>>) -> Result<Vec<String>> {
+        let mut found = Vec::new();
         for entry in std::fs::read_dir(dir).context("list", dir)? {
-            names.extend(entry.context("list", dir)?.file_name().into_string());
+            let name = entry.context("list", dir)?.file_name();
+            let bytes = std::fs::metadata(dir.join(&name)).map_or(0, |found| found.len());
+            found.extend(name.into_string().map(|name| (name, bytes)));
         }
         let mut shards = Vec::new();
         let mut weights = vec![crate::adapter::WEIGHTS_FILE.to_string()];
@@ -296,10 +317,13 @@ impl Cache {
                 shards.extend(Index::parse(&index, &bytes)?.files());
             }
         }
-        let mut wanted = listed.unwrap_or(names);
-        wanted.retain(|path| is_read(path, &weights));
-        wanted.extend(shards);
-        Ok(wanted)
+        let mut wanted = listed.unwrap_or(found);
+        wanted.retain(|(path, bytes)| is_read(path, *bytes, &weights));
+        Ok(wanted
+            .into_iter()
+            .map(|(path, _)| path)
+            .chain(shards)
+            .collect())
     }
 }
 
@@ -359,7 +383,11 @@ mod tests {
     fn only_what_a_verb_reads_is_fetched() {
         let file = |path: &&str| RemoteFile {
             path: path.to_string(),
-            size: 1,
+            size: if path.starts_with("large") {
+                100_000_001
+            } else {
+                1
+            },
             oid: String::new(),
             blob_id: String::new(),
             xet_hash: None,
@@ -374,6 +402,7 @@ mod tests {
             "consolidated.safetensors",
             "odd-00001.safetensors",
             "logo.png",
+            "large.parquet",
             "chat_template.jinja",
         ];
         let weights = [

@@ -166,6 +166,42 @@ fn wrong_bytes_never_reach_the_cache() {
 }
 
 #[test]
+fn what_changed_in_the_cache_is_not_decomposed_as_what_the_hub_has() {
+    let world = published_base(u64::MAX);
+    world.run(&["verify", "org/base"]).succeeds();
+    let blobs = world.path("hf/hub/models--org--base/blobs");
+    let all = files(&blobs);
+    let (name, bytes) = all
+        .iter()
+        .find(|(name, _)| name.len() == 64)
+        .expect("a large file");
+    let mut damaged = bytes.clone();
+    *damaged.last_mut().expect("not empty") ^= 1;
+    std::fs::write(blobs.join(name), damaged).expect("writes");
+
+    let found = world.run(&["verify", "org/base"]);
+    assert!(
+        found.code == Some(1) && found.stdout.contains(name.as_str()),
+        "{}",
+        found.stdout
+    );
+    world
+        .run(&["decompose", "org/base", "--out", "svd"])
+        .refuses(&[
+            "model.safetensors",
+            name,
+            "sha256",
+            "cache",
+            "remove that file",
+        ]);
+
+    std::fs::remove_file(blobs.join(name)).expect("removes");
+    world
+        .run(&["decompose", "org/base", "--out", "svd"])
+        .succeeds();
+}
+
+#[test]
 fn server_trouble_passes_and_error_pages_are_no_files() {
     let world = published_base(u64::MAX);
     let page = |status| Effect::Status {
@@ -277,6 +313,18 @@ fn a_download_replaces_what_a_download_brought_and_nothing_else() {
     world.run(&["publish", arg(&base), "org/base"]).succeeds();
     world.run(&fetch).succeeds();
     assert_eq!(std::fs::read_to_string(&config).expect("reads"), text);
+
+    // what was changed since is somebody's work
+    for name in ["config.json", "model.safetensors"] {
+        let path = world.path("fetched").join(name);
+        let brought = std::fs::read(&path).expect("reads");
+        std::fs::write(&path, [&brought[..], b" "].concat()).expect("writes");
+        world
+            .run(&fetch)
+            .refuses(&[name, "is there already", "as it is"]);
+        std::fs::write(&path, &brought).expect("writes");
+        world.run(&fetch).succeeds();
+    }
 }
 
 #[test]
@@ -483,4 +531,7 @@ fn a_dry_run_sends_nothing() {
         .succeeds();
     assert!(run.stdout.contains("model.safetensors"));
     assert_eq!(world.hub().requests().len(), before);
+    world
+        .run(&["publish", arg(&world.path("base")), "no-name", "--dry-run"])
+        .refuses(&["no-name", "org/name"]);
 }
