@@ -32,7 +32,14 @@ impl FileSink {
             .expect("a file to write has a name")
             .to_string_lossy();
         let temporary = path.with_file_name(format!(".{name}.partial"));
-        let file = File::create(&temporary).context("create", &temporary)?;
+        // what an earlier run left; a stranger's link of that name is not followed
+        match std::fs::remove_file(&temporary) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("remove", &temporary, error));
+            }
+            _ => {}
+        }
+        let file = File::create_new(&temporary).context("create", &temporary)?;
         Ok(Self {
             file: Some(file),
             temporary,
@@ -224,5 +231,23 @@ impl ShardWriter {
             self.header.entries.len(),
             "every announced tensor was written"
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_strangers_link_is_not_written_through() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let [victim, path] = ["victim", "README.md"].map(|name| dir.path().join(name));
+        std::fs::write(&victim, "mine").expect("writes");
+        let link = dir.path().join(".README.md.partial");
+        std::os::unix::fs::symlink(&victim, link).expect("links");
+        write_atomically(&path, b"card").expect("writes");
+        assert_eq!(std::fs::read(&victim).expect("reads"), b"mine");
+        assert!(!path.is_symlink());
+        assert_eq!(std::fs::read(&path).expect("reads"), b"card");
     }
 }
