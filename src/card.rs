@@ -51,8 +51,15 @@ const TEMPLATE: &str = include_str!("../templates/card.md");
 pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<String> {
     let section = |name: &str| report.get(name).cloned().unwrap_or_default();
     let decompose = section("decompose");
-    let base_card = &decompose["base_card"];
-    let base = &decompose["base"];
+    let train = section("train");
+    // a LoRA may stand on a model that was never decomposed
+    let origin = if decompose.is_null() {
+        &train
+    } else {
+        &decompose
+    };
+    let base_card = &origin["base_card"];
+    let base = &origin["base"];
     let base_text = match (base["repo"].as_str(), base["revision"].as_str()) {
         (Some(repo), Some(revision)) => format!("`{repo}` at commit `{revision}`"),
         _ => "a local model".into(),
@@ -74,10 +81,23 @@ pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<Str
         }
         _ => format!("its {value} largest singular triplets"),
     };
-    let train = section("train");
-    let decomposition_text = match train["decomposition"].as_str() {
-        Some(repo) => repo.to_string(),
-        None => "DECOMPOSITION".into(),
+    let decomposition = train["decomposition"].as_str();
+    let decomposition_text = match (decomposition, train["decomposition_revision"].as_str()) {
+        (Some(repo), Some(revision)) => format!("{repo}@{revision}"),
+        (Some(repo), None) => repo.to_string(),
+        (None, _) => "DECOMPOSITION".into(),
+    };
+    // the licence's own file lies with the base's other files, which an adapter does not carry
+    let license_link = match (base_card["license_link"].as_str(), base["repo"].as_str()) {
+        (Some(file), Some(repo))
+            if !file.contains("://") && matches!(kind, Kind::Adapter | Kind::Lora) =>
+        {
+            let revision = base["revision"].as_str().unwrap_or("main");
+            json!(format!(
+                "https://huggingface.co/{repo}/blob/{revision}/{file}"
+            ))
+        }
+        _ => base_card["license_link"].clone(),
     };
     // reports of older versions name no method
     let by_method = match train["method"].as_str() {
@@ -93,7 +113,7 @@ pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<Str
         "title": repo.rsplit('/').next().unwrap_or(repo),
         "license": base_card["license"],
         "license_name": base_card["license_name"],
-        "license_link": base_card["license_link"],
+        "license_link": license_link,
         "language": base_card["language"],
         "pipeline_tag": base_card["pipeline_tag"].as_str().unwrap_or("text-generation"),
         "library_name": match kind {
@@ -114,9 +134,9 @@ pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<Str
         "evaluations": shown_evaluations(kind, &section("evaluate")),
         "merge": non_null(section("merge"), kind == Kind::Model),
         "export": non_null(section("export"), matches!(kind, Kind::Lora | Kind::StateDict)),
-        "train": non_null(train, kind != Kind::Decomposition),
+        "train": non_null(train.clone(), kind != Kind::Decomposition),
         "tool": section("tool"),
-        "decompose": decompose,
+        "decompose": non_null(decompose.clone(), true),
     });
     let mut card = template::page("card.md", TEMPLATE, &facts, |page| {
         page.add_filter("yaml", |value: Shown| {
@@ -192,7 +212,7 @@ mod tests {
             "tool": {"name": "svdhub", "version": "0.1.0"},
             "decompose": {
                 "base": {"repo": "org/base", "revision": "0123456789012345678901234567890123456789"},
-                "base_card": {"license": "other", "license_name": "it's: \"odd\"", "language": ["en", "no"]},
+                "base_card": {"license": "other", "license_name": "it's: \"odd\"", "license_link": "LICENSE", "language": ["en", "no"]},
                 "rank": {"mode": "fraction", "value": 0.1}, "linear_layers": 42, "parameters": 1_220_224,
                 "trainable": {"sigma": 432, "norms": 1664, "embeddings": 0}, "captured_energy": 0.5,
                 "algorithm": {"tolerance": 1e-4}, "layout": "residual", "exceptions": 12
@@ -218,7 +238,7 @@ mod tests {
             "license_name: \"it's: \\\"odd\\\"\"",
             "language: [\"en\",\"no\"]",
             "432 of 1,220,224",
-            "| merged | h.txt | 4.0000 |",
+            "| merged | h.txt | 256 | 4.0000 |",
             "a\\|b.txt",
             "12.5 %",
             "0123456789012345678901234567890123456789",
@@ -289,11 +309,34 @@ mod tests {
             report["train"]["rank"] = 16.into();
             report["train"]["alpha"] = 32.into();
             let card = render(kind, "me/tuned", &report).expect("renders");
-            for words in [words, "| method | sigma, rank 16, α 32 |"] {
+            let link = match kind {
+                Kind::Model => "license_link: \"LICENSE\"",
+                _ => "blob/0123456789012345678901234567890123456789/LICENSE\"",
+            };
+            for words in [words, link, "| method | sigma, rank 16, α 32 |"] {
                 assert!(card.contains(words), "{words} is missing from\n{card}");
             }
             assert!(!card.contains("## Export"), "{card}");
         }
+    }
+
+    #[test]
+    fn the_card_of_a_lora_on_a_plain_model_names_that_model() {
+        let mut report = report();
+        let mut decompose = report.remove("decompose").expect("is there");
+        for key in ["base", "base_card"] {
+            report["train"][key] = decompose[key].take();
+        }
+        report["train"]["method"] = "lora".into();
+        let card = render(Kind::Lora, "me/lora", &report).expect("renders");
+        for fact in [
+            "base_model: \"org/base\"",
+            "license: \"other\"",
+            "| numbers moved | 432 |",
+        ] {
+            assert!(card.contains(fact), "{fact} is missing from\n{card}");
+        }
+        assert!(!card.contains("## Decomposition"), "{card}");
     }
 
     #[test]

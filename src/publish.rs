@@ -44,14 +44,16 @@ pub fn write_card(dir: &Path, repo: &str, observer: &dyn Observer) -> Result<()>
         }
     }
     let report = report::read(dir)?;
-    if report.get("decompose").is_none() {
+    let origins = ["decompose", "train"].map(|section| report.get(section));
+    let named = |facts: &&Value| facts.get("base_card").is_some();
+    let Some(origin) = origins.into_iter().flatten().find(named) else {
         observer.note(format!(
-            "{} has no report: no card is written",
+            "{} has no report that names its base: no card is written",
             dir.display()
         ));
         return Ok(());
-    }
-    if report["decompose"]["base_card"]["license"].is_null() {
+    };
+    if origin["base_card"]["license"].is_null() {
         observer.warn("the base's card names no licence: the card will name none either".into());
     }
     let card = card::render(Kind::of(dir), repo, &report)?;

@@ -10,10 +10,11 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Event, Observer, Stage, Unit};
-use crate::format::Origin;
+use crate::format::{Origin, Pin};
 use crate::model::memory::{Step, Training};
 use crate::model::{Decoder, Gradients, Lora, Method, Parametrisation, Trained, gpu, stacked};
 use crate::parallel::{Alone, Group, refuse_uneven, share};
@@ -90,6 +91,13 @@ impl Default for Options {
     }
 }
 
+/// A model that was trained without being decomposed, and what its card says.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Standing {
+    pub base: Pin,
+    pub base_card: Value,
+}
+
 /// The facts of a training run, as `report.json` keeps them.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Facts {
@@ -104,8 +112,13 @@ pub struct Facts {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alpha: Option<usize>,
     pub trained: Vec<String>,
-    /// Hub id of the decomposition, if it came from one.
+    /// Hub id of the decomposition, if it came from one, and its commit.
     pub decomposition: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decomposition_revision: Option<String>,
+    /// The model that a LoRA stands on, where no decomposition tells of it.
+    #[serde(flatten)]
+    pub on: Option<Standing>,
     /// Numbers that moved.
     pub parameters: u64,
     pub data: String,
@@ -240,7 +253,9 @@ pub fn run(
             _ => None,
         },
         trained: groups(options),
-        decomposition: kept.decomposition(),
+        decomposition: kept.decomposition().and_then(|origin| origin.repo.clone()),
+        decomposition_revision: (kept.decomposition()).and_then(|origin| origin.revision.clone()),
+        on: kept.standing(),
         parameters: decoder
             .variables
             .values()

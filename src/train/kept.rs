@@ -3,17 +3,17 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::{Options, Run, Sums, groups, numbers};
+use super::{Options, Run, Standing, Sums, groups, numbers};
 use crate::adapter::{self, Adapter, AdapterConfig};
 use crate::artifact::Artifact;
-use crate::base::{Base, side_sums};
+use crate::base::{Base, card_facts, side_sums};
 use crate::error::{Error, Result};
 use crate::event::Observer;
 use crate::format::{Origin, Pin};
 use crate::json::Tool;
 use crate::model::method::{LORA_A, LORA_B, RHO};
 use crate::model::{Decoder, Lora, Method, Tensors};
-use crate::peft::{self, LORA_WEIGHTS};
+use crate::peft::{self, LORA_WEIGHTS, Naming};
 use crate::source::Source;
 use crate::sum::sha256_hex;
 use crate::weights::{Elements, Header, ShardWriter};
@@ -75,11 +75,26 @@ impl<'a> Kept<'a> {
         }
     }
 
-    /// The Hub id of the decomposition that is needed to use what is written, if it came from a Hub.
-    pub fn decomposition(&self) -> Option<String> {
+    /// The decomposition that is needed to use what is written.
+    pub fn decomposition(&self) -> Option<&Origin> {
         match self {
-            Self::Adapter { origin, .. } => origin.repo.clone(),
+            Self::Adapter { origin, .. } => Some(origin),
             Self::Lora { .. } => None,
+        }
+    }
+
+    /// The plain model that is needed to use it.
+    pub fn standing(&self) -> Option<Standing> {
+        match self {
+            Self::Lora {
+                source: Source::Model(model),
+                base,
+                ..
+            } => Some(Standing {
+                base: base.clone(),
+                base_card: card_facts(&model.dir),
+            }),
+            _ => None,
         }
     }
 
@@ -165,8 +180,8 @@ fn save_lora(
     out: &Path,
     observer: &dyn Observer,
 ) -> Result<Sums> {
-    let inner = source.has(peft::INNER_EMBEDDING);
-    let in_model = |module: &str| peft::name_in_model(module, inner);
+    let naming = Naming::of(&source.config()?, |name| source.has(name));
+    let in_model = |module: &str| naming.in_model(module);
     let (mut modules, mut saved) = (Vec::new(), Vec::new());
     let mut tensors: BTreeMap<String, Elements> = BTreeMap::new();
     for (variable_name, variable) in &decoder.variables {
