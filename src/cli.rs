@@ -30,7 +30,7 @@ use session::Session;
 
 /// Fine-tune Hugging Face models by their singular values.
 ///
-/// Every linear weight M is split once as M = M′ + uᵀ·diag(σ)·v; training moves σ alone, a few hundred thousand numbers;
+/// Every linear weight M is split once as M = M′ + uᵀ·diag(σ)·v; training moves σ alone, forty thousand numbers of 3.8 billion;
 /// merging gives back an ordinary model. Each verb reads a directory or a Hub repository and writes a directory.
 #[derive(Parser)]
 #[command(
@@ -50,10 +50,10 @@ struct Cli {
 #[derive(Args)]
 pub struct Global {
     /// Print the facts as JSON on standard output
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Output")]
     pub json: bool,
     /// Say nothing of progress
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, help_heading = "Output")]
     pub quiet: bool,
     /// Talk to this Hub [default: HF_ENDPOINT, else the public one]
     #[arg(long, global = true, value_name = "URL", help_heading = "Hub")]

@@ -16,9 +16,9 @@ use super::session::{Session, Weighted, shown};
 
 /// Write trained singular values for other programs.
 ///
-/// `peft-lora` writes a LoRA that PEFT and serving engines put on the base model: each trained σ is a row of it, so no
-/// decomposition is needed and nothing is lost, unless --rank (or the 512 that engines take) leaves the smallest changes
-/// out. What that costs is known before, and measured on what was written. `svd-training` writes the state dict of the
+/// `peft-lora` writes a LoRA that PEFT and serving engines put on the base model: each trained σ is a row of it, so that
+/// nobody needs the decomposition any more and nothing is lost, unless --rank (or the 512 that engines take) leaves the
+/// smallest changes out. What that costs is known before, and measured on what was written. `svd-training` writes the state dict of the
 /// Python library of that name.
 #[derive(Args)]
 pub struct Command {

@@ -111,11 +111,6 @@ fn header(name: &str, facts: &Facts) -> String {
     )
 }
 
-/// Names come from strangers: what would steer a terminal is not passed on.
-fn plain(name: &str) -> String {
-    name.replace(|c: char| c.is_control(), "\u{fffd}")
-}
-
 /// Min, median and max under one head.
 fn spread(spread: Option<&Spread>, unit: fn(f64) -> String) -> String {
     let cells = match spread {
@@ -137,7 +132,7 @@ fn by_role(facts: &Facts) -> String {
     let share = |x: f64| format!("{:.1}", 100.0 * x);
     for role in &facts.spectrum.roles {
         table.row([
-            plain(&role.role),
+            role.role.clone(),
             role.modules.to_string(),
             spread(Some(&role.captured_energy), share),
             spread(role.stable_rank.as_ref(), figure),
@@ -166,7 +161,7 @@ fn every(facts: &Facts) -> String {
     let or_none = |x: Option<f64>| x.map_or("–".into(), figure);
     for m in &facts.spectrum.modules {
         table.row([
-            plain(&m.name),
+            m.name.clone(),
             format!("{} × {}", m.shape[0], m.shape[1]),
             m.q.to_string(),
             percent(m.captured_energy),
@@ -184,7 +179,7 @@ fn worst(facts: &Facts) -> String {
     for m in facts.spectrum.worst(WORST) {
         let ModuleFacts { certificate, .. } = m;
         table.row([
-            plain(&m.name),
+            m.name.clone(),
             format!("{:.1e}", certificate.residual),
             format!("{:.1e}", certificate.orthogonality),
             route_name(m.route),

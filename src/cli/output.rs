@@ -1,5 +1,10 @@
 //! Tables on standard output.
 
+/// Names come from strangers: what would steer a terminal is not passed on.
+pub fn plain(text: &str) -> String {
+    text.replace(|c: char| c.is_control() && c != '\n', "\u{fffd}")
+}
+
 /// Rows of cells under a header: columns of numbers are aligned to the right, columns of words to the left.
 pub struct Table {
     rows: Vec<Vec<String>>,
@@ -13,7 +18,8 @@ impl Table {
     }
 
     pub fn row<S: Into<String>>(&mut self, cells: impl IntoIterator<Item = S>) {
-        self.rows.push(cells.into_iter().map(Into::into).collect());
+        let plain = cells.into_iter().map(|cell| plain(&cell.into()));
+        self.rows.push(plain.collect());
     }
 
     /// The table as text, ending in a newline.
@@ -46,5 +52,17 @@ impl Table {
             text.push('\n');
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_stranger_named_does_not_steer_the_terminal() {
+        let name = "model.\u{1b}]0;title\u{7}\u{9b}2J";
+        assert_eq!(plain(name), "model.\u{fffd}]0;title\u{fffd}\u{fffd}2J");
+        assert_eq!(plain("two\nlines – ∅"), "two\nlines – ∅");
     }
 }

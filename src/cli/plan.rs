@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use svdhub::Result;
+use svdhub::artifact::is_artifact;
 use svdhub::base::Base;
 use svdhub::card::{bytes, thousands};
 use svdhub::format::{ArtifactLayout, FactorsDtype, Rank, Storing};
@@ -16,6 +17,7 @@ use svdhub::model::memory::Step;
 use svdhub::plan::{Action, Foreseen, Pattern, Plan, PlanOptions, expected_inventory};
 use svdhub::train;
 use svdhub::weights::{Dtype, Inventory, Layout};
+use svdhub::workspace::refuse_unfinished;
 
 use super::output::Table;
 use super::progress::clock;
@@ -110,7 +112,7 @@ pub struct PlanArgs {
 #[derive(Args, Clone)]
 #[group(multiple = false)]
 pub struct RankArgs {
-    /// Keep this share of each weight's singular values, 0 < F ≤ 1 [default: 0.1]
+    /// Keep this share of each weight's singular values, 0 < F ≤ 1 [default: 0.1; of a decomposition, all it has]
     #[arg(long, value_name = "F", value_parser = Rank::fraction, help_heading = "Rank")]
     rank_fraction: Option<Rank>,
     /// Keep this many singular values of each weight
@@ -177,9 +179,11 @@ impl Command {
                 plan(&root, &config, &inventory)
             }
             ModelRef::Directory(dir) => {
+                refuse_unfinished(dir)?;
                 let config = ModelConfig::read(dir)?;
                 let weights = [Layout::Model.single_file(), Layout::Model.index_file()];
-                if weights.iter().any(|name| dir.join(name).exists()) {
+                let has_weights = weights.iter().any(|name| dir.join(name).exists());
+                if has_weights || is_artifact(dir) {
                     let base = Base::open(dir, None, None)?;
                     plan(dir, &config, &base.checkpoint.inventory)
                 } else {

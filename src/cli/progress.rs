@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use svdhub::card::bytes;
 use svdhub::event::{Event, Observer, Stage, Unit};
 
+use super::output::plain;
 use super::session::complain;
 
 /// Draws what a verb reports.
@@ -173,6 +174,7 @@ impl Observer for Progress {
                     return;
                 };
                 running.done += by;
+                let item = plain(item);
                 match &running.bar {
                     Some(bar) => {
                         bar.set_position(running.done.min(running.total));

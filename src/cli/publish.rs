@@ -20,7 +20,7 @@ use super::session::Session;
 /// Files that are there already are not sent again: after a break, run the same command once more.
 #[derive(Args)]
 pub struct Command {
-    /// A decomposition, an adapter or a model
+    /// A decomposition, an adapter, a model or an export
     dir: PathBuf,
     /// org/name
     repo: String,
@@ -48,6 +48,7 @@ impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
         if self.dry_run {
             refuse_unfinished(&self.dir)?;
+            publish::refuse_no_repo(&self.repo)?;
             publish::write_card(&self.dir, &self.repo, session.observer())?;
             let mut files = published_files(&self.dir)?;
             let away = Away::of(&self.dir)?.files;

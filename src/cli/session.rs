@@ -21,6 +21,7 @@ use svdhub::weights::Layout;
 use svdhub::workspace::refuse_unfinished;
 use svdhub::{Error, Result};
 
+use super::output::plain;
 use super::progress::Progress;
 use super::{Global, advice, env};
 
@@ -388,7 +389,7 @@ pub fn tell(text: &str) -> Result<()> {
 
 /// Writes a line to standard error. Where nobody can read it, work goes on without.
 pub fn complain(line: &str) {
-    let _ = writeln!(std::io::stderr().lock(), "{line}");
+    let _ = writeln!(std::io::stderr().lock(), "{}", plain(line));
 }
 
 /// A directory in one's own terms: relative where it lies below the current one.
