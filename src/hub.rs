@@ -1,6 +1,6 @@
-//! The Hub: the only place that speaks HTTP. hf-hub for metadata, refs and repositories, hf-xet for chunks of large files; our
-//! own thin layer for all other bytes, because hf-hub 1.0.0 stores error pages as weights, accepts truncated files and sends
-//! large files inline.
+//! The Hub: the only place that speaks HTTP. hf-hub makes repositories, branches and tags, and lists refs; hf-xet carries chunks
+//! of large files; our own thin layer does the rest, because hf-hub 1.0.0 stores error pages as weights, accepts truncated
+//! files, sends large files inline, and drops their sha256 from listings.
 
 mod cache;
 mod client;

@@ -116,7 +116,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// The answer to an upload comes when all of it has arrived: slower than this, it has not.
 const UPLOAD_BYTES_PER_S: u64 = 32 << 10;
 /// A Hub may ask for more patience than a user has.
-const WAIT_MAX: Duration = Duration::from_secs(300);
+pub(super) const WAIT_MAX: Duration = Duration::from_secs(300);
 pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(300);
 pub(super) const USER_AGENT: &str = concat!("svdhub/", env!("CARGO_PKG_VERSION"));
 

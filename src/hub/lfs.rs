@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use reqwest::Method;
 use reqwest::blocking::RequestBuilder;
+use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Value, json};
 
 use super::client::Asked;
@@ -22,6 +23,8 @@ const BATCH_OBJECTS: usize = 32;
 const PARALLEL_UPLOADS: usize = 4;
 /// An expired link is replaced this many times.
 const FRESH_LINKS: usize = 3;
+/// What LFS speaks, where the bytes themselves do not travel.
+const LFS_JSON: &str = "application/vnd.git-lfs+json";
 
 /// How large files are to be sent.
 pub(super) enum Told<'a> {
@@ -82,18 +85,21 @@ impl Push<'_> {
         if with_xet {
             transfers.push("xet");
         }
-        let body = json!({
+        let mut body = json!({
             "operation": "upload",
             "transfers": transfers,
             "hash_algo": "sha256",
-            "ref": {"name": format!("refs/heads/{}", self.revision)},
             "objects": asked,
         });
+        // who proposes need not be allowed to write where that would land, which the Hub looks at as soon as it is named
+        if !self.opens_pull_request() {
+            body["ref"] = json!({"name": self.git_ref()});
+        }
         let post = |url: &str| {
             self.hub
                 .request(Method::POST, url)
-                .header("Accept", "application/vnd.git-lfs+json")
-                .header("Content-Type", "application/vnd.git-lfs+json")
+                .header(ACCEPT, LFS_JSON)
+                .header(CONTENT_TYPE, LFS_JSON)
                 .body(body.to_string())
         };
         let (answer, _): (Value, _) = match self.hub.answer(&what, &post) {
@@ -215,7 +221,9 @@ impl Push<'_> {
             self.hub
                 .request(Method::POST, url)
                 .timeout(self.hub.upload_patience(file.size))
-                .json(&body)
+                .header(ACCEPT, LFS_JSON)
+                .header(CONTENT_TYPE, LFS_JSON)
+                .body(body.to_string())
         })?;
         Ok(())
     }
@@ -267,13 +275,19 @@ fn part_addresses(header: &Value) -> Vec<(u64, &str)> {
     addresses
 }
 
-fn with_headers(mut request: RequestBuilder, headers: &Value) -> RequestBuilder {
+/// A request with the headers that an action asks for, in the place of our own of the same names.
+fn with_headers(request: RequestBuilder, headers: &Value) -> RequestBuilder {
+    let mut asked = HeaderMap::new();
     for (name, value) in headers.as_object().into_iter().flatten() {
-        if let Some(value) = value.as_str() {
-            request = request.header(name, value);
+        let value = value.as_str().map(HeaderValue::try_from);
+        // what cannot be a header is none
+        if let (Ok(name), Some(Ok(mut value))) = (HeaderName::try_from(name.as_str()), value) {
+            // some of them open what only we should
+            value.set_sensitive(true);
+            asked.insert(name, value);
         }
     }
-    request
+    request.headers(asked)
 }
 
 #[cfg(test)]
@@ -287,5 +301,17 @@ mod tests {
         assert_eq!(part_addresses(&header), [(1, "a"), (2, "b"), (10, "c")]);
         assert_eq!(chunk_size(&json!({"chunk_size": "0"})), None);
         assert_eq!(chunk_size(&json!({"Authorization": "x"})), None);
+    }
+
+    #[test]
+    fn headers_of_an_action_take_the_place_of_ours() {
+        let request = reqwest::blocking::Client::new()
+            .post("http://127.0.0.1:9")
+            .header("Authorization", "Bearer ours");
+        let asked = json!({"authorization": "Bearer theirs", "x-other": "y", "bad name": "z"});
+        let request = with_headers(request, &asked).build().expect("a request");
+        let sent = request.headers().get_all("authorization");
+        assert_eq!(sent.iter().collect::<Vec<_>>(), ["Bearer theirs"]);
+        assert_eq!(request.headers().len(), 2);
     }
 }

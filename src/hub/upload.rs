@@ -12,7 +12,7 @@ use hf_hub::{HFClientSync, RepoTypeModel};
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use super::client::{Asked, Hub, TRIES, segment};
+use super::client::{Asked, FIRST_PAUSE, Hub, TRIES, WAIT_MAX, segment};
 use super::local::{INLINE_BYTES_MAX, LocalFile, local_files};
 use crate::contents::Contents;
 use crate::error::{Error, IoContext, Result};
@@ -81,6 +81,8 @@ const PREUPLOAD_FILES: usize = 256;
 /// Of one commit; the Hub advises against more.
 const COMMIT_FILES: usize = 50;
 const COMMIT_BYTES: u64 = 16_000_000;
+/// How the names of pull requests begin, which are no branches.
+const PULL_REQUESTS: &str = "refs/pr/";
 
 impl Hub {
     /// Pushes every file of `dir`, and makes sure that it arrived.
@@ -149,7 +151,7 @@ impl Hub {
             head = landed.commit;
             if let Some(url) = landed.pull_request_url {
                 let opened = url.rsplit('/').next().unwrap_or_default();
-                push.revision = format!("refs/pr/{opened}");
+                push.revision = format!("{PULL_REQUESTS}{opened}");
                 pull_request_url = Some(url);
             }
         }
@@ -205,6 +207,10 @@ impl Hub {
         }
         if branch == "main" {
             return Ok(());
+        }
+        if branch.starts_with(PULL_REQUESTS) {
+            // it is opened by a commit, never made by its name
+            return self.commit_of(repo, branch).map(drop);
         }
         let remote = api.model(owner, name);
         let is_there = || -> Result<bool> {
@@ -287,11 +293,18 @@ impl Push<'_> {
             let body = json!({ "files": asked });
             let post = |url: &str| self.hub.request(Method::POST, url).json(&body);
             let (answer, _): (Value, _) = self.hub.answer(&what, &post)?;
-            for told in answer["files"].as_array().into_iter().flatten() {
-                let Some(file) = batch.iter_mut().find(|f| told["path"] == f.name.as_str()) else {
-                    continue;
+            for file in batch {
+                let mut all = answer["files"].as_array().into_iter().flatten();
+                let Some(told) = all.find(|told| told["path"] == file.name.as_str()) else {
+                    return Err(Error::HubStatus {
+                        status: 200,
+                        request: what.action.into(),
+                        detail: format!("its answer does not say how `{}` travels", file.name),
+                    });
                 };
-                file.lfs = told["uploadMode"] == "lfs" || file.size > INLINE_BYTES_MAX;
+                let large = told["uploadMode"] == "lfs" || file.size > INLINE_BYTES_MAX;
+                // S3 takes no empty objects (501), whatever .gitattributes says of their names
+                file.lfs = large && file.size > 0;
                 file.unchanged = told["oid"]
                     .as_str()
                     .is_some_and(|oid| Some(oid) == file.oid());
@@ -306,7 +319,7 @@ impl Push<'_> {
     fn commit(&self, parent: &str, batch: &[&LocalFile], title: &str) -> Result<Landed> {
         let body = commit_body(parent, batch, title)?;
         let before = self.pull_requests()?;
-        let mut pause = Duration::from_millis(300);
+        let mut pause = FIRST_PAUSE;
         for attempt in 1.. {
             let error = match self.send_commit(&body) {
                 Ok(landed) => return Ok(landed),
@@ -314,7 +327,9 @@ impl Push<'_> {
             };
             let wait = match &error {
                 // not carried out
-                Error::RateLimited { retry_after_s } if *retry_after_s <= 300 => {
+                Error::RateLimited { retry_after_s }
+                    if Duration::from_secs(*retry_after_s) <= WAIT_MAX =>
+                {
                     Duration::from_secs(*retry_after_s)
                 }
                 error if is_lost(error) => pause,
@@ -422,7 +437,7 @@ impl Push<'_> {
         for number in open.filter_map(|it| it["num"].as_u64()).take(LOOKED_AT) {
             let commit = self
                 .hub
-                .commit_of(self.repo, &format!("refs/pr/{number}"))?;
+                .commit_of(self.repo, &format!("{PULL_REQUESTS}{number}"))?;
             if self.hub.differing(self.repo, &commit, files)?.is_empty() {
                 let url = format!("{}/{}/discussions/{number}", self.hub.endpoint(), self.repo);
                 return Ok(Some(Landed {
@@ -452,8 +467,17 @@ impl Push<'_> {
         Ok(requests.map(|it| (it.git_ref, it.target_commit)).collect())
     }
 
-    fn opens_pull_request(&self) -> bool {
-        self.options.pull_request && !self.revision.starts_with("refs/pr/")
+    /// Whether the next commit proposes a change where none is proposed yet.
+    pub fn opens_pull_request(&self) -> bool {
+        self.options.pull_request && !self.revision.starts_with(PULL_REQUESTS)
+    }
+
+    /// What git calls the revision.
+    pub fn git_ref(&self) -> String {
+        match self.revision.starts_with(PULL_REQUESTS) {
+            true => self.revision.clone(),
+            false => format!("refs/heads/{}", self.revision),
+        }
     }
 
     pub fn revision_url(&self, verb: &str) -> String {
