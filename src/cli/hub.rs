@@ -42,7 +42,8 @@ enum Action {
         /// 0 takes any free port
         #[arg(long, value_name = "P", default_value_t = 8090)]
         port: u16,
-        /// A token that may write; T=read reads, T=org/name writes there alone. Without any, all that begin with hf_ write
+        /// A token that may write; T=read reads, T=propose opens pull requests, T=org/name writes there alone. Without any,
+        /// all that begin with hf_ write
         #[arg(long = "token", value_name = "T")]
         grants: Vec<Grant>,
         /// Take larger files in parts of so many bytes

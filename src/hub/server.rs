@@ -473,6 +473,7 @@ mod tests {
         assert_eq!(ask("PUT", href, "", b"something else").status, 400);
         let forged = href.replace("signature=", "signature=0");
         assert_eq!(ask("PUT", &forged, "", &weights).status, 403);
+        assert_eq!(ask("PUT", href, "", b"").status, 501);
         assert_eq!(ask("PUT", href, "", &weights).status, 200);
         assert!(offer()["objects"][0].get("actions").is_none());
 
@@ -602,13 +603,9 @@ mod tests {
         assert_eq!(parts.len(), 3);
         let complete = |parts: &[Value]| {
             let body = json!({"oid": oid, "parts": parts}).to_string();
-            ask(
-                "POST",
-                upload["href"].as_str().unwrap(),
-                "",
-                body.as_bytes(),
-            )
-            .status
+            let kind = "Content-Type: application/vnd.git-lfs+json\r\n";
+            let href = upload["href"].as_str().unwrap();
+            ask("POST", href, kind, body.as_bytes()).status
         };
         assert_eq!(complete(&parts[..2]), 400, "a part is missing");
         assert_eq!(

@@ -115,6 +115,56 @@ fn a_transfer_holds_little_memory_however_large_the_file() {
 }
 
 #[test]
+fn who_may_only_propose_can_propose_large_files() {
+    for xet in [false, true] {
+        let world = World::with_hub_of(ServerOptions {
+            grants: vec!["hf_guest=propose".parse().expect("a token")],
+            xet,
+            ..ServerOptions::default()
+        });
+        let dir = folder(&world, "model", &[("config.json", 99)]);
+        world.run(&["publish", arg(&dir), "org/model"]).succeeds();
+        folder(&world, "model", &[("model.safetensors", 120_000)]);
+        let as_guest = |options: &[&str]| {
+            let arguments = [&["publish", arg(&dir), "org/model"][..], options].concat();
+            let mut command = world.command(&arguments);
+            command.env("HF_TOKEN", "hf_guest");
+            Run::of(command.output().expect("runs"))
+        };
+        as_guest(&[]).refuses(&["no right to publish", "`write` role"]);
+        as_guest(&["--pr"]).succeeds();
+        arrives_as(&world, "org/model@refs/pr/1", &dir);
+        // and to add to it by its name
+        folder(&world, "model", &[("more.safetensors", 70_000)]);
+        as_guest(&["--branch", "refs/pr/1"]).succeeds();
+        assert_eq!(titles(&world, "org/model", "refs%2Fpr%2F1").len(), 3);
+        assert_eq!(titles(&world, "org/model", "main").len(), 1);
+        arrives_as(&world, "org/model@refs/pr/1", &dir);
+        as_guest(&["--branch", "refs/pr/9"]).refuses(&["no revision `refs/pr/9`"]);
+    }
+}
+
+#[test]
+fn an_empty_file_travels_in_the_commit_whatever_its_name() {
+    let world = World::with_hub();
+    let dir = folder(&world, "model", &[("empty.bin", 0), ("config.json", 99)]);
+    world.run(&["publish", arg(&dir), "org/model"]).succeeds();
+    assert!(world.asked(0, "/objects/batch").is_empty());
+    arrives_as(&world, "org/model", &dir);
+}
+
+#[test]
+fn a_file_of_which_the_hub_says_nothing_is_not_sent() {
+    let world = World::with_hub();
+    let dir = folder(&world, "model", &[("config.json", 99)]);
+    world.fault("/preupload/", 1, world::answer(200, &[], r#"{"files":[]}"#));
+    world
+        .run(&["publish", arg(&dir), "org/model"])
+        .refuses(&["does not say how `config.json` travels"]);
+    assert!(world.asked(0, "/commit/").is_empty());
+}
+
+#[test]
 fn a_killed_upload_sends_nothing_again() {
     let world = World::with_hub();
     let files = [

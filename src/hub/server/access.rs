@@ -26,6 +26,8 @@ pub struct Grant {
 pub enum Scope {
     /// Reads everything.
     Read,
+    /// Reads everything, and opens pull requests: what an account may do in a stranger's repository.
+    Propose,
     /// Reads and writes everything.
     Write,
     /// Reads and writes this one repository, `owner/name` or `datasets/owner/name`.
@@ -35,18 +37,19 @@ pub enum Scope {
 impl FromStr for Grant {
     type Err = Error;
 
-    /// `TOKEN` or `TOKEN=write`, `TOKEN=read`, `TOKEN=owner/name`.
+    /// `TOKEN` or `TOKEN=write`, `TOKEN=read`, `TOKEN=propose`, `TOKEN=owner/name`.
     fn from_str(text: &str) -> Result<Self, Error> {
         let (token, scope) = text.split_once('=').unwrap_or((text, "write"));
         let scope = match scope {
             "write" => Scope::Write,
             "read" => Scope::Read,
+            "propose" => Scope::Propose,
             repo if repo.contains('/') => Scope::Repo(repo.into()),
             other => {
                 return Err(Error::Parse {
                     what: "the scope of a token",
                     value: other.into(),
-                    reason: "expected write, read or owner/name".into(),
+                    reason: "expected write, read, propose or owner/name".into(),
                 });
             }
         };
@@ -74,7 +77,7 @@ impl Caller {
     /// Whether what is private or gated in this repository is open.
     pub fn reads(&self, id: &RepoId) -> bool {
         match self {
-            Self::Holder(Scope::Read | Scope::Write) => true,
+            Self::Holder(Scope::Read | Scope::Propose | Scope::Write) => true,
             Self::Holder(Scope::Repo(repo)) => *repo == id.full_name(),
             _ => false,
         }
@@ -92,13 +95,25 @@ impl Caller {
             _ => refuse(403, "Forbidden: your token has no write permission"),
         }
     }
+
+    /// Whether a change may be proposed, which lands when somebody else merges it.
+    pub fn check_proposes(&self, id: &RepoId) -> Result<(), Refusal> {
+        match self {
+            Self::Holder(Scope::Propose) => Ok(()),
+            _ => self.check_writes(id),
+        }
+    }
 }
 
 /// Reads who asks from the Authorization header.
 pub fn caller(hub: &Hub, call: &Call) -> Result<Caller, Refusal> {
-    let Some(authorization) = call.headers.get(header::AUTHORIZATION) else {
+    let mut all = call.headers.get_all(header::AUTHORIZATION).iter();
+    let Some(authorization) = all.next() else {
         return Ok(Caller::Anonymous);
     };
+    if all.next().is_some() {
+        return refuse(400, "Two Authorization headers");
+    }
     let words = authorization.to_str().unwrap_or_default();
     let token = words.strip_prefix("Bearer ").unwrap_or_default();
     // The Python client reads this very sentence to tell a bad token from a missing repository.
@@ -254,6 +269,8 @@ mod tests {
         let token = "hf_a".to_string();
         assert_eq!(scope("hf_a").unwrap(), (token.clone(), Scope::Write));
         assert_eq!(scope("hf_a=read").unwrap(), (token.clone(), Scope::Read));
+        let propose = scope("hf_a=propose").unwrap();
+        assert_eq!(propose, (token.clone(), Scope::Propose));
         let repo = Scope::Repo("ada/engine".into());
         assert_eq!(scope("hf_a=ada/engine").unwrap(), (token, repo));
         assert!(scope("hf_a=all").is_err());

@@ -1,10 +1,11 @@
 //! Large files: where each is sent, in one piece or in parts, and what has arrived.
 
 use axum::body::Bytes;
+use axum::http::header;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::reply::{Call, Refusal, Reply, list, refuse, text};
+use super::reply::{Call, Refusal, Reply, header_text, list, refuse, text};
 use super::repo::{Refused, hex};
 use super::routes::{Hub, Visit};
 use super::xet::Right;
@@ -18,10 +19,13 @@ pub enum Target<'a> {
     Part(&'a str, usize),
 }
 
-/// What an upload to the CDN promises, if its address was given out by this Hub.
 /// The most parts of one object, as S3 has it.
 const PARTS_MAX: u64 = 10_000;
 
+/// What LFS speaks, where the bytes themselves do not travel.
+const LFS_JSON: &str = "application/vnd.git-lfs+json";
+
+/// What an upload to the CDN promises, if its address was given out by this Hub.
 pub fn upload_target<'a>(hub: &Hub, call: &'a Call) -> Result<Target<'a>, Refusal> {
     let number = call.segments.get(2).and_then(|number| number.parse().ok());
     match (call.segments.as_slice(), number) {
@@ -61,6 +65,9 @@ pub fn download(hub: &Hub, call: &Call) -> Result<Reply, Refusal> {
 pub fn complete(hub: &Hub, call: &Call) -> Result<Reply, Refusal> {
     let oid = call.parameter("oid").unwrap_or_default();
     check_signature(hub, call, "complete", oid)?;
+    if header_text(&call.headers, header::CONTENT_TYPE) != Some(LFS_JSON) {
+        return refuse(415, format!("Expected {LFS_JSON}"));
+    }
     let body = call.json()?;
     let mut parts = Vec::new();
     for part in list(&body, "parts")? {
@@ -84,7 +91,11 @@ impl Visit<'_> {
         };
         let xet = upload && self.hub.cas.is_some() && offers("xet");
         let part_bytes = self.hub.part_bytes.filter(|_| offers("multipart"));
-        let verify = format!("{}.git/info/lfs/verify", self.page());
+        let mut verify = json!({"href": format!("{}.git/info/lfs/verify", self.page())});
+        // the public Hub names what opens that address; a client that adds its own to it has one too many
+        if let Some(token) = header_text(&self.call.headers, header::AUTHORIZATION) {
+            verify["header"] = json!({"Authorization": token});
+        }
         let mut objects = Vec::new();
         for object in list(batch, "objects")? {
             let (oid, size) = (text(object, "oid")?, &object["size"]);
@@ -95,8 +106,7 @@ impl Visit<'_> {
             match (upload, there) {
                 (true, true) => {}
                 (true, false) if xet => {
-                    let name = batch["ref"]["name"].as_str().unwrap_or("main");
-                    let pass = self.xet_pass(Right::Write, name)?;
+                    let pass = self.xet_pass(Right::Write, batch["ref"]["name"].as_str())?;
                     answer["actions"] = json!({"upload": pass});
                 }
                 (true, false) => {
@@ -108,8 +118,7 @@ impl Visit<'_> {
                         }
                         _ => {
                             let upload = self.upload_action(oid, size, part_bytes);
-                            answer["actions"] =
-                                json!({"upload": upload, "verify": {"href": verify}});
+                            answer["actions"] = json!({"upload": upload, "verify": verify});
                         }
                     }
                 }
@@ -133,7 +142,7 @@ impl Visit<'_> {
         };
         Ok(
             Reply::json(json!({"transfer": transfer, "objects": objects}))
-                .header("content-type", "application/vnd.git-lfs+json"),
+                .header("content-type", LFS_JSON),
         )
     }
 
@@ -168,20 +177,29 @@ impl Visit<'_> {
 pub struct Receiving<'a> {
     incoming: super::store::Incoming<'a>,
     target: Target<'a>,
+    is_empty: bool,
 }
 
 impl<'a> Receiving<'a> {
     pub fn begin(hub: &'a Hub, call: &'a Call) -> Result<Self, Refusal> {
         let target = upload_target(hub, call)?;
         let incoming = hub.store.receive().map_err(Refused::Disk)?;
-        Ok(Self { incoming, target })
+        Ok(Self {
+            incoming,
+            target,
+            is_empty: true,
+        })
     }
 
     pub fn write(&mut self, piece: &Bytes) -> Result<(), Refusal> {
+        self.is_empty &= piece.is_empty();
         Ok(self.incoming.write(piece).map_err(Refused::Disk)?)
     }
 
     pub fn finish(self) -> Result<Reply, Refusal> {
+        if self.is_empty {
+            return refuse(501, "S3 takes no empty objects");
+        }
         let etag = match self.target {
             Target::Object(oid) => self.incoming.finish(Some(oid))?,
             Target::Part(oid, number) => self.incoming.finish_part(oid, number)?,

@@ -76,7 +76,8 @@ impl Visit<'_> {
             let (path, size) = (text(file, "path")?, file["size"].as_u64().unwrap_or(0));
             let weights = path.ends_with(".safetensors") || path.ends_with(".bin");
             let large = size > INLINE_BYTES_MAX || weights || tracked_by_lfs(&attributes, path);
-            let mode = if large && size > 0 { "lfs" } else { "regular" };
+            // as the public Hub, of an empty file too, which S3 then does not take
+            let mode = if large { "lfs" } else { "regular" };
             let mut answer = json!({"path": path, "uploadMode": mode, "shouldIgnore": false});
             if let Some(entry) = commit.tree.get(path) {
                 let lfs = entry.kind == EntryKind::Lfs;

@@ -110,7 +110,14 @@ impl Visit<'_> {
         let method = self.call.method.as_str();
         // `paths-info` is a question too long for an address.
         if method != "GET" && rest.first() != Some(&"paths-info") {
-            self.check_writes()?;
+            let target = match rest {
+                ["preupload" | "commit", rest @ ..] => split_revision(rest),
+                _ => None,
+            };
+            match target {
+                Some((revision, _)) => self.check_writes_to(Some(&revision))?,
+                None => self.check_writes()?,
+            }
         }
         match (method, rest) {
             ("GET", []) => self.info("main"),
@@ -174,12 +181,12 @@ impl Visit<'_> {
                 if batch["operation"] == "download" {
                     self.check_gate()?;
                 } else {
-                    self.check_writes()?;
+                    self.check_writes_to(batch["ref"]["name"].as_str())?;
                 }
                 self.lfs_batch(&batch)
             }
             ("POST", ["info", "lfs", "verify"]) => {
-                self.check_writes()?;
+                self.check_writes_to(None)?;
                 self.lfs_verify()
             }
             _ => no_route(self.call),
@@ -188,6 +195,15 @@ impl Visit<'_> {
 
     pub fn check_writes(&self) -> Result<(), Refusal> {
         self.caller.check_writes(&self.id)
+    }
+
+    /// As [`Visit::check_writes`], of a revision: a pull request, and where none is named yet, asks for less.
+    pub fn check_writes_to(&self, revision: Option<&str>) -> Result<(), Refusal> {
+        let lands = revision.is_some_and(|name| !name.starts_with("refs/pr/"));
+        match lands && !self.call.flag("create_pr") {
+            true => self.check_writes(),
+            false => self.caller.check_proposes(&self.id),
+        }
     }
 
     pub fn check_gate(&self) -> Result<(), Refusal> {
@@ -736,7 +752,7 @@ mod tests {
         let answer = json_of(&ask(&hub, "hf_w", &line, &files.to_string()));
         let files = answer["files"].as_array().unwrap();
         let modes: Vec<_> = files.iter().map(|file| &file["uploadMode"]).collect();
-        assert_eq!(modes, ["lfs", "regular", "lfs", "regular"]);
+        assert_eq!(modes, ["lfs", "lfs", "lfs", "regular"]);
         assert_eq!(files[3]["oid"], git_id("blob", b"c.json"));
     }
 

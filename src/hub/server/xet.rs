@@ -141,7 +141,7 @@ fn wait<T>(work: impl Future<Output = T>) -> T {
 impl Visit<'_> {
     /// Where the store is and what opens it: in the body, as some clients read it, and in headers, as others do.
     pub fn xet_token(&self, right: Right, revision: &str) -> Result<Reply, Refusal> {
-        let told = self.told(right, revision)?;
+        let told = self.told(right, Some(revision))?;
         let answer = json!({"casUrl": told.url, "accessToken": told.token, "exp": told.expires});
         let headers = told.headers().into_iter();
         Ok(headers.fold(Reply::json(answer), |reply, (name, value)| {
@@ -150,13 +150,17 @@ impl Visit<'_> {
     }
 
     /// The same as the action of an LFS batch: its address gives another when this one expires.
-    pub fn xet_pass(&self, right: Right, revision: &str) -> Result<Value, Refusal> {
+    pub fn xet_pass(&self, right: Right, revision: Option<&str>) -> Result<Value, Refusal> {
         let headers = self.told(right, revision)?.headers();
         let headers: Map<String, Value> = headers
             .into_iter()
             .map(|(name, value)| (name.to_owned(), value.into()))
             .collect();
-        Ok(json!({"href": self.xet_url(right, revision), "header": headers}))
+        let mut href = self.xet_url(right, revision.unwrap_or(MAIN));
+        if revision.is_none() {
+            href += "?create_pr=1";
+        }
+        Ok(json!({"href": href, "header": headers}))
     }
 
     /// Adds to the answer about a file where its chunks are; who asks for that gets it instead of a redirect.
@@ -185,15 +189,18 @@ impl Visit<'_> {
         format!("{base}/api/{kind}/{}/xet-{word}-token/{revision}", self.id)
     }
 
-    fn told(&self, right: Right, revision: &str) -> Result<Told, Refusal> {
+    /// Of no revision where a pull request is about to be opened.
+    fn told(&self, right: Right, revision: Option<&str>) -> Result<Told, Refusal> {
         let Some(cas) = &self.hub.cas else {
             return refuse(404, "This Hub has no Xet storage");
         };
         match right {
             Right::Read => self.check_gate()?,
-            Right::Write => self.check_writes()?,
+            Right::Write => self.check_writes_to(revision)?,
         }
-        self.hub.store.commit_at(&self.id, revision)?;
+        self.hub
+            .store
+            .commit_at(&self.id, revision.unwrap_or(MAIN))?;
         Ok(Told {
             url: cas.url(),
             // sealed, not the secret itself, which signs addresses too
@@ -231,6 +238,7 @@ impl Right {
 }
 
 const TOKEN_SECONDS: u64 = 3600;
+const MAIN: &str = "main";
 /// What huggingface.js asks for.
 const FILE_INFO: &str = "application/vnd.xet-fileinfo+json";
 
