@@ -17,7 +17,7 @@ mod upload;
 mod xet;
 
 pub use cache::Snapshot;
-pub use client::{Hub, HubOptions, Token};
+pub use client::{Hub, HubOptions, PUBLIC_HUB, Token};
 pub use download::Downloaded;
 pub use local::published_files;
 pub use oidc::{Identity, Login};

@@ -4,11 +4,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use svdhub::hub::{HubOptions, Identity, Login, Token};
+use svdhub::hub::{HubOptions, Identity, Login, PUBLIC_HUB, Token};
 use svdhub::parallel::{Flavour, Meeting, Started};
 use svdhub::{Error, Result};
-
-const PUBLIC_HUB: &str = "https://huggingface.co";
 
 /// Makes candle's threads sleep while they have nothing to do, instead of spinning on a core that others need: a training
 /// step takes a tenth longer with its default of 25,000 rounds (2 cores of Zen 5, 2026-11). Called before any thread starts.

@@ -108,6 +108,9 @@ pub struct RemoteFile {
     pub lfs: bool,
 }
 
+/// Where models are published, unless somebody names another Hub.
+pub const PUBLIC_HUB: &str = "https://huggingface.co";
+
 pub(super) const TRIES: u32 = 5;
 /// Of a listing: a thousand files are on each.
 const PAGES_MAX: usize = 1000;
@@ -243,7 +246,7 @@ impl Hub {
         let mut files = Vec::new();
         for _ in 0..PAGES_MAX {
             let (entries, headers) = self.answer(&what, &|url| self.request(Method::GET, url))?;
-            let next = next_page(&headers);
+            let next = next_page(&headers).map(|url| self.at_endpoint(&url));
             let entries: Vec<Entry> = entries;
             for entry in entries.into_iter().filter(|e| e.kind == "file") {
                 if !stays_inside(&entry.path) {
@@ -355,6 +358,14 @@ impl Hub {
                 .map(|u| u.origin().ascii_serialization())
         };
         origin(url).is_some() && origin(url) == origin(self.endpoint())
+    }
+
+    /// An address in an answer of the Hub: a mirror passes on those of the public one, which names itself in them.
+    pub(super) fn at_endpoint(&self, url: &str) -> String {
+        match url.strip_prefix(PUBLIC_HUB) {
+            Some(path) if path.starts_with('/') => format!("{}{path}", self.endpoint()),
+            _ => url.into(),
+        }
     }
 
     /// Sends a request that may be repeated, follows redirects, and turns every refusal into an [`Error`].
@@ -561,6 +572,21 @@ mod tests {
         }
         for good in ["a", "a/b.c", "..a/b", "model-00001-of-00002.safetensors"] {
             assert!(stays_inside(good), "{good:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_mirror_says_of_the_public_hub_is_said_of_the_mirror() {
+        let options = HubOptions::new("https://mirror.example/hf/", "/nowhere");
+        let hub = Hub::new(options).expect("builds");
+        let named = hub.at_endpoint("https://huggingface.co/api/x?y=1");
+        assert_eq!(named, "https://mirror.example/hf/api/x?y=1");
+        for other in [
+            "https://huggingface.co.evil.example/x",
+            "https://cdn.huggingface.co/x",
+            "http://huggingface.co/x",
+        ] {
+            assert_eq!(hub.at_endpoint(other), other);
         }
     }
 

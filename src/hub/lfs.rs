@@ -169,7 +169,7 @@ impl Push<'_> {
         let verify = &actions["verify"];
         if let Some(href) = verify["href"].as_str() {
             let body = json!({"oid": file.sha256, "size": file.size});
-            let what = self.asked("confirm an upload", href.into());
+            let what = self.asked("confirm an upload", self.hub.at_endpoint(href));
             self.hub.send(&what, &|url| {
                 let request = self.hub.request(Method::POST, url);
                 with_headers(request, &verify["header"]).json(&body)
@@ -181,6 +181,7 @@ impl Push<'_> {
     /// In one piece, or in the parts the Hub asks for; each is repeated by itself.
     fn send_contents(&self, file: &LocalFile, upload: &Value) -> Result<()> {
         let href = upload["href"].as_str().unwrap_or_default();
+        let href = self.hub.at_endpoint(href);
         let header = &upload["header"];
         let lies_here: Section;
         let contents = match self.contents {
@@ -196,10 +197,10 @@ impl Push<'_> {
             unread: Mutex::default(),
         };
         let Some(chunk) = chunk_size(header) else {
-            self.put(href, sent(0..file.size), header)?;
+            self.put(&href, sent(0..file.size), header)?;
             return Ok(());
         };
-        let what = self.asked("complete an upload", href.into());
+        let what = self.asked("complete an upload", href);
         let addresses = part_addresses(header);
         if addresses.len() as u64 != file.size.div_ceil(chunk) {
             let detail = format!(

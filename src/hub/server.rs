@@ -299,7 +299,7 @@ async fn handle(shared: Arc<Shared>, side: Side, request: HttpRequest) -> Respon
         }
         _ => carry_out(&shared, side, &parts, body).await,
     };
-    fault::forge(&mut reply, effect.as_ref());
+    fault::forge(&mut reply, effect.as_ref(), &shared.endpoint);
     if let Some(Effect::Slow { delay_ms }) = effect {
         tokio::time::sleep(Duration::from_millis(delay_ms)).await;
     }

@@ -292,6 +292,26 @@ fn a_long_listing_is_read_to_its_end() {
 }
 
 #[test]
+fn a_mirror_is_asked_where_its_answers_name_the_public_hub() {
+    let world = World::with_hub_of(ServerOptions {
+        page_entries: 2,
+        part_bytes: Some(100_000),
+        ..ServerOptions::default()
+    });
+    let base = world.model("base", Dtype::BF16, 300_000);
+    world.fault("/objects/batch", 9, Effect::PublicNames);
+    world.fault("/tree/", 99, Effect::PublicNames);
+    let pushed = world.json(&["publish", arg(&base), "org/base"]);
+    for asked in ["complete_multipart", "/lfs/verify"] {
+        let asked = world.asked(0, asked);
+        assert!(!asked.is_empty() && asked.iter().all(|r| r.authorized));
+    }
+    let fetched = world.json(&["hub", "download", "org/base", "--out", "fetched"]);
+    let all = pushed["files"].as_u64().expect("a number") + 1;
+    assert_eq!(fetched["files"], all);
+}
+
+#[test]
 fn a_download_replaces_what_a_download_brought_and_nothing_else() {
     let world = published_base(u64::MAX);
     let fetch = ["hub", "download", "org/base", "--out", "fetched"];

@@ -8,6 +8,7 @@ use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 
 use super::reply::{Content, Reply};
+use crate::hub::PUBLIC_HUB;
 
 const SLOW_PIECE_BYTES: usize = 64 << 10;
 
@@ -45,6 +46,8 @@ pub enum Effect {
     IgnoreRange,
     /// A list of files names one more, of six bytes.
     ExtraFile { path: String },
+    /// The answer names the public Hub where it means this one, as through a mirror.
+    PublicNames,
 }
 
 /// Takes the oldest fault that matches a request off the list, or one of its times.
@@ -56,30 +59,40 @@ pub fn take(faults: &mut Vec<Fault>, request: &str) -> Option<Effect> {
     Some(fault.effect.clone())
 }
 
-/// Applies the effects that concern what an answer says.
-pub fn forge(reply: &mut Reply, effect: Option<&Effect>) {
-    match (effect, &mut reply.content) {
-        (Some(Effect::ExpiredLink), content) => {
-            let expire = |text: &str| text.replace("signature=", "signature=expired-");
-            for (_, value) in reply
-                .headers
-                .iter_mut()
-                .filter(|(name, _)| *name == "location")
-            {
-                *value = expire(value);
-            }
-            if let Content::Bytes(bytes) = content {
-                *bytes = expire(&String::from_utf8_lossy(bytes)).into_bytes();
-            }
+/// Applies the effects that concern what an answer says; `endpoint` is what it calls this Hub.
+pub fn forge(reply: &mut Reply, effect: Option<&Effect>, endpoint: &str) {
+    match effect {
+        Some(Effect::ExpiredLink) => {
+            readdress(reply, |text| {
+                text.replace("signature=", "signature=expired-")
+            });
         }
-        (Some(Effect::ExtraFile { path }), Content::Bytes(bytes)) => {
-            if let Ok(Value::Array(mut entries)) = serde_json::from_slice(bytes) {
+        Some(Effect::PublicNames) => {
+            // with its slash: the CDN's address may be longer by a digit
+            let (here, there) = (format!("{endpoint}/"), format!("{PUBLIC_HUB}/"));
+            readdress(reply, |text| text.replace(&here, &there));
+        }
+        Some(Effect::ExtraFile { path }) => {
+            if let Content::Bytes(bytes) = &mut reply.content
+                && let Ok(Value::Array(mut entries)) = serde_json::from_slice(bytes)
+            {
                 let oid = "ce013625030ba8dba906f756967f9e9ca394464a";
                 entries.push(json!({"type": "file", "oid": oid, "size": 6, "path": path}));
                 *bytes = Value::Array(entries).to_string().into_bytes();
             }
         }
         _ => {}
+    }
+}
+
+/// Changes the addresses in an answer.
+fn readdress(reply: &mut Reply, change: impl Fn(&str) -> String) {
+    let headers = reply.headers.iter_mut();
+    for (_, value) in headers.filter(|(name, _)| matches!(*name, "link" | "location")) {
+        *value = change(value);
+    }
+    if let Content::Bytes(bytes) = &mut reply.content {
+        *bytes = change(&String::from_utf8_lossy(bytes)).into_bytes();
     }
 }
 
