@@ -127,20 +127,28 @@ impl Hub {
     /// Prepares a client; nothing is sent yet.
     ///
     /// # Errors
-    /// An address with a user's name or password in it: it would be in every message.
+    /// What is no address of a server; and one with a user's name or password in it, which would be in every message.
     pub fn new(options: HubOptions) -> Result<Self> {
-        if let Ok(url) = reqwest::Url::parse(&options.endpoint)
-            && !(url.username().is_empty() && url.password().is_none())
-        {
-            return Err(Error::Parse {
-                what: "the address of a Hub",
-                value: format!(
-                    "{}://…@{}",
-                    url.scheme(),
-                    url.host_str().unwrap_or_default()
-                ),
-                reason: "it holds a name or a password: a Hub is given a token, in HF_TOKEN".into(),
-            });
+        let refused = |value: String, reason: &str| Error::Parse {
+            what: "the address of a Hub",
+            value,
+            reason: reason.into(),
+        };
+        let url = reqwest::Url::parse(&options.endpoint).ok();
+        let Some(url) = url.filter(|url| matches!(url.scheme(), "http" | "https")) else {
+            // what stands before an @ may be secret
+            let shown = match options.endpoint.rsplit_once('@') {
+                Some((_, host)) => format!("…@{host}"),
+                None => options.endpoint.clone(),
+            };
+            let reason = "it is not of the form https://host or http://host:port";
+            return Err(refused(shown, reason));
+        };
+        if !(url.username().is_empty() && url.password().is_none()) {
+            let host = url.host_str().unwrap_or_default();
+            let shown = format!("{}://…@{host}", url.scheme());
+            let reason = "it holds a name or a password: a Hub is given a token, in HF_TOKEN";
+            return Err(refused(shown, reason));
         }
         let http = Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)

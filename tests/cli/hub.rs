@@ -515,6 +515,27 @@ fn an_unreachable_hub_is_said_in_one_sentence() {
 }
 
 #[test]
+fn an_address_without_its_scheme_is_none() {
+    let world = World::new();
+    for (address, shown) in [
+        ("localhost:80", "localhost:80"),
+        ("127.0.0.1:80", "127.0.0.1:80"),
+        ("hub.example", "hub.example"),
+        ("ftp://hub.example", "ftp://hub.example"),
+        ("me:secret@hub.example", "…@hub.example"),
+    ] {
+        let run = world
+            .command(&["plan", "org/base"])
+            .env("HF_ENDPOINT", address)
+            .output()
+            .expect("runs");
+        let run = crate::world::Run::of(run);
+        let run = run.refuses(&[&format!("\"{shown}\""), "https://host or http://host:port"]);
+        assert!(!run.stderr.contains("secret"), "{}", run.stderr);
+    }
+}
+
+#[test]
 fn a_branch_that_moved_is_a_conflict() {
     let world = published_base(u64::MAX);
     let base = world.path("base");
