@@ -336,7 +336,12 @@ pub enum Error {
     #[error("the Hub does not accept the token ({detail})")]
     Unauthorized { detail: String },
     #[error("the token has no right to {action} ({detail})")]
-    Forbidden { action: String, detail: String },
+    Forbidden {
+        action: String,
+        /// Whether that would have changed something.
+        writes: bool,
+        detail: String,
+    },
     #[error("the Hub's rate limit is reached, next try in {retry_after_s} s")]
     RateLimited { retry_after_s: u64 },
     #[error("the Hub answered {status} to {request}: {detail}")]

@@ -139,7 +139,12 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::Unauthorized { .. } => {
             "set HF_TOKEN to a valid token (huggingface.co/settings/tokens)"
         }
-        Error::Forbidden { .. } => "the token needs the `write` role, or rights on this repository",
+        Error::Forbidden { writes: true, .. } => {
+            "the token needs the `write` role, or rights on this repository"
+        }
+        Error::Forbidden { .. } => {
+            "the token must be allowed to read this repository: a fine-grained one names it, or all gated ones that its account may read"
+        }
         Error::RateLimited { .. } => "wait, or set HF_TOKEN: the limits of an account are higher",
         Error::BranchMoved { .. } => "somebody pushed in between: run the same command again",
         Error::DownloadCut { .. } => "run the same command again: it goes on where it stopped",

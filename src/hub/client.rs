@@ -194,7 +194,7 @@ impl Hub {
         }
         builder
             .build_sync()
-            .map_err(|e| self.understand(e, "", "main"))
+            .map_err(|e| self.understand(e, READ, "", "main"))
     }
 
     /// The commit a revision names now.
@@ -250,7 +250,7 @@ impl Hub {
             oid: String,
         }
         let tree = format!("tree/{}?recursive=true", segment(commit));
-        let mut what = Asked::of("list the files", self.api_url(repo, &tree), repo, commit);
+        let mut what = Asked::of(LIST, self.api_url(repo, &tree), repo, commit);
         let mut files = Vec::new();
         for _ in 0..PAGES_MAX {
             let (entries, headers) = self.answer(&what, &|url| self.request(Method::GET, url))?;
@@ -521,7 +521,10 @@ impl Asked {
     }
 }
 
+/// What is asked without changing anything.
 pub(super) const READ: &str = "read the repository";
+pub(super) const LIST: &str = "list the files";
+pub(super) const DOWNLOAD: &str = "download a file";
 
 /// The address of the next page: `<url>; rel="next"`.
 fn next_page(headers: &HeaderMap) -> Option<String> {

@@ -9,7 +9,7 @@ use reqwest::header::{CONTENT_RANGE, RANGE};
 use reqwest::{Method, StatusCode};
 
 use super::cache::{Cache, Place, Snapshot, digest, needed, open_partial};
-use super::client::{Asked, Hub, RemoteFile, segment, segments};
+use super::client::{Asked, DOWNLOAD, Hub, RemoteFile, segment, segments};
 use super::xet::Way;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
@@ -189,7 +189,7 @@ impl Hub {
 
     pub(super) fn asked(&self, repo: &str, commit: &str, file: &str) -> Asked {
         Asked {
-            action: "download a file",
+            action: DOWNLOAD,
             url: format!(
                 "{}/{repo}/resolve/{}/{}",
                 self.endpoint(),

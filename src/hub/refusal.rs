@@ -8,11 +8,13 @@ use reqwest::StatusCode;
 use reqwest::blocking::Response;
 use reqwest::header::{HeaderMap, RETRY_AFTER};
 
-use super::client::{Asked, Hub, READ};
+use super::client::{Asked, DOWNLOAD, Hub, LIST, READ};
 use crate::error::Error;
 
 /// Of a refusal, so much is read for its message.
 const ERROR_BYTES_MAX: u64 = 64 << 10;
+/// What the Hub says of a token that it does not know.
+const BAD_TOKEN: &str = "Invalid credentials in Authorization header";
 
 impl Hub {
     /// What a refusal means.
@@ -54,9 +56,14 @@ impl Hub {
                 revision,
                 file: what.file.clone(),
             },
+            // to the anonymous, so is what is private or not there; of a bad token the Hub says this sentence (huggingface_hub)
+            (401, None) if self.is_of_a_repo(&what.url) && detail != BAD_TOKEN => {
+                Error::RepoNotFound { repo, endpoint }
+            }
             (401, _) => Error::Unauthorized { detail },
             (403, _) => Error::Forbidden {
                 action: what.action.into(),
+                writes: ![READ, LIST, DOWNLOAD].contains(&what.action),
                 detail,
             },
             (412, _) => Error::BranchMoved {
@@ -75,9 +82,21 @@ impl Hub {
         }
     }
 
-    /// What an error of hf-hub means, in our terms. Its own texts hold URLs, never tokens.
-    pub(super) fn understand(&self, error: HFError, repo: &str, revision: &str) -> Error {
-        let what = Asked::of(READ, String::new(), repo, revision);
+    /// Whether an address is below one repository's.
+    fn is_of_a_repo(&self, url: &str) -> bool {
+        let path = url.strip_prefix(self.endpoint());
+        path.is_some_and(|path| path.starts_with("/api/models/") || path.contains("/resolve/"))
+    }
+
+    /// What an error of hf-hub means that was asked to do something, in our terms. Its own texts hold URLs, never tokens.
+    pub(super) fn understand(
+        &self,
+        error: HFError,
+        action: &'static str,
+        repo: &str,
+        revision: &str,
+    ) -> Error {
+        let asked = |url: &str| Asked::of(action, url.into(), repo, revision);
         // the type of hf-hub's context cannot be named, its fields can
         macro_rules! told {
             ($context:expr, $wait:expr) => {{
@@ -87,6 +106,7 @@ impl Hub {
                     .clone()
                     .unwrap_or_else(|| context.status.to_string());
                 let code = context.error_code.as_deref();
+                let what = asked(&context.url);
                 self.meaning(&what, context.status.as_u16(), code, detail, $wait)
             }};
         }
@@ -120,7 +140,7 @@ impl Hub {
             HFError::Request { source, .. } => unreachable(self.endpoint(), source),
             other => Error::HubStatus {
                 status: 0,
-                request: what.action.into(),
+                request: action.into(),
                 detail: other.to_string(),
             },
         }

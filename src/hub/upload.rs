@@ -12,7 +12,7 @@ use hf_hub::{HFClientSync, RepoTypeModel};
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use super::client::{Asked, FIRST_PAUSE, Hub, TRIES, WAIT_MAX, segment};
+use super::client::{Asked, FIRST_PAUSE, Hub, READ, TRIES, WAIT_MAX, segment};
 use super::local::{INLINE_BYTES_MAX, LocalFile, local_files};
 use crate::contents::Contents;
 use crate::error::{Error, IoContext, Result};
@@ -193,7 +193,7 @@ impl Hub {
             .private(options.private)
             .exist_ok(true)
             .send()
-            .map_err(|e| self.understand(e, repo, "main"));
+            .map_err(|e| self.understand(e, "create the repository", repo, "main"));
         match made {
             Ok(_) => {}
             // a token for one repository may write to it, and make none
@@ -217,7 +217,7 @@ impl Hub {
             let refs = remote
                 .list_refs()
                 .send()
-                .map_err(|e| self.understand(e, repo, branch))?;
+                .map_err(|e| self.understand(e, READ, repo, branch))?;
             Ok(refs.branches.iter().any(|b| b.name == branch))
         };
         if is_there()? {
@@ -227,7 +227,7 @@ impl Hub {
             Ok(()) => Ok(()),
             // made by a request whose answer was lost, or by somebody else
             Err(_) if is_there()? => Ok(()),
-            Err(error) => Err(self.understand(error, repo, branch)),
+            Err(error) => Err(self.understand(error, "create a branch", repo, branch)),
         }
     }
 
@@ -242,7 +242,7 @@ impl Hub {
         let refs = remote
             .list_refs()
             .send()
-            .map_err(|e| self.understand(e, repo, commit))?;
+            .map_err(|e| self.understand(e, READ, repo, commit))?;
         match refs.tags.into_iter().find(|there| there.name == tag) {
             Some(there) if there.target_commit == commit => Ok(()),
             Some(there) => Err(Error::TagTaken {
@@ -250,7 +250,7 @@ impl Hub {
                 tag: tag.into(),
                 commit: there.target_commit,
             }),
-            None => Err(self.understand(error, repo, commit)),
+            None => Err(self.understand(error, "tag a commit", repo, commit)),
         }
     }
 
@@ -462,7 +462,7 @@ impl Push<'_> {
             .list_refs()
             .include_pull_requests(true)
             .send()
-            .map_err(|e| self.hub.understand(e, self.repo, &self.revision))?;
+            .map_err(|e| self.hub.understand(e, READ, self.repo, &self.revision))?;
         let requests = refs.pull_requests.into_iter();
         Ok(requests.map(|it| (it.git_ref, it.target_commit)).collect())
     }

@@ -4,7 +4,7 @@ use serde_json::json;
 use svdhub::hub::server::{Effect, ServerOptions};
 use svdhub::weights::Dtype;
 
-use crate::world::{TOKEN, World, arg, files, fixture};
+use crate::world::{TOKEN, World, answer, arg, files, fixture};
 
 /// A world whose Hub holds the fixture model as `org/base`.
 fn published_base(shard_bytes: u64) -> World {
@@ -490,7 +490,24 @@ fn refusals_say_what_helps() {
     with(Some("hf_wrong"), &["publish", arg(&base), "org/new"])
         .refuses(&["does not accept the token", "HF_TOKEN"]);
     with(Some("hf_read_only"), &["publish", arg(&base), "org/new"]).refuses(&["write"]);
-    with(None, &["publish", arg(&base), "org/new"]).refuses(&["HF_TOKEN"]);
+    with(None, &["publish", arg(&base), "org/new"])
+        .refuses(&["does not accept the token", "HF_TOKEN"]);
+    // to the anonymous a Hub may say the same of what is private, missing or mistyped, without a code
+    let unnamed = |message| answer(401, &[("X-Error-Message", message)], "");
+    world.fault("/revision/", 1, unnamed("Invalid username or password."));
+    with(None, &["verify", "org/private"]).refuses(&["no repository `org/private`", "HF_TOKEN"]);
+    let bad = "Invalid credentials in Authorization header";
+    world.fault("/revision/", 1, unnamed(bad));
+    with(Some("hf_x"), &["verify", "org/base"]).refuses(&["does not accept the token", bad]);
+    // a right to read that is missing is not one to write
+    world.fault(
+        "/revision/",
+        1,
+        answer(403, &[], "enable gated repositories"),
+    );
+    let run = with(Some(TOKEN), &["verify", "org/base"]);
+    let run = run.refuses(&["no right to read", "enable gated", "allowed to read"]);
+    assert!(!run.stderr.contains("`write`"), "{}", run.stderr);
     world.fault(
         "/api/models/org/base",
         9,
