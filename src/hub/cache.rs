@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
-use super::client::RemoteFile;
+use super::client::{RemoteFile, stays_inside};
 use crate::base::travels;
 use crate::error::{Error, IoContext, Result};
 use crate::sum::hex;
@@ -64,6 +64,7 @@ pub(super) struct Place {
 
 impl Place {
     pub fn in_folder(dir: &Path, file: &RemoteFile) -> Self {
+        assert!(stays_inside(&file.path), "a hostile name has no place");
         let state = dir.join(STATE);
         // a beginning of other contents is no beginning of these
         let name = format!("{}-{}", name_in_state(&file.path), file.oid);
@@ -203,7 +204,9 @@ impl Cache {
             }
             (file.path.clone(), entry)
         };
-        let files: serde_json::Map<_, _> = files.iter().map(entry).collect();
+        // what is never fetched is never missing
+        let files = files.iter().filter(|file| stays_inside(&file.path));
+        let files: serde_json::Map<_, _> = files.map(entry).collect();
         let listing = json!({"format_version": 1, "files": files});
         let folder = path.parent().expect("a listing lies in a folder");
         std::fs::create_dir_all(folder).context("create", folder)?;
@@ -227,6 +230,7 @@ impl Cache {
     pub fn link(&self, commit: &str, files: &[RemoteFile]) -> Result<PathBuf> {
         let dir = self.root.join("snapshots").join(commit);
         let ends = |file: &RemoteFile| {
+            assert!(stays_inside(&file.path), "a hostile name has no place");
             let target = PathBuf::from("../../blobs").join(&file.oid);
             (dir.join(&file.path), target)
         };

@@ -229,7 +229,7 @@ impl Hub {
         format!("{}/api/models/{repo}/{rest}", self.endpoint())
     }
 
-    /// Every file of a commit.
+    /// Every file of a commit, whatever its name: whether it may be written is asked where it is fetched.
     ///
     /// Asked without hf-hub, whose listing drops the sha256 of large files (1.0.0 expects it under another name).
     pub fn files(&self, repo: &str, commit: &str) -> Result<Vec<RemoteFile>> {
@@ -257,12 +257,6 @@ impl Hub {
             let next = next_page(&headers).map(|url| self.at_endpoint(&url));
             let entries: Vec<Entry> = entries;
             for entry in entries.into_iter().filter(|e| e.kind == "file") {
-                if !stays_inside(&entry.path) {
-                    return Err(Error::HostilePath {
-                        repo: repo.into(),
-                        name: entry.path,
-                    });
-                }
                 let oid = entry.lfs.as_ref().map_or(&entry.oid, |lfs| &lfs.oid);
                 // it names the file's contents in the cache
                 let digits = if entry.lfs.is_some() { 64 } else { 40 };
@@ -536,10 +530,21 @@ fn next_page(headers: &HeaderMap) -> Option<String> {
     Some(url.to_string())
 }
 
+/// Refuses to fetch files whose names lead out of the folder they are downloaded to.
+pub(super) fn refuse_hostile(repo: &str, files: &[RemoteFile]) -> Result<()> {
+    match files.iter().find(|file| !stays_inside(&file.path)) {
+        None => Ok(()),
+        Some(file) => Err(Error::HostilePath {
+            repo: repo.into(),
+            name: file.path.clone(),
+        }),
+    }
+}
+
 /// Whether a repository's path names a file inside the folder it is downloaded to.
-fn stays_inside(path: &str) -> bool {
+pub(super) fn stays_inside(path: &str) -> bool {
     !path.is_empty()
-        && !path.contains(['\\', '\0', ':'])
+        && !path.contains(['\\', '\0'])
         && path
             .split('/')
             .all(|part| !part.is_empty() && part != "." && part != "..")
@@ -575,13 +580,18 @@ mod tests {
             "a//b",
             "",
             "a\\b",
-            "C:x",
             "a/./b",
             "x\0y",
         ] {
             assert!(!stays_inside(bad), "{bad:?}");
         }
-        for good in ["a", "a/b.c", "..a/b", "model-00001-of-00002.safetensors"] {
+        for good in [
+            "a",
+            "a/b.c",
+            "..a/b",
+            "12:30.txt",
+            "model-00001-of-00002.safetensors",
+        ] {
             assert!(stays_inside(good), "{good:?}");
         }
     }

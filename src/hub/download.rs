@@ -9,7 +9,7 @@ use reqwest::header::{CONTENT_RANGE, RANGE};
 use reqwest::{Method, StatusCode};
 
 use super::cache::{Cache, Place, Snapshot, digest, needed, open_partial};
-use super::client::{Asked, DOWNLOAD, Hub, RemoteFile, segment, segments};
+use super::client::{Asked, DOWNLOAD, Hub, RemoteFile, refuse_hostile, segment, segments};
 use super::xet::Way;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
@@ -60,6 +60,7 @@ impl Hub {
         }
         let commit = self.commit_of(repo, revision)?;
         let files = self.files(repo, &commit)?;
+        refuse_hostile(repo, &files)?;
         let mut missing = Vec::new();
         for file in &files {
             if !Place::in_folder(dir, file).is_filled(file)? {
@@ -127,6 +128,7 @@ impl Hub {
         let listed = self.files(repo, &commit)?;
         cache.list(&commit, &listed)?;
         let files = choose(&commit, listed)?;
+        refuse_hostile(repo, &files)?;
         let missing: Vec<RemoteFile> = files
             .iter()
             .filter(|file| !cache.blob(&file.oid).exists())

@@ -229,22 +229,47 @@ fn server_trouble_passes_and_error_pages_are_no_files() {
 }
 
 #[test]
-fn a_hostile_file_name_is_refused() {
+fn a_file_with_a_hostile_name_is_refused_where_it_would_be_fetched() {
     let world = published_base(u64::MAX);
-    let listing = r#"[{"type":"file","oid":"ce013625030ba8dba906f756967f9e9ca394464a","size":6,"path":"../../escaped.json"}]"#;
-    let headers = vec![("content-type".to_string(), "application/json".to_string())];
-    world.fault(
-        "/tree/",
-        1,
-        Effect::Status {
-            status: 200,
-            headers,
-            body: listing.into(),
-        },
-    );
+    let hostile = |path: &str| {
+        let path = path.to_string();
+        world.fault("/tree/", 1, Effect::ExtraFile { path });
+    };
+    hostile("../../escaped.json");
+    world
+        .run(&["hub", "download", "org/base", "--out", "fetched"])
+        .refuses(&["../../escaped.json"]);
+    // what a model needs is what lies at its top
+    hostile("esc\\aped.json");
     world
         .run(&["verify", "org/base"])
-        .refuses(&["../../escaped.json"]);
+        .refuses(&["esc\\aped.json"]);
+    hostile("../../escaped.json");
+    world.run(&["verify", "org/base"]).succeeds();
+    // nor does it keep anybody from publishing
+    hostile("../../escaped.json");
+    world
+        .run(&["publish", arg(&world.path("base")), "org/base"])
+        .succeeds();
+    let mut offline = world.command(&["verify", "org/base"]);
+    offline.env("HF_HUB_OFFLINE", "1");
+    crate::world::Run::of(offline.output().expect("runs")).succeeds();
+    for below in ["", "hf", "hf/hub", "hf/hub/models--org--base"] {
+        assert!(!world.path(below).join("escaped.json").exists());
+    }
+}
+
+#[test]
+fn a_colon_in_a_name_is_one_character_of_it() {
+    let world = World::with_hub();
+    let dir = world.path("model");
+    std::fs::create_dir_all(&dir).expect("creates");
+    std::fs::write(dir.join("12:30.txt"), "noon").expect("writes");
+    world.run(&["publish", arg(&dir), "org/model"]).succeeds();
+    let fetch = ["hub", "download", "org/model", "--out", "fetched"];
+    world.run(&fetch).succeeds();
+    let fetched = std::fs::read_to_string(world.path("fetched/12:30.txt"));
+    assert_eq!(fetched.expect("reads"), "noon");
 }
 
 #[test]
