@@ -1,5 +1,7 @@
 //! What a running verb tells whoever watches: the library reports, the binary draws.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 /// A part of a job that takes long enough to be watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
@@ -89,6 +91,33 @@ pub trait Observer: Sync {
     }
     fn note(&self, message: String) {
         self.event(&Event::Noted { message });
+    }
+}
+
+/// How far one item of a stage has come. What is done again, after a break, is not told again.
+pub struct Gauge<'a> {
+    observer: &'a dyn Observer,
+    stage: Stage,
+    item: &'a str,
+    told: AtomicU64,
+}
+
+impl<'a> Gauge<'a> {
+    /// Of an item of which so much was done, and counted, before.
+    pub fn new(observer: &'a dyn Observer, stage: Stage, item: &'a str, done: u64) -> Self {
+        Self {
+            observer,
+            stage,
+            item,
+            told: done.into(),
+        }
+    }
+
+    pub fn reach(&self, done: u64) {
+        let before = self.told.fetch_max(done, Ordering::Relaxed);
+        if done > before {
+            self.observer.advance(self.stage, done - before, self.item);
+        }
     }
 }
 

@@ -114,6 +114,12 @@ impl Place {
     }
 }
 
+/// The bytes that [`open_partial`] would find.
+pub(super) fn begun(partial: &Path, size: u64) -> u64 {
+    let received = std::fs::metadata(partial).map_or(0, |found| found.len());
+    if received <= size { received } else { 0 }
+}
+
 /// A file that transfers append to, and its bytes so far; one that is longer than it may become begins anew.
 pub(super) fn open_partial(partial: &Path, size: u64) -> Result<(File, u64)> {
     let out = OpenOptions::new()

@@ -8,11 +8,11 @@ use reqwest::blocking::Response;
 use reqwest::header::{CONTENT_RANGE, RANGE};
 use reqwest::{Method, StatusCode};
 
-use super::cache::{Cache, Place, Snapshot, digest, needed, open_partial};
+use super::cache::{Cache, Place, Snapshot, begun, digest, needed, open_partial};
 use super::client::{Asked, DOWNLOAD, Hub, RemoteFile, refuse_hostile, segment, segments};
 use super::xet::Way;
 use crate::error::{Error, IoContext, Result};
-use crate::event::{Observer, Stage, Unit};
+use crate::event::{Gauge, Observer, Stage, Unit};
 use crate::weights::Layout;
 use crate::weights::checkpoint::Index;
 use crate::workers;
@@ -157,17 +157,28 @@ impl Hub {
         commit: &str,
         files: &[RemoteFile],
         observer: &dyn Observer,
-        place: impl Fn(&RemoteFile) -> Place + Sync,
+        place: impl Fn(&RemoteFile) -> Place,
     ) -> Result<()> {
         if files.is_empty() {
             return Ok(());
         }
         let sizes = files.iter().map(|file| file.size);
         let bytes = sizes.fold(0, u64::saturating_add);
-        observer.start(Stage::Download, bytes, Unit::Bytes);
+        let work: Vec<(&RemoteFile, Place, u64)> = files
+            .iter()
+            .map(|file| {
+                let place = place(file);
+                let done = begun(&place.partial, file.size);
+                (file, place, done)
+            })
+            .collect();
+        let done = work.iter().map(|(_, _, done)| *done);
+        let done = done.fold(0, u64::saturating_add);
+        observer.resume(Stage::Download, done, bytes, Unit::Bytes);
         let xet = Way::new(self, repo, commit, observer);
-        workers::for_each(files, PARALLEL_DOWNLOADS, |file| {
-            self.fetch(repo, commit, file, &place(file), &xet, observer)
+        workers::for_each(&work, PARALLEL_DOWNLOADS, |(file, place, done)| {
+            let gauge = Gauge::new(observer, Stage::Download, &file.path, *done);
+            self.fetch(repo, commit, file, place, &xet, &gauge)
         })?;
         observer.finish(Stage::Download);
         Ok(())
@@ -212,7 +223,7 @@ impl Hub {
         file: &RemoteFile,
         place: &Place,
         xet: &Way,
-        observer: &dyn Observer,
+        gauge: &Gauge,
     ) -> Result<()> {
         for path in [&place.lock, &place.partial, &place.target] {
             let folder = path.parent().expect("every place lies in a folder");
@@ -222,16 +233,16 @@ impl Hub {
         lock.lock().context("lock", &place.lock)?;
         if place.is_filled(file)? {
             // another process brought it while we waited
-            observer.advance(Stage::Download, file.size, &file.path);
+            gauge.reach(file.size);
             return Ok(());
         }
         let length = || std::fs::metadata(&place.partial).map_or(0, |found| found.len());
         loop {
             let before = length();
-            let in_chunks = xet.append(file, &place.partial)?;
+            let in_chunks = xet.append(file, &place.partial, gauge)?;
             let by_xet = length() > before;
             if !in_chunks {
-                self.append_all(repo, commit, file, &place.partial, observer)?;
+                self.append_all(repo, commit, file, &place.partial, gauge)?;
             }
             let found = digest(&place.partial, file.lfs)?;
             if found == file.oid {
@@ -263,10 +274,10 @@ impl Hub {
         commit: &str,
         file: &RemoteFile,
         partial: &Path,
-        observer: &dyn Observer,
+        gauge: &Gauge,
     ) -> Result<()> {
         for attempt in 0.. {
-            match self.append(repo, commit, file, partial, observer) {
+            match self.append(repo, commit, file, partial, gauge) {
                 Err(Error::DownloadCut { .. }) if attempt < RESUMPTIONS => {}
                 result => return result,
             }
@@ -280,7 +291,7 @@ impl Hub {
         commit: &str,
         file: &RemoteFile,
         partial: &Path,
-        observer: &dyn Observer,
+        gauge: &Gauge,
     ) -> Result<()> {
         let (mut out, mut received) = open_partial(partial, file.size)?;
         if received == file.size {
@@ -332,7 +343,7 @@ impl Hub {
             out.write_all(&buffer[..n])
                 .map_err(|source| Error::io("write", partial, source))?;
             received += n as u64;
-            observer.advance(Stage::Download, n as u64, &file.path);
+            gauge.reach(received);
         }
         if received != file.size {
             return Err(cut(received));

@@ -15,7 +15,7 @@ use super::sender::Sent;
 use super::upload::Push;
 use crate::contents::Section;
 use crate::error::{Error, Result};
-use crate::event::{Stage, Unit};
+use crate::event::{Gauge, Stage, Unit};
 use crate::workers;
 
 /// Objects that are asked about together; their links are fresh when their turn comes.
@@ -141,8 +141,9 @@ impl Push<'_> {
     /// Brings one object to where it goes, and says how many bytes were sent.
     fn deliver(&self, file: &LocalFile, told: &Value) -> Result<u64> {
         let mut told = told.clone();
+        let gauge = Gauge::new(self.observer, Stage::Upload, &file.name, 0);
         for fresh in 0.. {
-            match self.send_object(file, &told["actions"]) {
+            match self.send_object(file, &told["actions"], &gauge) {
                 Err(Error::LinkRefused { .. }) if fresh < FRESH_LINKS => {
                     match self.objects(&[file], false)? {
                         Told::Lfs(mut fresh_told) => told = fresh_told.swap_remove(0),
@@ -150,7 +151,7 @@ impl Push<'_> {
                     }
                 }
                 result => {
-                    self.observer.advance(Stage::Upload, file.size, &file.name);
+                    gauge.reach(file.size);
                     return result;
                 }
             }
@@ -158,10 +159,10 @@ impl Push<'_> {
         unreachable!("the last try returns")
     }
 
-    fn send_object(&self, file: &LocalFile, actions: &Value) -> Result<u64> {
+    fn send_object(&self, file: &LocalFile, actions: &Value, gauge: &Gauge) -> Result<u64> {
         let upload = &actions["upload"];
         let sent = if upload.is_object() {
-            self.send_contents(file, upload)?;
+            self.send_contents(file, upload, gauge)?;
             file.size
         } else {
             0
@@ -179,7 +180,7 @@ impl Push<'_> {
     }
 
     /// In one piece, or in the parts the Hub asks for; each is repeated by itself.
-    fn send_contents(&self, file: &LocalFile, upload: &Value) -> Result<()> {
+    fn send_contents(&self, file: &LocalFile, upload: &Value, gauge: &Gauge) -> Result<()> {
         let href = upload["href"].as_str().unwrap_or_default();
         let href = self.hub.at_endpoint(href);
         let header = &upload["header"];
@@ -194,6 +195,7 @@ impl Push<'_> {
         let sent = |range| Sent {
             contents,
             range,
+            gauge,
             unread: Mutex::default(),
         };
         let Some(chunk) = chunk_size(header) else {

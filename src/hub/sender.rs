@@ -17,11 +17,14 @@ use tokio::sync::{mpsc, oneshot};
 use super::client::USER_AGENT;
 use crate::contents::Contents;
 use crate::error::Error;
+use crate::event::Gauge;
 
 /// Part of what is sent, read as often as it is sent.
 pub(super) struct Sent<'a> {
     pub contents: &'a dyn Contents,
     pub range: Range<u64>,
+    /// Told how far the contents have gone.
+    pub gauge: &'a Gauge<'a>,
     /// Why it could not be read, if so: no Hub is to blame.
     pub unread: Mutex<Option<Error>>,
 }
@@ -52,6 +55,7 @@ impl Sent<'_> {
             if !give(Ok(piece)) {
                 return;
             }
+            self.gauge.reach(at);
         }
     }
 }
@@ -134,14 +138,17 @@ impl Sender {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::{Silent, Stage};
 
     #[test]
     fn what_is_sent_is_that_part_of_the_contents_and_no_more() {
         let contents: Vec<u8> = (0..1_000_000u32).map(|i| (i % 251) as u8).collect();
+        let gauge = Gauge::new(&Silent, Stage::Upload, "", 0);
         let read = |range: Range<u64>| {
             let sent = Sent {
                 contents: &contents,
                 range,
+                gauge: &gauge,
                 unread: Mutex::default(),
             };
             let (mut bytes, mut cut) = (Vec::new(), false);

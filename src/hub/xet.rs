@@ -24,7 +24,7 @@ use super::local::LocalFile;
 use super::upload::Push;
 use crate::contents::Contents;
 use crate::error::{Error, IoContext, Result};
-use crate::event::{Observer, Stage};
+use crate::event::{Gauge, Observer, Stage};
 use crate::sum::Sum;
 
 /// Of all downloads together, the decoded bytes that wait to be written: hf-xet's `download_buffer_size` and `_limit`, 128 MB.
@@ -151,7 +151,7 @@ impl<'a> Way<'a> {
     /// Appends what is missing of a file, if it is in the store; says whether all of it has come.
     ///
     /// Where not, it is left to HTTP, which goes on behind what has.
-    pub fn append(&self, file: &RemoteFile, partial: &Path) -> Result<bool> {
+    pub fn append(&self, file: &RemoteFile, partial: &Path, gauge: &Gauge) -> Result<bool> {
         let Some(hash) = self.name_of(file) else {
             return Ok(false);
         };
@@ -173,8 +173,7 @@ impl<'a> Way<'a> {
                     out.write_all(&piece)
                         .map_err(|source| Error::io("write", partial, source))?;
                     received += piece.len() as u64;
-                    let stage = Stage::Download;
-                    self.observer.advance(stage, piece.len() as u64, &file.path);
+                    gauge.reach(received);
                 }
                 Ok(None) if received == file.size => break,
                 Ok(_) => {

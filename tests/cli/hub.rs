@@ -1,7 +1,12 @@
 //! From a Hub and back to it.
 
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use serde_json::json;
+use svdhub::event::{Event, Observer, Stage};
 use svdhub::hub::server::{Effect, ServerOptions};
+use svdhub::hub::{Hub, HubOptions, PushOptions, Token};
 use svdhub::weights::Dtype;
 
 use crate::world::{TOKEN, World, answer, arg, files, fixture};
@@ -138,6 +143,83 @@ fn a_cut_download_goes_on_and_ends_in_the_right_bytes() {
         .into_iter()
         .filter(|r| r.path.starts_with("/objects/") && r.range.is_some());
     assert!(resumed.count() >= 2, "the rest is asked for by range");
+}
+
+/// What it was told of transfers.
+#[derive(Default)]
+struct Tally {
+    before: AtomicU64,
+    total: AtomicU64,
+    steps: AtomicU64,
+    moved: AtomicU64,
+}
+
+impl Observer for Tally {
+    fn event(&self, event: &Event<'_>) {
+        match event {
+            Event::Started {
+                stage: Stage::Download | Stage::Upload,
+                done,
+                total,
+                ..
+            } => {
+                self.before.store(*done, Ordering::Relaxed);
+                self.total.store(*total, Ordering::Relaxed);
+            }
+            Event::Advanced {
+                stage: Stage::Download | Stage::Upload,
+                by,
+                ..
+            } => {
+                self.steps.fetch_add(1, Ordering::Relaxed);
+                self.moved.fetch_add(*by, Ordering::Relaxed);
+            }
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn progress_begins_where_a_transfer_goes_on_and_counts_no_byte_twice() {
+    let world = World::with_hub_of(ServerOptions {
+        part_bytes: Some(600_000),
+        ..ServerOptions::default()
+    });
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let weights = std::fs::read(base.join("model.safetensors")).expect("reads");
+    let cache = world.path("cache/hub");
+    let hub = Hub::new(HubOptions {
+        token: Some(Token::new(TOKEN)),
+        ..HubOptions::new(world.hub().endpoint(), &cache)
+    })
+    .expect("a client");
+
+    // two parts go twice
+    world.fault("PUT /parts/", 2, Effect::StatusAfter { status: 500 });
+    let up = Tally::default();
+    let options = PushOptions::default();
+    hub.push(&base, "org/base", &BTreeMap::new(), &options, &up)
+        .expect("arrives");
+    let size = weights.len() as u64;
+    let (total, moved) = (up.total.into_inner(), up.moved.into_inner());
+    assert_eq!((up.before.into_inner(), total, moved), (0, size, size));
+    // not once for all of it, nor once for each part
+    assert!(up.steps.into_inner() > size.div_ceil(600_000));
+
+    // a part is there; what follows breaks off, and then comes from the beginning
+    let blobs = cache.join("models--org--base/blobs");
+    std::fs::create_dir_all(&blobs).expect("creates");
+    let partial = format!("{}.incomplete", svdhub::sum::sha256_hex(&weights));
+    std::fs::write(blobs.join(partial), &weights[..500_000]).expect("writes");
+    let after_bytes = 200_000;
+    world.fault("GET /objects/", 1, Effect::CutBody { after_bytes });
+    world.fault("GET /objects/", 1, Effect::IgnoreRange);
+    let down = Tally::default();
+    hub.snapshot("org/base", "main", &down).expect("arrives");
+    let (before, moved) = (down.before.into_inner(), down.moved.into_inner());
+    assert_eq!(before, 500_000);
+    assert_eq!(before + moved, down.total.into_inner());
+    assert_eq!(world.asked(0, "GET /objects/").len(), 2);
 }
 
 #[test]
