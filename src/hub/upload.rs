@@ -1,6 +1,7 @@
 //! A directory to the Hub: large files through Xet or LFS, the rest in commits, and then compared with what arrived.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -76,6 +77,14 @@ struct Landed {
     pull_request_url: Option<String>,
 }
 
+/// A pull request that a run which was killed has left.
+struct Waiting {
+    number: u64,
+    commit: String,
+    /// Those of our files that it holds already.
+    held: BTreeSet<String>,
+}
+
 /// Files of one preupload request, as the Hub's clients do.
 const PREUPLOAD_FILES: usize = 256;
 /// Of one commit; the Hub advises against more.
@@ -134,20 +143,26 @@ impl Hub {
         }
         files.extend(taken);
         let mut pull_request_url = None;
-        let mut batches = batches(&files);
+        let batches = batches(&files);
+        let title = |number: usize| match batches.len() {
+            1 => options.message.clone(),
+            all => format!("{} ({number} of {all})", options.message),
+        };
+        let first = (batches.len() > 1).then(|| title(1));
+        let mut held = BTreeSet::new();
         if !batches.is_empty()
-            && let Some(there) = push.waiting_pull_request(&files)?
+            && let Some(there) = push.waiting_pull_request(&files, &head, first.as_deref())?
         {
+            push.revision = format!("{PULL_REQUESTS}{}", there.number);
+            pull_request_url = Some(push.discussion_url(there.number));
             head = there.commit;
-            pull_request_url = there.pull_request_url;
-            batches.clear();
+            held = there.held;
         }
-        for (number, batch) in batches.iter().enumerate() {
-            let title = match batches.len() {
-                1 => options.message.clone(),
-                all => format!("{} ({} of {all})", options.message, number + 1),
-            };
-            let landed = push.commit(&head, batch, &title)?;
+        for (number, batch) in (1..).zip(&batches) {
+            if batch.iter().all(|file| held.contains(&file.name)) {
+                continue;
+            }
+            let landed = push.commit(&head, batch, &title(number))?;
             head = landed.commit;
             if let Some(url) = landed.pull_request_url {
                 let opened = url.rsplit('/').next().unwrap_or_default();
@@ -392,10 +407,9 @@ impl Push<'_> {
             for (name, commit) in self.pull_requests()?.difference(before) {
                 if holds(commit)? {
                     let number = name.rsplit('/').next().unwrap_or_default();
-                    let (endpoint, repo) = (self.hub.endpoint(), self.repo);
                     return Ok(Some(Landed {
                         commit: commit.clone(),
-                        pull_request_url: Some(format!("{endpoint}/{repo}/discussions/{number}")),
+                        pull_request_url: Some(self.discussion_url(number)),
                     }));
                 }
             }
@@ -418,8 +432,16 @@ impl Push<'_> {
         })
     }
 
-    /// An open pull request that proposes just these files: a run that was killed has left it.
-    fn waiting_pull_request(&self, files: &[LocalFile]) -> Result<Option<Landed>> {
+    /// An open pull request that proposes just these files, or some of them: a run that was killed has left it.
+    ///
+    /// One that holds some is ours if it has the title of the `first` of several commits, if we opened it, and if it changes
+    /// nothing else at `head`.
+    fn waiting_pull_request(
+        &self,
+        files: &[LocalFile],
+        head: &str,
+        first: Option<&str>,
+    ) -> Result<Option<Waiting>> {
         const LOOKED_AT: usize = 20;
         if !self.opens_pull_request() {
             return Ok(None);
@@ -434,19 +456,58 @@ impl Push<'_> {
         };
         let listed = answer["discussions"].as_array().into_iter().flatten();
         let open = listed.filter(|it| it["isPullRequest"] == true && it["status"] == "open");
-        for number in open.filter_map(|it| it["num"].as_u64()).take(LOOKED_AT) {
+        for it in open.take(LOOKED_AT) {
+            let Some(number) = it["num"].as_u64() else {
+                continue;
+            };
             let commit = self
                 .hub
                 .commit_of(self.repo, &format!("{PULL_REQUESTS}{number}"))?;
-            if self.hub.differing(self.repo, &commit, files)?.is_empty() {
-                let url = format!("{}/{}/discussions/{number}", self.hub.endpoint(), self.repo);
-                return Ok(Some(Landed {
+            let differing = self.hub.differing(self.repo, &commit, files)?;
+            let held: BTreeSet<String> = files
+                .iter()
+                .filter(|file| !differing.contains(&file.name))
+                .map(|file| file.name.clone())
+                .collect();
+            let is_ours = differing.is_empty()
+                || first.is_some_and(|title| it["title"] == title)
+                    && self.have_opened(it)
+                    && self.differs_in(head, &commit, &held)?;
+            if is_ours {
+                return Ok(Some(Waiting {
+                    number,
                     commit,
-                    pull_request_url: Some(url),
+                    held,
                 }));
             }
         }
         Ok(None)
+    }
+
+    /// Whether we have opened a pull request, as far as the Hub says who we are.
+    fn have_opened(&self, request: &Value) -> bool {
+        let url = format!("{}/api/whoami-v2", self.hub.endpoint());
+        let what = Asked::of("ask who we are", url, self.repo, &self.revision);
+        let get = |url: &str| self.hub.request(Method::GET, url);
+        match self.hub.answer::<Value>(&what, &get) {
+            Ok((who, _)) => who["name"] == request["author"]["name"],
+            // the token of a job may have no name
+            Err(_) => true,
+        }
+    }
+
+    /// Whether two commits differ in files of these names, and in no others.
+    fn differs_in(&self, before: &str, after: &str, names: &BTreeSet<String>) -> Result<bool> {
+        let others = |commit: &str| -> Result<BTreeSet<(String, String)>> {
+            let files = self.hub.files(self.repo, commit)?.into_iter();
+            let files = files.filter(|file| !names.contains(&file.path));
+            Ok(files.map(|file| (file.path, file.oid)).collect())
+        };
+        Ok(!names.is_empty() && others(before)? == others(after)?)
+    }
+
+    fn discussion_url(&self, number: impl Display) -> String {
+        format!("{}/{}/discussions/{number}", self.hub.endpoint(), self.repo)
     }
 
     /// Every pull request with its commit, where one is about to be opened.

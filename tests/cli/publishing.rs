@@ -329,7 +329,7 @@ fn many_files_land_in_several_commits_with_the_card_in_the_last() {
     );
     arrives_as(&world, "org/model", &dir);
 
-    // as a pull request, all go to the same one; and killed between two commits, the next run adds what is missing
+    // as a pull request, all go to the same one; and broken off between two commits, the next run adds what is missing
     world.fault("refs%2Fpr%2F1", 9, answer(500, &[]));
     let all = folder(&world, "other", &files);
     let publish = ["publish", arg(&all), "org/other"];
@@ -342,11 +342,30 @@ fn many_files_land_in_several_commits_with_the_card_in_the_last() {
     let number = pushed["pull_request_url"]
         .as_str()
         .and_then(|url| url.rsplit('/').next());
-    assert_eq!(number, Some("2"));
+    assert_eq!(number, Some("1"));
     let main = titles(&world, "org/other", "main");
     assert!(main.is_empty(), "{main:?}");
-    assert_eq!(titles(&world, "org/other", "refs%2Fpr%2F2").len(), 3);
-    arrives_as(&world, "org/other@refs/pr/2", &all);
+    let found = titles(&world, "org/other", "refs%2Fpr%2F1");
+    assert!(
+        found.len() == 3
+            && found
+                .iter()
+                .zip(expected)
+                .all(|(title, end)| title.ends_with(end)),
+        "{found:?}"
+    );
+    arrives_as(&world, "org/other@refs/pr/1", &all);
+
+    // what is called the same and holds something else is not added to
+    let files = [("part/000.txt", 7), ("part/001.txt", 100)];
+    let theirs = folder(&world, "theirs", &files);
+    let title = "Upload with svdhub (1 of 3)";
+    let like_ours = ["publish", arg(&theirs), "org/third", "--pr", "--message"];
+    world.run(&[&like_ours[..], &[title]].concat()).succeeds();
+    let pushed = world.json(&["publish", arg(&all), "org/third", "--pr"]);
+    let url = pushed["pull_request_url"].as_str().expect("an address");
+    assert!(url.ends_with("/discussions/2"), "{url}");
+    arrives_as(&world, "org/third@refs/pr/2", &all);
 }
 
 #[test]
