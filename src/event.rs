@@ -113,6 +113,7 @@ impl<'a> Gauge<'a> {
         }
     }
 
+    /// So much of the item is done, whether or not for the first time.
     pub fn reach(&self, done: u64) {
         let before = self.told.fetch_max(done, Ordering::Relaxed);
         if done > before {

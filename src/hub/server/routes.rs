@@ -551,6 +551,33 @@ mod tests {
     }
 
     #[test]
+    fn who_proposes_writes_to_pull_requests_alone() {
+        let (_folder, mut hub) = hub(Some("hf_mine"));
+        hub.grants.push("hf_guest=propose".parse().unwrap());
+        let status = |line: &str, body: &str| ask(&hub, "hf_guest", line, body).status;
+        let file = json!({"path": "a", "content": "YQ==", "encoding": "base64"});
+        let draft = json!({"key": "header", "value": {"summary": "a"}}).to_string()
+            + "\n"
+            + &json!({"key": "file", "value": file}).to_string();
+        let commit = |at: &str| status(&format!("POST {REPO}/commit/{at}"), &draft);
+        assert_eq!(commit("main"), 403);
+        assert_eq!(commit("main?create_pr=1"), 200);
+        assert_eq!(commit("refs%2Fpr%2F1"), 200);
+        assert_eq!(status(&format!("POST {REPO}/branch/b"), ""), 403);
+        let lfs = "POST /ada/engine.git/info/lfs/objects/batch";
+        let batch = |target: Value| {
+            let mut asked = json!({"operation": "upload", "objects": []});
+            if !target.is_null() {
+                asked["ref"] = json!({"name": target});
+            }
+            status(lfs, &asked.to_string())
+        };
+        assert_eq!(batch(json!("refs/heads/main")), 403);
+        assert_eq!(batch(json!("refs/pr/1")), 200);
+        assert_eq!(batch(Value::Null), 200);
+    }
+
+    #[test]
     fn a_jobs_identity_is_exchanged_for_a_token_of_one_repository() {
         let (_folder, mut hub) = hub(Some("hf_runner"));
         let identity = |token: &str, audience: &str| {
