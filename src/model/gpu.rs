@@ -58,7 +58,8 @@ impl Geometry {
         }
     }
 
-    /// Whether every GPU of compute capability 8.0 and newer takes it (CUDA programming guide, technical specifications).
+    /// Whether a GPU of compute capability 8.0 or newer takes it (CUDA programming guide, technical specifications): the grid
+    /// and the threads each of them, so much shared memory the largest. Who asks for much of that asks the [`Card`] before.
     fn fits(&self) -> bool {
         let [x, y, z] = self.grid;
         let grid =
@@ -67,8 +68,17 @@ impl Geometry {
     }
 }
 
-/// What a block of an H100 may share, 227 KiB; an A100's has 163, smaller cards 99.
+/// What a block of an H100 may share, 227 KiB: none has more. An A100's has 163, that of smaller cards 99.
 const SHARED_BYTES_MAX: usize = 227 << 10;
+
+/// What decides on one GPU which kernels it is given.
+#[derive(Debug, Clone, Copy)]
+struct Card {
+    /// The products of warpgroups: compute capability 9.0, and no other.
+    has_warpgroups: bool,
+    /// What a block may share if its kernel asks for it.
+    shared_bytes_max: usize,
+}
 
 /// Runs a kernel whose arguments are what its signature says.
 fn run(module: &str, name: &str, geometry: Geometry, args: &[Arg]) -> Result<()> {

@@ -4,8 +4,8 @@ use candle_core::{DType, Result, Tensor, bail};
 
 use super::super::family::Scores;
 use super::super::segments::Sight;
-use super::launch::has_warpgroups;
-use super::{Arg, BLOCK, Geometry, MOST_BLOCKS, WARP, kind, room, run};
+use super::launch::card;
+use super::{Arg, BLOCK, Card, Geometry, MOST_BLOCKS, WARP, kind, room, run};
 
 /// Sides of q (b, t, h, d), and of k and v (b, s, kv, d).
 #[derive(Debug, Clone, Copy)]
@@ -40,6 +40,19 @@ impl Tiles {
             size,
             by_warpgroups: warpgroups && size == 2 && (64..=128).contains(&width),
         })
+    }
+
+    /// The same on this card; nothing where it has no room for one of the three launches, because gradients go the way that
+    /// their result went.
+    fn on(card: Card, sides: &Sides, size: usize) -> Option<Self> {
+        let tiles = Self::of(sides.d, size, card.has_warpgroups)?;
+        let launches = [
+            tiles.forward(sides),
+            tiles.back_q(sides),
+            tiles.back_kv(sides),
+        ];
+        let has_room = |launch: &Geometry| launch.shared_bytes <= card.shared_bytes_max;
+        launches.iter().all(has_room).then_some(tiles)
     }
 
     /// Whether the kernels are those of 16 bits on the matrix unit.
@@ -139,7 +152,8 @@ impl<'a> Attention<'a> {
         };
         let (b, t, h, d) = q.dims4()?;
         let (_, s, kv, _) = k.dims4()?;
-        let tiles = Tiles::of(d, q.dtype().size_in_bytes(), has_warpgroups(q)?);
+        let sides = Sides { b, t, s, h, kv, d };
+        let tiles = Tiles::on(card(q)?, &sides, q.dtype().size_in_bytes());
         Ok(tiles.map(|tiles| Self {
             kind,
             q,
@@ -147,7 +161,7 @@ impl<'a> Attention<'a> {
             v,
             sight,
             scores,
-            sides: Sides { b, t, s, h, kv, d },
+            sides,
             tiles,
         }))
     }
@@ -268,5 +282,29 @@ mod tests {
             }
         }
         assert!(Tiles::of(257, 2, true).is_none());
+    }
+
+    #[test]
+    fn heads_that_a_card_has_no_room_for_are_left_to_others() {
+        // of compute capability 8.6, 8.9 and 12.0; of 8.0; of 9.0
+        let cards = [(99 << 10, false), (163 << 10, false), (227 << 10, true)];
+        let cards = cards.map(|(shared_bytes_max, has_warpgroups)| Card {
+            has_warpgroups,
+            shared_bytes_max,
+        });
+        let takes = |d: usize, size: usize| {
+            let (b, t, s, h, kv) = (2, 128, 128, 8, 4);
+            let sides = Sides { b, t, s, h, kv, d };
+            cards.map(|card| Tiles::on(card, &sides, size).is_some())
+        };
+        for size in [2, 4] {
+            for d in [1, 32, 64, 80, 96, 128] {
+                assert_eq!(takes(d, size), [true; 3], "{size} {d}");
+            }
+            for d in [129, 192, 256] {
+                assert_eq!(takes(d, size), [false, true, true], "{size} {d}");
+            }
+            assert_eq!(takes(257, size), [false; 3]);
+        }
     }
 }

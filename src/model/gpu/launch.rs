@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
 };
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
@@ -14,7 +15,7 @@ use candle_core::cuda_backend::{DeviceId, WrapErr};
 use candle_core::{CudaDevice, Device, Tensor, bail};
 use flate2::read::ZlibDecoder;
 
-use super::{Arg, Geometry};
+use super::{Arg, Card, Geometry};
 use crate::device::address;
 
 /// The PTX of a module, unpacked once.
@@ -87,24 +88,28 @@ pub fn address_of(tensor: &Tensor) -> candle_core::Result<u64> {
     address(tensor, &tensor.device().as_cuda_device()?.cuda_stream())
 }
 
-/// Whether a tensor's GPU has the products of warpgroups: compute capability 9.0, and no other.
-pub fn has_warpgroups(tensor: &Tensor) -> candle_core::Result<bool> {
+/// The GPU of a tensor, which is asked once.
+pub fn card(tensor: &Tensor) -> candle_core::Result<Card> {
     thread_local! {
-        static KNOWN: RefCell<HashMap<DeviceId, bool>> = RefCell::default();
+        static KNOWN: RefCell<HashMap<DeviceId, Card>> = RefCell::default();
     }
     let device = tensor.device().as_cuda_device()?;
     KNOWN.with_borrow_mut(|known| {
-        if let Some(has) = known.get(&device.id()) {
-            return Ok(*has);
+        if let Some(card) = known.get(&device.id()) {
+            return Ok(*card);
         }
         let stream = device.cuda_stream();
-        let capability = |which| stream.context().attribute(which).w();
+        let ask = |which| stream.context().attribute(which).w();
         let version = (
-            capability(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-            capability(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ask(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            ask(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         );
-        known.insert(device.id(), version == (9, 0));
-        Ok(version == (9, 0))
+        let card = Card {
+            has_warpgroups: version == (9, 0),
+            shared_bytes_max: ask(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
+        };
+        known.insert(device.id(), card);
+        Ok(card)
     })
 }
 
