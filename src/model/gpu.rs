@@ -1,7 +1,8 @@
 //! Our kernels on an NVIDIA GPU: what `fused` and `attention` are on the CPU, their twins.
 //!
 //! As there, `None` is the answer where a kernel does not apply. Sources are in `kernels/`, where each says its equation; they
-//! are compiled to PTX when the feature `cuda` is built, for compute capability 8.0 and newer. Only `launch` knows CUDA.
+//! are compiled to PTX when the feature `cuda` is built, for compute capability 8.0 and newer. Of this module only
+//! `launch` calls CUDA; products are cuBLAS's, which [`crate::device`] calls.
 
 use candle_core::{D, DType, Result, Tensor, bail};
 
@@ -58,8 +59,8 @@ impl Geometry {
         }
     }
 
-    /// Whether a GPU of compute capability 8.0 or newer takes it (CUDA programming guide, technical specifications): the grid
-    /// and the threads each of them, so much shared memory the largest. Who asks for much of that asks the [`Card`] before.
+    /// Whether GPUs of compute capability 8.0 and newer take it (CUDA programming guide, technical specifications): every one
+    /// of them this grid and block, but only the largest this much shared memory, of which a [`Card`] knows its own.
     fn fits(&self) -> bool {
         let [x, y, z] = self.grid;
         let grid =
