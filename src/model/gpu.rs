@@ -131,10 +131,12 @@ fn kind_of_rows(tensors: &[&Tensor]) -> Option<&'static str> {
 /// (rows, n) and how far apart rows begin, of a tensor (…, n) whose rows are dense and equally far apart.
 fn pitched(tensor: &Tensor) -> Option<(usize, usize, usize)> {
     let n = tensor.dim(D::Minus1).ok()?;
+    // asked first, because the stride of a side of 1 may be anything
+    if tensor.is_contiguous() {
+        return Some((tensor.elem_count() / n.max(1), n, n));
+    }
     let (dims, strides) = (tensor.dims(), tensor.stride());
-    let Some(last) = dims.len().checked_sub(2) else {
-        return tensor.is_contiguous().then_some((1, n, n));
-    };
+    let last = dims.len().checked_sub(2)?;
     let even = (0..last).all(|at| strides[at] == strides[at + 1] * dims[at + 1]);
     let dense = strides[last + 1] == 1 || n == 1;
     (even && dense).then(|| (tensor.elem_count() / n.max(1), n, strides[last]))
@@ -566,6 +568,24 @@ mod tests {
         assert!(Geometry::blocks(rows, 1).fits());
         assert_eq!([1, 576, 3072].map(threads_for), [32, 96, 256]);
         assert!(!Geometry::blocks(0, 1).fits() && !Geometry::blocks(1, 1 << 16).fits());
+    }
+
+    #[test]
+    fn rows_are_found_whatever_the_strides_of_sides_of_one_say() {
+        let x = Tensor::zeros((6, 4, 8), DType::F32, &candle_core::Device::Cpu).expect("zeros");
+        // a row whose next would lie elsewhere
+        let row = x
+            .narrow(0, 1, 1)
+            .and_then(|x| x.narrow(1, 2, 1))
+            .expect("a row");
+        assert_eq!(row.stride(), [32, 8, 1]);
+        assert_eq!(pitched(&row), Some((1, 8, 8)));
+        let half = x.narrow(2, 4, 4).expect("halves of rows");
+        assert_eq!(pitched(&half), Some((24, 4, 8)));
+        assert_eq!(pitched(&x.narrow(1, 1, 2).expect("some rows")), None);
+        assert_eq!(pitched(&x.transpose(1, 2).expect("columns")), None);
+        let nothing = Tensor::zeros((4, 0), DType::F32, x.device()).expect("zeros");
+        assert_eq!(pitched(&nothing), Some((0, 0, 0)));
     }
 
     #[test]
