@@ -43,7 +43,7 @@ pub fn join(started: &Started, device: &Device) -> Result<Arc<dyn Group>> {
             if device.is_cpu() {
                 return Ok(Arc::new(mpi));
             }
-            on_gpus(device, mpi.rank(), mpi.size(), &|bytes| {
+            let group = on_gpus(device, mpi.rank(), mpi.size(), &|bytes| {
                 // as numbers that nobody calculates with
                 let words = bytes.chunks_exact(4);
                 let mut words: Vec<f32> = words
@@ -54,7 +54,10 @@ pub fn join(started: &Started, device: &Device) -> Result<Arc<dyn Group>> {
                     bytes.copy_from_slice(&word.to_le_bytes());
                 }
                 Ok(())
-            })
+            })?;
+            // NCCL needs it no more, and Open MPI takes a process that ends without this for one that failed
+            mpi.finish()?;
+            Ok(group)
         }
         Started::ByTorchrun(_) if device.is_cpu() => Err(refuse(
             "on CPUs they find each other through MPI, and torchrun starts none",
