@@ -220,7 +220,11 @@ impl Stage {
         }
         let rest = start + whole * Half::LENGTH..end;
         if !rest.is_empty() {
-            values.extend(stream.clone_dtoh(&there.slice(rest)).w()?);
+            let last = stream.clone_dtoh(&there.slice(rest)).w()?;
+            // a copy to ordinary memory may still be on its way ("API synchronization behavior" of the driver API), and cudarc
+            // does not wait
+            stream.synchronize().w()?;
+            values.extend(last);
         }
         Ok(Some(values))
     }

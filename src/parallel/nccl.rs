@@ -81,7 +81,11 @@ impl Nccl {
         let comm = self.comm.lock();
         let comm = comm.unwrap_or_else(|poisoned| poisoned.into_inner());
         change(&comm.0, &mut there).map_err(failed)?;
-        values.copy_from_slice(&stream.clone_dtoh(&there).w()?);
+        let back = stream.clone_dtoh(&there).w()?;
+        // a copy to ordinary memory may still be on its way ("API synchronization behavior" of the driver API), and cudarc
+        // does not wait
+        stream.synchronize().w()?;
+        values.copy_from_slice(&back);
         Ok(())
     }
 }
