@@ -8,12 +8,16 @@ use candle_core::cuda_backend::cudarc::cublas::sys::{
     cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t, cudaDataType,
 };
 use candle_core::cuda_backend::cudarc::driver::sys::{
-    self, CUevent_flags::CU_EVENT_BLOCKING_SYNC,
+    self,
+    CUdevice_attribute_enum::{
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+    },
+    CUevent_flags::CU_EVENT_BLOCKING_SYNC,
     CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
 };
 use candle_core::cuda_backend::cudarc::driver::{
     CudaContext, CudaEvent, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr,
-    DriverError, PinnedHostSlice,
+    DriverError, PinnedHostSlice, result,
 };
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::op::BackpropOp;
@@ -44,7 +48,7 @@ pub fn find_library(library: &str) -> std::result::Result<(), String> {
 /// Opens a GPU.
 ///
 /// # Errors
-/// A library that is not there, by name; no such GPU.
+/// A library that is not there, by name; no such GPU; one that is too old.
 pub fn open(number: usize) -> Result<Device> {
     let refuse = |reason: String| Error::Device {
         device: format!("cuda:{number}"),
@@ -54,7 +58,28 @@ pub fn open(number: usize) -> Result<Device> {
         find_library(library)
             .map_err(|missing| refuse(format!("{missing}: it comes with {origin}")))?;
     }
+    let (major, minor) = capability(number).map_err(|error| refuse(error.to_string()))?;
+    if major < CAPABILITY_MIN {
+        return Err(refuse(format!(
+            "its compute capability is {major}.{minor}, and {CAPABILITY_MIN}.0 is needed, that of Ampere, or more"
+        )));
+    }
     opened(number).map_err(|error| refuse(error.to_string()))
+}
+
+/// The major number of what candle's kernels and ours are compiled for; the minor one is 0.
+const CAPABILITY_MIN: i32 = 8;
+
+/// The compute capability of a GPU, before anything is opened there: the libraries of CUDA 13 refuse old ones in fewer words.
+fn capability(number: usize) -> candle_core::Result<(i32, i32)> {
+    result::init().w()?;
+    let device = result::device::get(number as i32).w()?;
+    // SAFETY: the driver has just named this device.
+    let ask = |which| unsafe { result::device::get_attribute(device, which) }.w();
+    Ok((
+        ask(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        ask(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    ))
 }
 
 /// The same GPU through a queue of its own.
