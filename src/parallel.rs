@@ -29,7 +29,7 @@ pub enum Started {
 /// Joins the processes that were started with this one, each of which computes on its `device`.
 ///
 /// # Errors
-/// An engine that is not there, or that joins others than were started.
+/// An engine that is not there, or that joins others than were started; GPUs and CPUs among them.
 pub fn join(started: &Started, device: &Device) -> Result<Arc<dyn Group>> {
     match started {
         Started::ByMpi { flavour, size } => {
@@ -40,10 +40,19 @@ pub fn join(started: &Started, device: &Device) -> Result<Arc<dyn Group>> {
                     "{size} were started, and MPI joins {joined} of them"
                 )));
             }
-            if device.is_cpu() {
+            // before any other call: each kind would wait for the others in calls of its own
+            let mut on_gpus = [if device.is_cpu() { 0.0 } else { 1.0 }];
+            mpi.sum(&mut on_gpus)?;
+            let on_gpus = on_gpus[0] as usize;
+            if on_gpus == 0 {
                 return Ok(Arc::new(mpi));
             }
-            let group = on_gpus(device, mpi.rank(), mpi.size(), &|bytes| {
+            if on_gpus < *size {
+                return Err(refuse(format!(
+                    "{on_gpus} of {size} compute on GPUs, and the others on CPUs"
+                )));
+            }
+            let group = between_gpus(device, mpi.rank(), mpi.size(), &|bytes| {
                 // as numbers that nobody calculates with
                 let words = bytes.chunks_exact(4);
                 let mut words: Vec<f32> = words
@@ -62,14 +71,16 @@ pub fn join(started: &Started, device: &Device) -> Result<Arc<dyn Group>> {
         Started::ByTorchrun(_) if device.is_cpu() => Err(refuse(
             "on CPUs they find each other through MPI, and torchrun starts none",
         )),
-        Started::ByTorchrun(meeting) => on_gpus(device, meeting.rank, meeting.size, &|bytes| {
-            meeting.share(bytes)
-        }),
+        Started::ByTorchrun(meeting) => {
+            between_gpus(device, meeting.rank, meeting.size, &|bytes| {
+                meeting.share(bytes)
+            })
+        }
     }
 }
 
 #[cfg(feature = "cuda")]
-fn on_gpus(
+fn between_gpus(
     device: &Device,
     rank: usize,
     size: usize,
@@ -79,7 +90,7 @@ fn on_gpus(
 }
 
 #[cfg(not(feature = "cuda"))]
-fn on_gpus(
+fn between_gpus(
     _: &Device,
     _: usize,
     _: usize,

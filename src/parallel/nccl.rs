@@ -5,6 +5,7 @@ use std::sync::Mutex;
 
 use candle_core::Device;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use candle_core::cuda_backend::cudarc::nccl::sys::ncclResult_t;
 use candle_core::cuda_backend::cudarc::nccl::{Comm, Id, ReduceOp, result::NcclError};
 use candle_core::cuda_backend::{CudaDevice, WrapErr};
 
@@ -57,7 +58,13 @@ impl Nccl {
         }
         meet(&mut name)?;
         let id = Id::uninit(name.map(|byte| byte as _));
-        let comm = Comm::from_rank(device.cuda_stream(), rank, size, id).map_err(failed)?;
+        let comm = Comm::from_rank(device.cuda_stream(), rank, size, id);
+        let comm = comm.map_err(|error| match error.0 {
+            ncclResult_t::ncclInvalidUsage => {
+                refuse("NCCL refuses these GPUs, as where two processes share one")
+            }
+            _ => failed(error),
+        })?;
         Ok(Self {
             comm: Mutex::new(Channel(comm)),
             device: device.clone(),
