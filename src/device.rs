@@ -10,9 +10,9 @@ use crate::error::{Error, Result};
 #[cfg_attr(feature = "cuda", path = "device/cuda.rs")]
 mod cuda;
 
-pub use cuda::open;
 #[cfg(feature = "cuda")]
 pub use cuda::{address, find_library};
+pub use cuda::{gpus, open};
 
 /// A device, and the queues of work on it.
 ///

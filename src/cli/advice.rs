@@ -186,8 +186,17 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::Parallel { reason } if reason.contains("windows") => {
             "choose a --batch that is a multiple of the number of processes"
         }
+        Error::Parallel { reason } if reason.contains("LOCAL_RANK") => {
+            "use --device auto, or --device cuda: each process then takes a GPU of its own"
+        }
+        Error::Parallel { reason } if reason.contains("the others on CPUs") => {
+            "show each process a GPU, or use --device cpu"
+        }
+        Error::Parallel { reason } if reason.contains("share one") => {
+            "start no more processes on a machine than it has GPUs, and leave out --device"
+        }
         Error::Parallel { .. } => {
-            "start it as `mpirun -n N svdhub train … --parallel`, or with srun and its option --mpi, where that MPI is installed"
+            "start it as `mpirun -n N svdhub train … --parallel`, or with srun and its option --mpi, where that MPI is installed; on GPUs `torchrun --nproc-per-node N --no-python svdhub train … --parallel` does too"
         }
         Error::NotAModel { missing, .. } if missing.contains("tokenizer") => {
             "text needs a fast tokenizer: put the model's tokenizer.json there"

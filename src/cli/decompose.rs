@@ -38,7 +38,7 @@ pub struct Command {
     /// Rather fast than exact: singular values err by up to 15 %, as torch.svd_lowrank's do
     #[arg(long, conflicts_with = "tolerance")]
     fast: bool,
-    /// Multiply whole matrices there: auto, cpu or cuda:N
+    /// Multiply whole matrices there: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: DeviceChoice,
     /// Start a new file when one would grow beyond this (500MB, 5GB) [default: 5GB; 2GB where files only pass through]

@@ -35,7 +35,7 @@ pub struct Command {
     /// Tokens per window
     #[arg(long, value_name = "N", default_value_t = Options::default().length, value_parser = length)]
     length: usize,
-    /// auto, cpu or cuda:N
+    /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
     /// The base model of a sidecar, if it is not where the sidecar says

@@ -48,7 +48,7 @@ pub struct Command {
     /// Choose at random; the same seed makes the same choice
     #[arg(long, value_name = "N", help_heading = "Choice")]
     seed: Option<u64>,
-    /// auto, cpu or cuda:N
+    /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
     /// The base model of a sidecar, if it is not where the sidecar says

@@ -15,7 +15,7 @@ use svdhub::event::Observer;
 use svdhub::format::{ArtifactLayout, Origin, Pin};
 use svdhub::hub::{Hub, ModelRef, Snapshot};
 use svdhub::kind::Kind;
-use svdhub::parallel::{self, Alone, Group};
+use svdhub::parallel::{self, Alone, Group, Started};
 use svdhub::source::Source;
 use svdhub::weights::Layout;
 use svdhub::workspace::refuse_unfinished;
@@ -310,12 +310,13 @@ impl std::str::FromStr for Weighted {
     }
 }
 
-/// `auto`, `cpu` or `cuda:N`.
+/// `auto`, `cpu`, `cuda` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceChoice {
     Auto,
     Cpu,
-    Cuda(usize),
+    /// The GPU of this number, or without one the first; of several processes on a machine, each its own.
+    Cuda(Option<usize>),
 }
 
 impl std::str::FromStr for DeviceChoice {
@@ -325,13 +326,16 @@ impl std::str::FromStr for DeviceChoice {
         match text {
             "auto" => Some(Self::Auto),
             "cpu" => Some(Self::Cpu),
-            "cuda" => Some(Self::Cuda(0)),
-            other => other.strip_prefix("cuda:").and_then(number).map(Self::Cuda),
+            "cuda" => Some(Self::Cuda(None)),
+            other => {
+                let number = other.strip_prefix("cuda:").and_then(number);
+                number.map(|number| Self::Cuda(Some(number)))
+            }
         }
         .ok_or_else(|| Error::Parse {
             what: "a device",
             value: text.into(),
-            reason: "expected auto, cpu or cuda:N".into(),
+            reason: "expected auto, cpu, cuda or cuda:N".into(),
         })
     }
 }
@@ -339,20 +343,29 @@ impl std::str::FromStr for DeviceChoice {
 impl Session {
     /// The device to compute on; `auto` takes a GPU where there is one and says so where there is none.
     pub fn device(&self, choice: DeviceChoice) -> Result<Device> {
-        self.device_of(choice, 0)
-    }
-
-    /// The same of one of several processes on this machine, which `auto` gives a GPU each.
-    fn device_of(&self, choice: DeviceChoice, process: usize) -> Result<Device> {
         match choice {
             DeviceChoice::Cpu => Ok(Device::Cpu),
-            DeviceChoice::Cuda(n) => device::open(n),
+            DeviceChoice::Cuda(number) => device::open(number.unwrap_or(0)),
             DeviceChoice::Auto if !candle_core::utils::cuda_is_available() => Ok(Device::Cpu),
-            DeviceChoice::Auto => device::open(process).or_else(|error| {
+            DeviceChoice::Auto => device::open(0).or_else(|error| {
                 self.observer()
                     .warn(format!("{error}; computing on the CPU"));
                 Ok(Device::Cpu)
             }),
+        }
+    }
+
+    /// The same of one of several processes. Where there are GPUs, `auto` never takes the CPU: the others have theirs.
+    fn device_among(&self, choice: DeviceChoice, started: &Started) -> Result<Device> {
+        let told = match choice {
+            DeviceChoice::Cpu => return Ok(Device::Cpu),
+            DeviceChoice::Cuda(number) => number,
+            DeviceChoice::Auto => None,
+        };
+        match device::gpus()? {
+            // it says what is missing
+            0 => self.device(choice),
+            gpus => device::open(own_gpu(told, env::place_on_this_machine(), gpus, started)?),
         }
     }
 
@@ -367,12 +380,30 @@ impl Session {
         }
         let Some(started) = env::started() else {
             return Err(Error::Parallel {
-                reason: "neither mpirun nor srun has started this one".into(),
+                reason: "none of mpirun, srun and torchrun has started this one".into(),
             });
         };
-        let device = self.device_of(choice, env::place_on_this_machine())?;
+        let device = self.device_among(choice, &started)?;
         let group = parallel::join(&started, &device)?;
         Ok((device, group))
+    }
+}
+
+/// The number of the GPU of one of several processes, `place` among those on its machine, that sees so many of them.
+///
+/// One may be all that it sees: Slurm's --gpus-per-task shows each process its own.
+fn own_gpu(told: Option<usize>, place: usize, gpus: usize, started: &Started) -> Result<usize> {
+    let own = place % gpus;
+    match (told, started) {
+        (Some(number), Started::ByTorchrun(meeting)) if meeting.size > 1 && number != own => {
+            Err(Error::Parallel {
+                reason: format!(
+                    "torchrun tells them apart by LOCAL_RANK, which is {place} here, and --device cuda:{number} gives all of \
+                     them one GPU"
+                ),
+            })
+        }
+        (told, _) => Ok(told.unwrap_or(own)),
     }
 }
 
@@ -399,4 +430,50 @@ pub fn shown(path: &Path) -> String {
         .unwrap_or(path)
         .display()
         .to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use svdhub::parallel::{Flavour, Meeting};
+
+    #[test]
+    fn each_process_on_a_machine_takes_a_gpu_of_its_own() {
+        let by_mpi = Started::ByMpi {
+            flavour: Flavour::OpenMpi,
+            size: 4,
+        };
+        let by_torchrun = |size| {
+            Started::ByTorchrun(Meeting {
+                rank: 1,
+                size,
+                host: "127.0.0.1".into(),
+                port: 29_500,
+            })
+        };
+        for started in [&by_mpi, &by_torchrun(4)] {
+            let own = |place, gpus| own_gpu(None, place, gpus, started).expect("a GPU");
+            assert_eq!([0, 1, 2, 3].map(|place| own(place, 4)), [0, 1, 2, 3]);
+            // of each only its own is visible
+            assert_eq!([0, 1, 2, 3].map(|place| own(place, 1)), [0; 4]);
+            assert_eq!(own_gpu(Some(2), 2, 4, started).expect("its own"), 2);
+            assert_eq!(own_gpu(Some(0), 2, 1, started).expect("its own"), 0);
+        }
+        // a script around the program may choose by another rule
+        assert_eq!(own_gpu(Some(0), 2, 4, &by_mpi).expect("as told"), 0);
+        assert_eq!(own_gpu(Some(3), 0, 4, &by_torchrun(1)).expect("as told"), 3);
+        let refused = own_gpu(Some(0), 2, 4, &by_torchrun(4)).expect_err("refused");
+        let help = advice::advice(&refused).expect("help");
+        assert!(refused.to_string().contains("LOCAL_RANK"), "{refused}");
+        assert!(help.contains("--device auto"), "{help}");
+    }
+
+    #[test]
+    fn a_gpu_without_a_number_is_no_certain_one() {
+        let choice = |text: &str| text.parse::<DeviceChoice>().ok();
+        assert_eq!(choice("cuda"), Some(DeviceChoice::Cuda(None)));
+        assert_eq!(choice("cuda:1"), Some(DeviceChoice::Cuda(Some(1))));
+        assert_eq!(choice("cuda:"), None);
+        assert_eq!(choice("gpu"), None);
+    }
 }

@@ -70,7 +70,7 @@ pub struct Command {
     /// Go on where an interrupted run stopped
     #[arg(long)]
     resume: bool,
-    /// auto, cpu or cuda:N
+    /// auto, cpu, cuda or cuda:N; with --parallel, auto and cuda take a GPU for each process
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
     /// Share each step's windows among the processes that mpirun, srun or torchrun started, on CPUs over MPI, on GPUs, one for

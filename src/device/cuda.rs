@@ -45,6 +45,24 @@ pub fn find_library(library: &str) -> std::result::Result<(), String> {
     }
 }
 
+/// How many GPUs this process sees: none without a driver, or where CUDA_VISIBLE_DEVICES hides all of them.
+///
+/// # Errors
+/// A driver that does not start.
+pub fn gpus() -> Result<usize> {
+    if find_library("libcuda.so.1").is_err() {
+        return Ok(0);
+    }
+    match CudaContext::device_count() {
+        Ok(count) => Ok(count as usize),
+        Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => Ok(0),
+        Err(error) => Err(Error::Device {
+            device: "cuda".into(),
+            reason: error.to_string(),
+        }),
+    }
+}
+
 /// Opens a GPU.
 ///
 /// # Errors

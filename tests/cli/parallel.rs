@@ -185,7 +185,10 @@ fn a_process_that_nobody_started_with_others_says_so() {
     let out = world.path("out");
     let arguments = [&train(&split, &out, "2")[..], &["--parallel".into()]].concat();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let words = ["neither mpirun nor srun has started", "mpirun -n N"];
+    let words = [
+        "none of mpirun, srun and torchrun has started",
+        "mpirun -n N",
+    ];
     world.run(&arguments).refuses(&words);
     // what torchrun tells its processes
     let mut command = world.command(&arguments);
