@@ -260,14 +260,15 @@ pub enum Error {
     #[error("the device {device} cannot be used: {reason}")]
     Device { device: String, reason: String },
     #[error(
-        "{device} has no room for training: planned are {weights} bytes for weights, {moving} for what moves and \
-         {activations} for what the backward pass reads again"
+        "{device} has no room for training: planned are {weights} bytes for weights, {moving} for what moves, {activations} \
+         for what the backward pass reads again and {passing} for logits and gradients that come and go"
     )]
     DeviceMemory {
         device: String,
         weights: u64,
         moving: u64,
         activations: u64,
+        passing: u64,
     },
     #[error("the processes cannot work together: {reason}")]
     Parallel { reason: String },

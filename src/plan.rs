@@ -443,26 +443,50 @@ mod tests {
         assert_eq!(gigabytes(llama(16_384, 53_248, 126, 128)), 13);
     }
 
-    #[test]
-    fn left_vectors_of_layers_that_a_gpu_stacks_are_as_long_as_all_their_outputs() {
+    /// Bytes of the weights of `small`, its σ trained at a rank of 4.
+    fn weights_bytes(stored: Dtype, factors: FactorsDtype, on_gpu: bool) -> u64 {
         let config = ModelConfig::parse(Path::new("config.json"), &small()).expect("parses");
         let rank = Rank::Fixed(NonZeroUsize::new(4).expect("four"));
-        let weights = |number_bytes: usize| {
-            let step = Step {
-                method: Method::default(),
-                norms: false,
-                embeddings: false,
-                batch: 1,
-                length: 8,
-                recompute: false,
-                number_bytes,
-            };
-            let planned = plan(small(), rank).with_training(&config, &step, FactorsDtype::F32);
-            planned.training.expect("a step").weights_bytes
+        let step = Step {
+            method: Method::default(),
+            norms: false,
+            embeddings: false,
+            batch: 1,
+            length: 8,
+            recompute: false,
+            on_gpu,
         };
-        // of q, k and v 48 in all, of gate and up 80; two layers of 4 vectors in f32
+        let options = PlanOptions {
+            rank,
+            ..PlanOptions::default()
+        };
+        let inventory = expected_inventory(&config, stored).expect("composes");
+        let planned = Plan::new(Path::new("."), &config, &inventory, &options).expect("plans");
+        let planned = planned.with_training(&config, &step, factors);
+        planned.training.expect("a step").weights_bytes
+    }
+
+    #[test]
+    fn a_gpu_holds_what_is_frozen_in_bf16_whatever_is_stored() {
+        // the embedding; q, k, v and o, gate, up and down of two layers
+        let matrices = 50 * 24 + 2 * (2 * 24 * 24 + 2 * 12 * 24 + 3 * 24 * 40);
+        // five norms, and biases of q, k and v
+        let others = 5 * 24 + 2 * (24 + 2 * 12);
+        // m + n of each
+        let sides = 2 * 48 + 2 * 36 + 3 * 64;
+        // left vectors of layers that a GPU stacks are as long as all their outputs: of q, k and v 48, of gate and up 80
         let zeros = (48 - 24) + 2 * (48 - 12) + 2 * (80 - 40);
-        assert_eq!(weights(2) - weights(4), 2 * 4 * 4 * zeros);
+        let (vectors, sigma) = (2 * 4, 2 * 7 * 4);
+        let frozen = matrices + others + vectors * (sides + zeros);
+        for stored in [Dtype::F32, Dtype::BF16] {
+            for factors in [FactorsDtype::F32, FactorsDtype::Bf16] {
+                let found = weights_bytes(stored, factors, true);
+                assert_eq!(found, 2 * frozen + 4 * sigma);
+            }
+        }
+        let frozen = 2 * matrices + 4 * (others + vectors * sides);
+        let found = weights_bytes(Dtype::BF16, FactorsDtype::F32, false);
+        assert_eq!(found, frozen + 4 * sigma);
     }
 
     #[test]

@@ -330,6 +330,7 @@ fn with_plan(error: Error, source: &Source, options: &Options) -> Error {
         weights: planned.weights_bytes,
         moving: planned.moving_bytes,
         activations: planned.activations_bytes,
+        passing: planned.passing_bytes,
     })
 }
 
@@ -354,7 +355,7 @@ fn planned(source: &Source, options: &Options) -> Option<Training> {
         batch: options.batch / options.group.size(),
         length: options.length,
         recompute: options.recompute,
-        number_bytes: if options.device.is_cuda() { 2 } else { 4 },
+        on_gpu: options.device.is_cuda(),
     };
     plan.with_training(&config, &step, wanted.storing.factors)
         .training

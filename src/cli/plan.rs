@@ -75,7 +75,7 @@ impl StepArgs {
             batch: self.batch.get(),
             length: self.length,
             recompute: self.recompute,
-            number_bytes: 4,
+            on_gpu: false,
         })
     }
 }

@@ -18,13 +18,25 @@ pub struct Step {
     /// Tokens per window.
     pub length: usize,
     pub recompute: bool,
-    /// Of what is computed: 4, and 2 on a GPU.
-    pub number_bytes: usize,
+    /// There, what is frozen and what is computed is bf16, whatever the checkpoint stores.
+    pub on_gpu: bool,
 }
 
 impl Step {
-    fn on_gpu(&self) -> bool {
-        self.number_bytes < 4
+    /// Bytes of a frozen number that takes so many where it is stored.
+    fn width(&self, stored: usize) -> u128 {
+        match self.on_gpu {
+            true => 2,
+            false => stored as u128,
+        }
+    }
+
+    /// Bytes of a number that is computed.
+    fn number(&self) -> u128 {
+        match self.on_gpu {
+            true => 2,
+            false => NUMBER,
+        }
     }
 }
 
@@ -64,13 +76,15 @@ pub struct Training {
     pub recompute: bool,
     /// Numbers that move.
     pub parameters: u64,
-    /// Of all weights as they are stored, those that move in f32, of the singular vectors that are needed, and of what a
-    /// method adds.
+    /// Of all weights as they are stored or as a GPU holds them, those that move in f32, of the singular vectors that are
+    /// needed, and of what a method adds.
     pub weights_bytes: u64,
     /// Of the two moments and the gradient of what moves.
     pub moving_bytes: u64,
     /// Of what the backward pass reads again.
     pub activations_bytes: u64,
+    /// Of what comes and goes beside these: a chunk of logits, or the gradients in one block.
+    pub passing_bytes: u64,
     /// The largest resident set of the process.
     pub peak_bytes: u64,
 }
@@ -94,8 +108,9 @@ pub fn training(
     others: u64,
     step: &Step,
 ) -> Training {
-    let mut weights = NUMBER * u128::from(others);
-    let mut moving = if step.norms { norms.into() } else { 0 };
+    let number = step.number();
+    let mut moving: u128 = if step.norms { norms.into() } else { 0 };
+    let mut weights = number * u128::from(others).saturating_sub(moving) + NUMBER * moving;
     // the largest that is loaded, and what it is loaded from
     let (mut loading, mut rows) = (0, 0);
     for matrix in matrices {
@@ -108,19 +123,23 @@ pub fn training(
             }
             Part::Linear { q } | Part::Head { q } => {
                 let (vectors, moves) = layer(step.method, m, n, q.map(|q| q as u128));
-                weights += matrix.vector_width as u128 * vectors;
+                let width = step.width(matrix.vector_width);
+                weights += width * vectors;
                 moving += moves;
                 rows += vectors / (m + n);
-                if step.on_gpu() && matches!(step.method, Method::Sigma(_)) {
+                if step.on_gpu && matches!(step.method, Method::Sigma(_)) {
                     let zeros = vectors / (m + n) * (matrix.stacked as u128).saturating_sub(m);
-                    weights += matrix.vector_width as u128 * zeros;
+                    weights += width * zeros;
                 }
                 let whole = step.method == Method::Full;
                 weights += if whole { 0 } else { NUMBER * moves };
                 (whole, q)
             }
         };
-        weights += if whole { NUMBER * m * n } else { stored };
+        weights += match whole {
+            true => NUMBER * m * n,
+            false => step.width(matrix.width) * m * n,
+        };
         loading = loading.max(match decomposed {
             // M′ and M; of f32 weights the exact elements with their positions are as much again
             Some(_) if stored == NUMBER * m * n => 2 * stored,
@@ -129,18 +148,18 @@ pub fn training(
         });
     }
     let at_once = Sizes::of(config, step);
-    let number = step.number_bytes as u128;
     // x times the right factor of each layer, which a GPU keeps for the gradients
-    let read = if step.on_gpu() && !step.recompute {
+    let read = if step.on_gpu && !step.recompute {
         at_once.tokens * rows
     } else {
         0
     };
     let activations = number * (at_once.kept(config, step.recompute) + read);
     let moments = NUMBER * 2 * moving;
-    let before = number * at_once.logits(config, matrices, step);
-    let after = NUMBER * moving + number * at_once.gradients(config, step);
-    let computing = weights + moments + activations + before.max(after);
+    let logits = number * at_once.logits(config, matrices, step);
+    let gradients = number * at_once.gradients(config, step);
+    let at_end = logits.max(NUMBER * moving + gradients);
+    let computing = weights + moments + activations + at_end;
     let peak = computing.max(weights + loading);
     Training {
         method: step.method.name(),
@@ -151,6 +170,7 @@ pub fn training(
         weights_bytes: shown(weights),
         moving_bytes: shown(NUMBER * 3 * moving),
         activations_bytes: shown(activations),
+        passing_bytes: shown(logits.max(gradients)),
         peak_bytes: shown(PROCESS_BYTES + peak + peak / KEPT_FREE),
     }
 }
@@ -230,7 +250,7 @@ impl Sizes {
     /// Numbers that the head computes for one chunk of rows, with the gradient of what moves in it.
     fn logits(&self, config: &ModelConfig, matrices: &[Matrix], step: &Step) -> u128 {
         let bent = config.logits_cap.is_some() || config.logits_divisor != 1.0;
-        let most = chunk_rows(step.on_gpu(), !bent);
+        let most = chunk_rows(step.on_gpu, !bent);
         let rows = self.tokens.min(most as u128);
         let vocabulary = config.vocabulary as u128;
         let head = matrices.iter().find_map(|matrix| match matrix.part {
@@ -241,7 +261,7 @@ impl Sizes {
         if config.logits_cap.is_some() {
             alive += 3;
         }
-        if bent && step.on_gpu() {
+        if bent && step.on_gpu {
             // all but the first in f32
             alive = 1 + 2 * alive;
         }
