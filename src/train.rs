@@ -305,7 +305,8 @@ pub fn assist(
     let corpus = Corpus::read(data, source.dir(), &config, options.length)?;
     let windows = corpus.full_windows();
     let steps = steps(&windows, options);
-    let decoder = load(source, trained(options), &options.device, observer)?;
+    let decoder = load(source, trained(options), &options.device, observer)
+        .map_err(|error| with_plan(error, source, options))?;
     let mut run = Run::new(&decoder, options);
     if !run.agree()? {
         return Ok(());
@@ -314,7 +315,8 @@ pub fn assist(
     for step in first..steps {
         let batch = batch(&windows, step, options);
         let learning_rate = learning_rate(step, steps, options);
-        run.step(&batch, learning_rate, is_checked(step, first))?;
+        run.step(&batch, learning_rate, is_checked(step, first))
+            .map_err(|error| with_plan(error, source, options))?;
     }
     Ok(())
 }
