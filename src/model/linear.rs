@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::product::{self, Thin, outer};
 use super::tape::{attach, tracked};
-use super::update::Update;
+use super::update::{Read, Update};
 
 /// A linear layer: `y = x·Wᵀ + b` with `W = M + Σ ΔW`, where each [`Update`] gives one ΔW.
 ///
@@ -71,12 +71,12 @@ impl Linear {
         })
     }
 
-    /// The layer without a gradient, and x times the right factor of each update, where that was computed.
-    pub(super) fn apply(&self, x: &Tensor) -> Result<(Tensor, Vec<Option<Tensor>>)> {
+    /// The layer without a gradient, and what [`Self::pull`] takes up again of each update.
+    pub(super) fn apply(&self, x: &Tensor) -> Result<(Tensor, Vec<Read>)> {
         let read = self.updates.iter().map(|update| update.read(x));
-        let read: Vec<Option<Tensor>> = read.collect::<Result<_>>()?;
+        let read: Vec<Read> = read.collect::<Result<_>>()?;
         let updates = self.updates.iter().zip(&read);
-        let added = updates.map(|(update, read)| update.thin(read.clone()));
+        let added = updates.map(|(update, read)| update.thin(read, read.inner.clone()));
         let added: Vec<Thin> = added.collect::<Result<_>>()?;
         let y = product::forward(x, &self.weight, &added, self.bias.as_ref())?;
         Ok((y, read))
@@ -86,16 +86,16 @@ impl Linear {
     pub(super) fn pull(
         &self,
         x: &Tensor,
-        read: &[Option<Tensor>],
+        read: &[Read],
         g: &Tensor,
         wants_x: bool,
     ) -> Result<Vec<Option<Tensor>>> {
         let mut gradients = vec![None];
         let mut added = Vec::new();
         for (update, read) in self.updates.iter().zip(read) {
-            let (moved, inner) = update.pull(x, read.as_ref(), g)?;
+            let (moved, inner) = update.pull(x, read, g)?;
             gradients.extend(moved.into_iter().map(Some));
-            added.push(update.thin(inner)?);
+            added.push(update.thin(read, inner)?);
         }
         if self.weight.is_variable() {
             gradients.push(Some(outer(g, x)?.to_dtype(self.weight.dtype())?));

@@ -44,6 +44,15 @@ pub enum Update {
     },
 }
 
+/// What both passes need of an update, computed in the first.
+#[derive(Debug, Clone)]
+pub(super) struct Read {
+    /// x times the right factor, on a GPU: on a CPU W may be formed instead.
+    pub inner: Option<Tensor>,
+    /// s ∘ δ, which a GPU gathers from the parts of stacked layers.
+    diagonal: Option<Tensor>,
+}
+
 impl Update {
     /// What may be a variable, in the order of [`Self::pull`].
     pub(super) fn tensors(&self) -> Vec<&Tensor> {
@@ -102,51 +111,55 @@ impl Update {
         }
     }
 
-    /// x times the right factor, on a GPU: on a CPU W may be formed instead.
-    pub(super) fn read(&self, x: &Tensor) -> Result<Option<Tensor>> {
-        let right = match self {
-            Self::Diagonal { v, .. } | Self::Core { v, .. } => v,
-            Self::LowRank { a, .. } => a,
+    /// What is computed of x (…, n) for both passes.
+    pub(super) fn read(&self, x: &Tensor) -> Result<Read> {
+        let (right, diagonal) = match self {
+            Self::Diagonal {
+                v, delta, scale, ..
+            } => (v, Some(Self::diagonal(delta, scale)?)),
+            Self::Core { v, .. } => (v, None),
+            Self::LowRank { a, .. } => (a, None),
         };
         let through = || product::forward(x, right, &[], None);
-        x.device().is_cuda().then(through).transpose()
+        Ok(Read {
+            inner: x.device().is_cuda().then(through).transpose()?,
+            diagonal,
+        })
     }
 
     /// ΔW between its factors; `inner` is what is multiplied by W times the one that faces it, if that is known.
-    pub(super) fn thin(&self, inner: Option<Tensor>) -> Result<Thin> {
-        let (left, right, diagonal) = match self {
-            Self::Diagonal { u, v, delta, scale } => {
-                (u.clone(), v.clone(), Some(Self::diagonal(delta, scale)?))
-            }
+    pub(super) fn thin(&self, read: &Read, inner: Option<Tensor>) -> Result<Thin> {
+        let (left, right) = match self {
+            Self::Diagonal { u, v, .. } => (u.clone(), v.clone()),
             Self::Core { u, v, core } => {
                 let core = core.detach();
                 let left = core.t()?.matmul(&u.to_dtype(core.dtype())?)?;
-                (left, v.clone(), None)
+                (left, v.clone())
             }
-            Self::LowRank { b, a, scale } => ((b.detach().t()? * *scale)?, a.detach(), None),
+            Self::LowRank { b, a, scale } => ((b.detach().t()? * *scale)?, a.detach()),
         };
         Ok(Thin {
             left,
             right,
-            diagonal,
+            diagonal: read.diagonal.clone(),
             inner,
         })
     }
 
     /// The gradients of those of [`Self::tensors`] that are variables, and what they make known: dL/dy times the left
-    /// factor of ΔW. `read` is x times the right one, if that is known.
+    /// factor of ΔW.
     pub(super) fn pull(
         &self,
         x: &Tensor,
-        read: Option<&Tensor>,
+        read: &Read,
         g: &Tensor,
     ) -> Result<(Vec<Tensor>, Option<Tensor>)> {
         if !self.tensors().into_iter().any(Tensor::is_variable) {
             return Ok((Vec::new(), None));
         }
         let through = |t: &Tensor, factor: &Tensor| product::forward(t, factor, &[], None);
-        let through_right = |factor: &Tensor| match read {
-            Some(read) => Ok(read.clone()),
+        let through_right = |factor: &Tensor| match &read.inner {
+            Some(inner) => Ok(inner.clone()),
             None => through(x, factor),
         };
         match self {
