@@ -601,6 +601,11 @@ impl<'a> Run<'a> {
                 None => Tensor::cat(&gradients, 0)?,
             };
             drop(gradients);
+            // of a GPU one number comes here instead of all, if nothing more is asked of them
+            let stays = there.device().is_cuda() && !check && group.size() == 1;
+            if stays && all_finite(&there)? && self.update_there(&bundle, &there, learning_rate)? {
+                continue;
+            }
             let mut gradient = there.to_vec1::<f32>()?;
             if group.size() > 1 {
                 group.sum(&mut gradient)?;
@@ -623,7 +628,9 @@ impl<'a> Run<'a> {
                     silent.push((*name).into());
                 }
             }
-            self.update(&bundle, &there, &gradient, learning_rate)?;
+            if !self.update_there(&bundle, &there, learning_rate)? {
+                self.update_here(&bundle, &gradient, learning_rate)?;
+            }
         }
         if check {
             self.silent = silent;
@@ -632,23 +639,29 @@ impl<'a> Run<'a> {
         Ok(loss)
     }
 
-    /// Moves a bundle by its gradient, which lies where its variables do, and here.
-    fn update(
+    /// Moves a bundle by its gradient where both lie, if that is on a GPU; says whether it did.
+    fn update_there(
         &mut self,
         bundle: &[(&str, &Var)],
-        there: &Tensor,
+        gradient: &Tensor,
+        learning_rate: f64,
+    ) -> Result<bool> {
+        if !gradient.device().is_cuda() {
+            return Ok(false);
+        }
+        let values = bundle.iter().map(|(_, variable)| variable.flatten_all());
+        let values = values.collect::<candle_core::Result<Vec<_>>>()?;
+        let optimizer = &mut self.optimizer;
+        Ok(optimizer.update_there(&counts(bundle), &values, gradient, learning_rate)?)
+    }
+
+    /// Moves a bundle by its gradient in this process's memory.
+    fn update_here(
+        &mut self,
+        bundle: &[(&str, &Var)],
         gradient: &[f32],
         learning_rate: f64,
     ) -> Result<()> {
-        let counts = counts(bundle);
-        if there.device().is_cuda() {
-            let values = bundle.iter().map(|(_, variable)| variable.flatten_all());
-            let values = values.collect::<candle_core::Result<Vec<_>>>()?;
-            let optimizer = &mut self.optimizer;
-            if optimizer.update_there(&counts, &values, there, learning_rate)? {
-                return Ok(());
-            }
-        }
         let mut left = gradient;
         for (name, variable) in bundle {
             let (gradient, rest) = left.split_at(variable.elem_count());
@@ -741,6 +754,17 @@ impl<'a> Run<'a> {
     }
 }
 
+/// Whether none of many numbers (n,) is infinite or NaN: their sum is then neither. One that overflows says no, too.
+fn all_finite(numbers: &Tensor) -> Result<bool> {
+    // by rows first: candle sums what becomes one number in one block of a GPU
+    const ROW: usize = 1024;
+    let count = numbers.elem_count();
+    let missing = count.next_multiple_of(ROW) - count;
+    let rows = numbers.pad_with_zeros(0, 0, missing)?;
+    let sums = rows.reshape((rows.elem_count() / ROW, ROW))?.sum(1)?;
+    Ok(sums.sum_all()?.to_scalar::<f32>()?.is_finite())
+}
+
 fn counts<'a>(bundle: &[(&'a str, &Var)]) -> Vec<(&'a str, usize)> {
     let counts = bundle
         .iter()
@@ -774,6 +798,23 @@ mod tests {
         assert!(Error::Candle(none).is_out_of_device_memory());
         let other = Msg(r#"DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, "an illegal address")"#.into());
         assert!(!Error::Candle(other).is_out_of_device_memory());
+    }
+
+    #[test]
+    fn a_number_that_is_none_is_found_among_many() {
+        let mut numbers: Vec<f32> = (0..100_000).map(|i| (i as f32 - 5e4) * 1e20).collect();
+        let finite = |numbers: &[f32]| {
+            let there = Tensor::new(numbers, &Device::Cpu).expect("numbers");
+            all_finite(&there).expect("asks")
+        };
+        assert!(finite(&numbers) && finite(&numbers[..1024]) && finite(&[0.0]));
+        for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for at in [0, 77_777, 99_999] {
+                let kept = std::mem::replace(&mut numbers[at], broken);
+                assert!(!finite(&numbers), "{broken} at {at}");
+                numbers[at] = kept;
+            }
+        }
     }
 
     #[test]
