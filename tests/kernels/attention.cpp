@@ -1,5 +1,6 @@
 // Attention and its gradients against f64.
 #include "../../src/model/kernels/attention.cu"
+#include "../../src/model/kernels/attention_dots.cu"
 
 #include "check.h"
 #include "launches.h"

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../../src/model/kernels/attention.cu"
+#include "../../src/model/kernels/attention_dots.cu"
 #include "launches.h"
 
 namespace {

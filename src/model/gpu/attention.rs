@@ -220,7 +220,7 @@ impl<'a> Attention<'a> {
         let blocks = (rows * WARP).div_ceil(BLOCK).min(MOST_BLOCKS);
         let dots_name = format!("attention_dots_{}", self.kind);
         run(
-            &self.module(),
+            "attention_dots",
             &dots_name,
             Geometry::blocks(blocks, 1),
             &args,

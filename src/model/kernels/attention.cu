@@ -16,7 +16,7 @@
 //
 //   attention, attention_back_q   grid (⌈t/rows⌉, h, b)
 //   attention_back_kv             grid (⌈s/rows⌉, kv, b)
-//   attention_dots                any grid, 256 threads, no shared memory
+//   attention_dots                any grid, 256 threads, no shared memory; in attention_dots.cu, for all widths
 //
 // `rows` are those of the tensor that a block writes, `step` those of the other side that it works on at once; with 16
 // bits it has two times as many, since the next arrive meanwhile.
@@ -47,39 +47,6 @@
 // 65535, what a grid holds.
 #include "attention_mma.cuh"
 #include "attention_plain.cuh"
-
-/// attention_dots_T(y, g, dots, rows, t, h, d): dots[b][h][t] = Σ y·g over d, of b·t·h rows. As many lanes as have packs take
-/// a row, a power of two of them, then the row as many further as others have begun.
-template <typename T>
-__device__ void attention_dots(const T* y, const T* g, float* dots, unsigned rows, unsigned t, unsigned h, unsigned d) {
-    const bool packs = d % PACKED<T> == 0 && aligned(y) && aligned(g);
-    const unsigned width = packs ? PACKED<T> : 1;
-    unsigned lanes = 1;
-    while (lanes < WARP && lanes * width < d) lanes *= 2;
-    const unsigned of_warp = WARP / lanes, lane = threadIdx.x % lanes;
-    const unsigned warps = gridDim.x * (blockDim.x / WARP);
-    const unsigned warp = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
-    // all lanes of a warp go as often, since they add up together
-    for (size_t start = size_t(warp) * of_warp; start < rows; start += size_t(warps) * of_warp) {
-        const unsigned row = unsigned(start) + threadIdx.x % WARP / lanes;
-        float sum = 0;
-        const auto add = [&](auto ys, unsigned at) {
-            using P = decltype(ys);
-            ys = P::load(y + size_t(row) * d + at);
-            const P gs = P::load(g + size_t(row) * d + at);
-            for (unsigned i = 0; i < sizeof(P) / sizeof(T); ++i) sum += widened(ys.x[i]) * widened(gs.x[i]);
-        };
-        if (row < rows && packs) {
-            for (unsigned at = lane * width; at < d; at += lanes * width) add(Pack<T>(), at);
-        } else if (row < rows) {
-            for (unsigned at = lane; at < d; at += lanes) add(Pack<T, 1>(), at);
-        }
-        for (unsigned step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ALL, sum, step);
-        if (lane != 0 || row >= rows) continue;
-        const unsigned token = row / h, head = row - token * h, batch = token / t, query = token - batch * t;
-        dots[(size_t(batch) * h + head) * t + query] = sum;
-    }
-}
 
 /// What a kernel of a dtype and a width is: its threads, the blocks of it that share a multiprocessor, and its code.
 template <typename T, unsigned D>
@@ -121,19 +88,18 @@ struct Launches<float, D> {
         const Seen seen = {first, end, seen_rows};                                                                    \
         attention_back_kv<D>(q, k, v, g, lse, dots, seen, dk, dv, {b, t, s, h, kv, d}, scale, cap);                   \
     }
-#define DEFINE_DOTS(NAME, T)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(256) attention_dots_##NAME(                                          \
-        const T* y, const T* g, float* dots, unsigned rows, unsigned t, unsigned h, unsigned d) {                     \
-        attention_dots<T>(y, g, dots, rows, t, h, d);                                                                 \
-    }
-FOR_DTYPES(DEFINE_DOTS)
-#undef DEFINE_DOTS
 
 #ifdef ATTENTION_WIDTH
 // the argument of a macro that pastes it is not replaced itself
 #define DEFINE_ONE(NAME, T, D) DEFINE_WIDTH(NAME, T, D)
 #define DEFINE(NAME, T) DEFINE_ONE(NAME, T, ATTENTION_WIDTH)
+#ifdef ATTENTION_BY_WARPGROUPS
+// f32 is not multiplied by them
+DEFINE(f16, __half)
+DEFINE(bf16, __nv_bfloat16)
+#else
 FOR_DTYPES(DEFINE)
+#endif
 #undef DEFINE
 #undef DEFINE_ONE
 #else

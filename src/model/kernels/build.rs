@@ -31,9 +31,17 @@ mod cuda {
     pub fn compile() {
         println!("cargo::rerun-if-env-changed=CUDA_HOME");
         let everywhere = || vec!["-arch=compute_80".to_string()];
-        let mut modules: Vec<Module> = ["columns", "gated", "loss", "norm", "rope", "sigma"]
-            .map(|name| (name.to_string(), name, everywhere()))
-            .into();
+        let mut modules: Vec<Module> = [
+            "attention_dots",
+            "columns",
+            "gated",
+            "loss",
+            "norm",
+            "rope",
+            "sigma",
+        ]
+        .map(|name| (name.to_string(), name, everywhere()))
+        .into();
         let attention = |width: u32, by: &str, mut options: Vec<String>| {
             options.push(format!("-DATTENTION_WIDTH={width}"));
             (format!("attention_{width}{by}"), "attention", options)
