@@ -38,6 +38,7 @@ pub mod json;
 pub mod kind;
 mod lanes;
 pub mod linalg;
+mod lock;
 pub mod merge;
 pub mod model;
 pub mod outlet;

@@ -8,7 +8,9 @@ use serde_json::{Map, Value};
 
 use crate::error::Result;
 use crate::json::{self, Tool};
+use crate::lock;
 use crate::weights::shard::write_atomically;
+use crate::workspace::STATE_DIR;
 
 /// The report's file name.
 pub const FILE: &str = "report.json";
@@ -51,6 +53,12 @@ pub fn add(
     section: &str,
     facts: &impl Serialize,
 ) -> Result<()> {
+    // another process may add to the same report
+    let state = dir.join(STATE_DIR);
+    let held = state
+        .is_dir()
+        .then(|| lock::hold(&state.join("report.lock")));
+    let _held = held.transpose()?;
     let mut sections = inherits;
     for (name, facts) in read(dir)? {
         match (sections.get_mut(&name), facts) {
@@ -82,4 +90,31 @@ pub fn add(
         }
     }
     write_atomically(&dir.join(FILE), &json::seal(sections)).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_many_add_at_once_is_all_there() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let dir = dir.path();
+        std::fs::create_dir(dir.join(STATE_DIR)).expect("creates");
+        std::thread::scope(|scope| {
+            for data in 0..8 {
+                scope.spawn(move || {
+                    let entry = json!([{"subject": "base", "data": data, "length": 1}]);
+                    add(dir, Map::new(), "evaluate", &entry).expect("adds");
+                });
+            }
+        });
+        let found = read(dir).expect("reads");
+        assert_eq!(
+            found["evaluate"].as_array().map(Vec::len),
+            Some(8),
+            "{found:?}"
+        );
+    }
 }

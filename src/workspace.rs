@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, IoContext, Result};
 use crate::json;
+use crate::lock;
 use crate::weights::shard::write_atomically;
 
 /// Our folder inside an output directory. It is never published.
@@ -78,7 +79,7 @@ impl Workspace {
         }
         std::fs::create_dir_all(&state).context("create", &state)?;
         let lock_file = state.join("lock");
-        let lock = File::create(&lock_file).context("create", &lock_file)?;
+        let lock = lock::open(&lock_file)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => {

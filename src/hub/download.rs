@@ -1,6 +1,5 @@
 //! Files from the Hub into the cache that Python's huggingface_hub shares, verified before they get their name.
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
 
@@ -13,6 +12,7 @@ use super::client::{Asked, DOWNLOAD, Hub, RemoteFile, refuse_hostile, segment, s
 use super::xet::Way;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Gauge, Observer, Stage, Unit};
+use crate::lock;
 use crate::weights::Layout;
 use crate::weights::checkpoint::Index;
 use crate::workers;
@@ -229,8 +229,7 @@ impl Hub {
             let folder = path.parent().expect("every place lies in a folder");
             std::fs::create_dir_all(folder).context("create", folder)?;
         }
-        let lock = File::create(&place.lock).context("create", &place.lock)?;
-        lock.lock().context("lock", &place.lock)?;
+        let _held = lock::hold(&place.lock)?;
         if place.is_filled(file)? {
             // another process brought it while we waited
             gauge.reach(file.size);

@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::header::Header;
 use crate::error::{Error, IoContext, Result};
+use crate::lock;
 use crate::sum::hex;
 
 /// A file being written: a temporary sibling until [`FileSink::finish`] makes it durable and gives it its name.
@@ -32,14 +33,7 @@ impl FileSink {
             .expect("a file to write has a name")
             .to_string_lossy();
         let temporary = path.with_file_name(format!(".{name}.partial"));
-        // what an earlier run left; a stranger's link of that name is not followed
-        match std::fs::remove_file(&temporary) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io("remove", &temporary, error));
-            }
-            _ => {}
-        }
-        let file = File::create_new(&temporary).context("create", &temporary)?;
+        let file = lock::create(&temporary)?;
         Ok(Self {
             file: Some(file),
             temporary,
