@@ -184,6 +184,8 @@ pub fn run(
     let corpus = Corpus::read(data, source.dir(), &config, options.length)?;
     corpus.warn_of_length(&config, observer);
     let windows = corpus.full_windows();
+    let longest = windows.iter().map(|window| window.len()).max();
+    refuse_too_large(source, options, longest.unwrap_or_default())?;
     let steps = steps(&windows, options);
     let (mut workspace, claim) =
         Workspace::claim(out, "train", settings(&kept, &corpus, steps, options))?;
@@ -237,6 +239,7 @@ pub fn run(
     observer.finish(Stage::Train);
     let seconds = started.elapsed().as_secs_f64();
 
+    run.refuse_overflown()?;
     let (weights, adapter_sha256, sums) = kept.save(&run, out, options, observer)?;
     let facts = Facts {
         method: options.method.name().into(),
@@ -326,18 +329,45 @@ fn with_plan(error: Error, source: &Source, options: &Options) -> Error {
     if !error.is_out_of_device_memory() {
         return error;
     }
-    let planned = planned(source, options);
-    planned.map_or(error, |planned| Error::DeviceMemory {
+    let planned = planned(source, options, options.length);
+    planned.map_or(error, |planned| no_room(&planned, options))
+}
+
+fn no_room(planned: &Training, options: &Options) -> Error {
+    Error::DeviceMemory {
         device: device_name(&options.device),
         weights: planned.weights_bytes,
         moving: planned.moving_bytes,
         activations: planned.activations_bytes,
         passing: planned.passing_bytes,
-    })
+    }
 }
 
-/// What training takes of each kind.
-fn planned(source: &Source, options: &Options) -> Option<Training> {
+/// Refuses what this machine's memory cannot hold by far, before the kernel ends it without a word.
+fn refuse_too_large(source: &Source, options: &Options, length: usize) -> Result<()> {
+    if !options.device.is_cpu() {
+        return Ok(());
+    }
+    match (planned(source, options, length), machine_bytes()) {
+        (Some(planned), Some(there)) if planned.peak_bytes / 2 > there => {
+            Err(no_room(&planned, options))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// This machine's memory (proc_meminfo(5)).
+fn machine_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib << 10)
+}
+
+/// What training takes of each kind, with windows of this length.
+fn planned(source: &Source, options: &Options, length: usize) -> Option<Training> {
     let headers = source.base_headers().ok()?;
     let files = headers.into_iter();
     let files = files.map(|(name, header)| WeightFile { name, header });
@@ -355,7 +385,7 @@ fn planned(source: &Source, options: &Options) -> Option<Training> {
         embeddings: options.embeddings,
         // of each process
         batch: options.batch / options.group.size(),
-        length: options.length,
+        length,
         recompute: options.recompute,
         on_gpu: options.device.is_cuda(),
     };
@@ -509,6 +539,18 @@ impl<'a> Run<'a> {
             group: options.group.clone(),
             silent: Vec::new(),
         }
+    }
+
+    /// Refuses what the last update made of the numbers if f32 does not hold it: no loss tells of that any more.
+    fn refuse_overflown(&self) -> Result<()> {
+        for (name, variable) in &self.decoder.variables {
+            let values = numbers(variable)?;
+            if let Some(&value) = values.iter().find(|x| !x.is_finite()) {
+                let name = name.clone();
+                return Err(Error::Overflown { name, value });
+            }
+        }
+        Ok(())
     }
 
     /// What moves, in bundles.
@@ -827,7 +869,7 @@ mod tests {
                 batch,
                 ..Options::default()
             };
-            planned(&source, &options).expect("a plan")
+            planned(&source, &options, options.length).expect("a plan")
         };
         let (one, two) = (of(1), of(2));
         let weights = source.base_headers().expect("headers");

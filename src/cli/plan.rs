@@ -22,7 +22,7 @@ use svdhub::workspace::refuse_unfinished;
 use super::output::Table;
 use super::progress::clock;
 use super::session::Session;
-use super::size::size;
+use super::size::{count, size};
 use super::train::{Group, MethodArgs, length};
 
 /// Say what will be done with every tensor, and what can be trained.
@@ -56,7 +56,7 @@ struct StepArgs {
     )]
     train: Vec<Group>,
     /// Windows per step
-    #[arg(long, value_name = "N", default_value_t = NonZeroUsize::new(train::Options::default().batch).expect("the default is positive"), help_heading = "Method")]
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = NonZeroUsize::new(train::Options::default().batch).expect("the default is positive"), help_heading = "Method")]
     batch: NonZeroUsize,
     /// Tokens per window
     #[arg(long, value_name = "N", default_value_t = train::Options::default().length, value_parser = length, help_heading = "Method")]

@@ -1,4 +1,6 @@
-//! Sizes as people write them.
+//! Sizes and counts as people write them.
+
+use std::num::NonZeroUsize;
 
 use svdhub::{Error, Result};
 
@@ -27,6 +29,19 @@ pub fn size(text: &str) -> Result<u64> {
     } else {
         Err(refuse())
     }
+}
+
+/// A count of what takes memory by the piece.
+pub fn count(text: &str) -> Result<NonZeroUsize> {
+    const MOST: usize = 1_000_000;
+    let count = text.parse::<NonZeroUsize>().ok();
+    count
+        .filter(|count| count.get() <= MOST)
+        .ok_or_else(|| Error::Parse {
+            what: "a count",
+            value: text.into(),
+            reason: format!("expected a whole number from 1 to {MOST}"),
+        })
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use svdhub::{Error, Result, heap};
 
 use super::progress::clock;
 use super::session::{DeviceChoice, Session, shown};
+use super::size::count;
 
 /// Move the singular values on a text, or what another method moves.
 ///
@@ -56,7 +57,7 @@ pub struct Command {
     #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = not_negative)]
     weight_decay: f64,
     /// Windows per step
-    #[arg(long, value_name = "N", default_value_t = NonZeroUsize::new(Options::default().batch).expect("the default is positive"))]
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = NonZeroUsize::new(Options::default().batch).expect("the default is positive"))]
     batch: NonZeroUsize,
     /// Tokens per window
     #[arg(long, value_name = "N", default_value_t = Options::default().length, value_parser = length)]
@@ -103,12 +104,13 @@ pub struct MethodArgs {
     #[arg(
         long,
         value_name = "R",
+        value_parser = count,
         help_heading = "Method",
         help = format!("r of lora and lora-xs; where fewer triplets are stored, lora-xs takes these [default: {LORA_RANK}]")
     )]
     lora_rank: Option<NonZeroUsize>,
     /// α of lora: B·A is multiplied by α/r [default: 2·r]
-    #[arg(long, value_name = "ALPHA", help_heading = "Method")]
+    #[arg(long, value_name = "ALPHA", value_parser = count, help_heading = "Method")]
     lora_alpha: Option<NonZeroUsize>,
 }
 

@@ -13,7 +13,7 @@ use crate::format::{Origin, Pin};
 use crate::json::Tool;
 use crate::model::method::{LORA_A, LORA_B, RHO};
 use crate::model::{Decoder, Lora, Method, Tensors};
-use crate::peft::{self, LORA_WEIGHTS, Naming};
+use crate::peft::{self, LORA_CONFIG, LORA_WEIGHTS, Naming};
 use crate::source::Source;
 use crate::sum::sha256_hex;
 use crate::weights::{Elements, Header, ShardWriter};
@@ -42,10 +42,11 @@ impl<'a> Kept<'a> {
         observer: &dyn Observer,
     ) -> Result<Self> {
         match (options.method, source) {
-            (Method::Lora(_), _) if options.embeddings => Err(Error::NotExpressible {
-                what: "a trained embedding".into(),
-                target: "peft-lora",
-                reason: "beside linear layers, only norms can be carried".into(),
+            (Method::Lora(_), _) if options.embeddings => Err(Error::Parse {
+                what: "what --method lora moves",
+                value: "embeddings".into(),
+                reason: "a LoRA carries norms beside linear layers, and no trained embedding"
+                    .into(),
             }),
             (Method::Lora(lora), Source::Decomposition { artifact, .. }) => Ok(Self::Lora {
                 source,
@@ -241,6 +242,6 @@ fn save_lora(
     Ok(Sums {
         sha256: [(LORA_WEIGHTS.into(), sum)].into(),
         tensor_sha256,
-        side_sha256: side_sums(out)?,
+        side_sha256: side_sums(out, vec![LORA_CONFIG.into()])?,
     })
 }

@@ -153,10 +153,10 @@ impl AdamW {
 #[serde(rename_all = "kebab-case")]
 pub enum Schedule {
     Constant,
-    /// To zero at the last step.
+    /// Evenly, to zero behind the last step.
     #[default]
     Linear,
-    /// To zero at the last step, along half a cosine.
+    /// To zero behind the last step, along half a cosine.
     Cosine,
 }
 
@@ -228,5 +228,8 @@ mod tests {
             assert_eq!(schedule.factor(4, 10, 4), 1.0);
         }
         assert_eq!(Schedule::Constant.factor(9, 10, 0), 1.0);
+        assert!((Schedule::Linear.factor(4, 16, 0) - 0.75).abs() < 1e-15);
+        // ½·(1 + cos(π/4))
+        assert!((Schedule::Cosine.factor(4, 16, 0) - 0.853_553_390_593_273_8).abs() < 1e-15);
     }
 }

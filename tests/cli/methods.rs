@@ -460,7 +460,7 @@ fn what_a_method_needs_and_an_export_cannot_hold_is_refused_by_name() {
         run(&base, "plain", &["--method", method]).refuses(&["not a decomposition", "decompose"]);
     }
     let lora = ["--method", "lora", "--train", "embeddings"];
-    run(&split, "lora", &lora).refuses(&["a trained embedding", "peft-lora"]);
+    run(&split, "lora", &lora).refuses(&["trained embedding", "--method lora"]);
     assert!(!world.path("plain").exists() && !world.path("lora").exists());
     for (method, word) in [
         ("lora-xs", "R of `model.layers.0"),

@@ -136,6 +136,35 @@ fn adapters_add_linearly_and_cancel() {
 }
 
 #[test]
+fn numbers_that_leave_f32_in_the_last_update_are_no_adapter() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let data = fixture("eighty-train.txt");
+    let train = ["train", arg(&split), "--data", arg(&data), "--out"];
+    let broken = ["broken", "--batch", "1", "--steps", "1", "--lr", "1e308"];
+    let run = world.run(&[&train[..], &broken].concat());
+    run.refuses(&["became", "in training", "lower --lr"]);
+    assert!(!world.path("broken/svd_adapter.json").exists());
+    // and what no machine holds is not begun
+    for (option, word) in [
+        (["--batch", "18446744073709551615"], "a count"),
+        (["--batch", "1000000"], "no room"),
+    ] {
+        let run = world.run(&[&train[..], &["large"], &option].concat());
+        assert!(
+            run.code != Some(0) && run.stderr.contains(word),
+            "{}",
+            run.stderr
+        );
+    }
+    let lora = ["large", "--method", "lora", "--lora-rank", "1000000"];
+    world
+        .run(&[&train[..], &lora].concat())
+        .refuses(&["no room", "--batch"]);
+    assert!(!world.path("large").exists());
+}
+
+#[test]
 fn a_stored_copy_of_a_tied_head_moves_with_the_embedding() {
     let (embedding, head) = ("model.embed_tokens.weight", "lm_head.weight");
     let world = World::new();
