@@ -13,6 +13,7 @@ use svdhub::source::Source;
 use svdhub::{Result, heap, report};
 
 use super::session::{DeviceChoice, Session, Weighted};
+use super::size::count;
 use super::train::length;
 
 /// Measure the next-token loss on a text.
@@ -30,7 +31,7 @@ pub struct Command {
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
     /// Windows at a time
-    #[arg(long, value_name = "N", default_value_t = NonZeroUsize::new(Options::default().batch).expect("the default is positive"))]
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = NonZeroUsize::new(Options::default().batch).expect("the default is positive"))]
     batch: NonZeroUsize,
     /// Tokens per window
     #[arg(long, value_name = "N", default_value_t = Options::default().length, value_parser = length)]
@@ -53,8 +54,7 @@ impl Command {
             device: session.device(self.device)?,
         };
         let facts = evaluate::run(&source, &self.data, &options, session.observer())?;
-        record(&source, &facts)?;
-        session.print(&facts, || {
+        let code = session.print(&facts, || {
             format!(
                 "loss {:.4} nats/token · perplexity {:.2} · {} tokens · {:.0} tokens/s\n",
                 facts.loss,
@@ -62,7 +62,12 @@ impl Command {
                 thousands(facts.tokens as u64),
                 facts.tokens_per_s
             )
-        })
+        })?;
+        if let Err(error) = record(&source, &facts) {
+            let observer = session.observer();
+            observer.warn(format!("this is in no report: {error}"));
+        }
+        Ok(code)
     }
 }
 
