@@ -14,7 +14,7 @@ use crate::format::{
 };
 use crate::json;
 use crate::split::{Factors, Residual};
-use crate::sum::sha256_hex;
+use crate::sum::{sha256_file, sha256_hex};
 use crate::weights::checkpoint::Index;
 use crate::weights::place::refuse_links_outside;
 use crate::weights::{Checkpoint, Dtype, Elements, Header, Layout, dtype_name};
@@ -112,6 +112,28 @@ impl Artifact {
         };
         artifact.check_shapes()?;
         Ok(artifact)
+    }
+
+    /// Refuses small files that are not what was written: config, tokenizer and their like, as far as they are here.
+    ///
+    /// Weights are checked as they are read.
+    pub fn check_small_files(&self) -> Result<()> {
+        for (name, expected) in &self.sums.files {
+            let path = self.dir.join(name);
+            if name.ends_with(".safetensors") || !path.exists() {
+                continue;
+            }
+            let found = sha256_file(&path, |_| {})?;
+            if found != *expected {
+                return Err(Error::Checksum {
+                    what: format!("`{name}` of the decomposition"),
+                    path,
+                    expected: expected.clone(),
+                    found,
+                });
+            }
+        }
+        Ok(())
     }
 
     fn check_shapes(&self) -> Result<()> {

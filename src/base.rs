@@ -268,9 +268,9 @@ pub fn side_files(dir: &Path) -> Result<Vec<String>> {
     Ok(files)
 }
 
-/// The sha256 of config, index, tokenizer and whatever else is small and was written to a directory.
-pub fn side_sums(dir: &Path) -> Result<BTreeMap<String, String>> {
-    let mut names = side_files(dir)?;
+/// The sha256 of config, index, and the files of these names, which were written to a directory. What others put there
+/// meanwhile is none of them.
+pub fn side_sums(dir: &Path, mut names: Vec<String>) -> Result<BTreeMap<String, String>> {
     let more = ["config.json".into(), Layout::Model.index_file()];
     names.extend(more.into_iter().filter(|name| dir.join(name).exists()));
     let sums = names.into_iter().map(|name| {
@@ -280,13 +280,14 @@ pub fn side_sums(dir: &Path) -> Result<BTreeMap<String, String>> {
     sums.collect()
 }
 
-/// Copies side files from one directory to another.
-pub fn copy_side_files(from: &Path, to: &Path) -> Result<()> {
-    for name in side_files(from)? {
-        let bytes = std::fs::read(from.join(&name)).context("read", from.join(&name))?;
-        write_atomically(&to.join(&name), &bytes)?;
+/// Copies side files from one directory to another, and returns their names.
+pub fn copy_side_files(from: &Path, to: &Path) -> Result<Vec<String>> {
+    let names = side_files(from)?;
+    for name in &names {
+        let bytes = std::fs::read(from.join(name)).context("read", from.join(name))?;
+        write_atomically(&to.join(name), &bytes)?;
     }
-    Ok(())
+    Ok(names)
 }
 
 /// The metadata of a model's card, to inherit a licence and languages; null where it has none that can be read.

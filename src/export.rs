@@ -92,6 +92,8 @@ struct File {
     name: &'static str,
     sha256: String,
     bytes: u64,
+    /// The small files that were written with it.
+    beside: Vec<String>,
 }
 
 impl File {
@@ -167,7 +169,7 @@ pub fn run(
     let facts = Facts {
         adapters,
         tensor_sha256: file.tensor_sums(out)?,
-        side_sha256: side_sums(out)?,
+        side_sha256: side_sums(out, file.beside)?,
         sha256: [(file.name.to_string(), file.sha256)].into(),
         bytes: file.bytes,
         seconds: started.elapsed().as_secs_f64(),

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::base::{copy_side_files, remember, side_files};
+use crate::base::{copy_side_files, remember};
 use crate::contents::{Joint, Section};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
@@ -447,12 +447,12 @@ impl Join<'_> {
         })?;
         let facts = self.facts(&records, &spectrum, index.total_size, threads, seconds);
         self.write_config(&facts, records)?;
-        copy_side_files(&self.frame.side_files, self.out)?;
+        let beside = copy_side_files(&self.frame.side_files, self.out)?;
         // what was trained and measured before belongs to the base, not to what will be trained from here
         report::add(self.out, serde_json::Map::new(), "decompose", &facts)?;
         let nothing = serde_json::Map::new();
         report::add(self.out, nothing, spectrum::SECTION, &spectrum)?;
-        self.write_index(index)?;
+        self.write_index(index, beside)?;
         if let Some(dir) = &self.frame.local_base {
             // a sidecar is merged beside its base: remember where that was
             remember(dir, self.workspace)?;
@@ -544,8 +544,7 @@ impl Join<'_> {
     }
 
     /// Written last: with it, and only with it, the directory is a decomposition.
-    fn write_index(&self, mut index: Index) -> Result<()> {
-        let mut small = side_files(self.out)?;
+    fn write_index(&self, mut index: Index, mut small: Vec<String>) -> Result<()> {
         small.push("config.json".into());
         small.push(BASE_CONFIG.into());
         if self.frame.base_index.is_some() {

@@ -225,14 +225,14 @@ pub fn run_to(
     }
     write_config(artifact, out, config, options.dtype)?;
     write_index(artifact, out, &headers, options.dtype)?;
-    copy_side_files(&artifact.dir, out)?;
+    let beside = copy_side_files(&artifact.dir, out)?;
     let facts = Facts {
         dtype,
         rounding: rounding_name(options.rounding),
         adapters,
         sha256,
         tensor_sha256,
-        side_sha256: side_sums(out)?,
+        side_sha256: side_sums(out, beside)?,
         identical_to_base: identical,
         tensors_identical_to_base: tensors_identical,
         rounding_loss: loss.relative(),

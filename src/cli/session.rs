@@ -138,6 +138,7 @@ impl Session {
     ) -> Result<(Artifact, Origin)> {
         let found = self.locate(model)?;
         let mut artifact = Artifact::open(&found.dir, None)?;
+        artifact.check_small_files()?;
         if artifact.svd.layout == ArtifactLayout::Sidecar {
             let base = self.base_of(&[&artifact.dir], &artifact.svd.base, base)?;
             artifact = Artifact::open(&found.dir, Some(base))?;
@@ -189,6 +190,7 @@ impl Session {
                 (found, artifact)
             }
         };
+        artifact.check_small_files()?;
         let origin = origin(&found, &artifact);
         Ok((artifact, origin))
     }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{File, Job};
 use crate::error::{Error, Result};
 use crate::event::{Stage, Unit};
+use crate::peft::LORA_CONFIG;
 use crate::peft::{self, LORA_WEIGHTS, Names, SERVED_RANK_MAX, SERVED_RANKS, saved_name};
 use crate::plan::{Role, role};
 use crate::split::Factors;
@@ -178,6 +179,7 @@ impl Plan {
             name: LORA_WEIGHTS,
             sha256,
             bytes,
+            beside: vec![LORA_CONFIG.into()],
         };
         Ok((facts, file))
     }

@@ -124,11 +124,11 @@ impl Plan {
         let sha256 = writer.finish()?;
         let config = serde_json::to_vec_pretty(&config).expect("a JSON value serialises");
         write_atomically(&job.out.join("config.json"), &config)?;
-        copy_side_files(&job.artifact.dir, job.out)?;
         let file = File {
             name: SVD_TRAINING_WEIGHTS,
             sha256,
             bytes,
+            beside: copy_side_files(&job.artifact.dir, job.out)?,
         };
         Ok((facts, file))
     }

@@ -352,6 +352,49 @@ fn damage_is_found_before_it_is_merged_or_trained() {
 }
 
 #[test]
+fn changed_small_files_are_found_before_they_decide_numbers() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let data = fixture("eighty-train.txt");
+    for (name, old, new) in [
+        ("config.json", "\"rms_norm_eps\": ", "\"rms_norm_eps\": 1"),
+        (
+            "base_config.json",
+            "\"rms_norm_eps\": ",
+            "\"rms_norm_eps\": 1",
+        ),
+        ("tokenizer.json", "\"version\"", "\"Version\""),
+    ] {
+        let path = split.join(name);
+        let whole = std::fs::read_to_string(&path).expect("reads");
+        let changed = whole.replacen(old, new, 1);
+        assert_ne!(whole, changed);
+        std::fs::write(&path, changed).expect("writes");
+        for verb in ["evaluate", "train", "merge", "convert"] {
+            let mut arguments = vec![verb, arg(&split)];
+            if ["evaluate", "train"].contains(&verb) {
+                arguments.extend(["--data", arg(&data)]);
+            }
+            if verb != "evaluate" {
+                arguments.extend(["--out", "nothing"]);
+            }
+            world.run(&arguments).refuses(&[name, "sha256", "expected"]);
+            assert!(!world.path("nothing").exists());
+        }
+        let found = world.run(&["verify", arg(&split)]);
+        assert!(
+            found.code == Some(1) && found.stdout.contains(name),
+            "{}",
+            found.stdout
+        );
+        std::fs::write(&path, whole).expect("writes");
+    }
+    // what others put beside it is not the decomposition's
+    std::fs::write(split.join("run.log"), "notes").expect("writes");
+    world.run(&["verify", arg(&split)]).succeeds();
+}
+
+#[test]
 fn a_plain_model_is_checked_before_it_is_run() {
     let world = World::new();
     let base = world.model("base", Dtype::BF16, u64::MAX);

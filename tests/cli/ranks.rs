@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use svdhub::linalg::{single_threaded_blas, spectrum};
 use svdhub::weights::{Checkpoint, Dtype, Elements, Layout};
 
-use crate::world::{World, arg, files, json_file, modules, section, tensors};
+use crate::world::{World, arg, files, json_file, modules, remake, section, tensors};
 
 /// The sum of squares of σ as it is stored: two roundings to f32, of σ and of the last Rayleigh quotient, doubled by
 /// squaring.
@@ -546,7 +546,7 @@ fn a_decomposition_of_the_first_schema_still_merges() {
     let mut config = json_file(&split.join("config.json"));
     for (schema, readable) in [(1, true), (2, true), (3, true), (4, false)] {
         config["svd"]["schema"] = schema.into();
-        std::fs::write(split.join("config.json"), config.to_string()).expect("writes");
+        remake(&split, "config.json", &config.to_string());
         let run = world.run(&[
             "merge",
             arg(&split),

@@ -6,7 +6,9 @@ use serde_json::json;
 use svdhub::adapter::Adapter;
 use svdhub::weights::{Dtype, Elements};
 
-use crate::world::{World, arg, files, fixture, json_file, loss, modules, tensors, write_model};
+use crate::world::{
+    World, arg, files, fixture, json_file, loss, modules, remake, tensors, write_model,
+};
 
 /// decompose --untie-head → merge: the base's tensors to the byte, and the embedding once more as the head.
 fn assert_untied(world: &World, base: &Path, options: &[&str]) -> (PathBuf, PathBuf) {
@@ -273,7 +275,7 @@ fn a_head_said_to_copy_another_weight_is_refused() {
     .enumerate()
     {
         config["svd"]["modules"]["lm_head"]["tied_to"] = other.into();
-        std::fs::write(split.join("config.json"), config.to_string()).expect("writes");
+        remake(&split, "config.json", &config.to_string());
         let merged = world.path(&format!("merged-{i}"));
         world
             .run(&["merge", arg(&split), "--out", arg(&merged)])

@@ -304,6 +304,15 @@ pub fn answer(status: u16, headers: &[(&str, &str)], body: &str) -> Effect {
     }
 }
 
+/// Writes a small file of a decomposition anew, and its sum into the index: as if it had been made so.
+pub fn remake(split: &Path, file: &str, contents: &str) {
+    std::fs::write(split.join(file), contents).expect("writes");
+    let index = split.join("svd.safetensors.index.json");
+    let mut json = json_file(&index);
+    json["metadata"]["sha256"]["files"][file] = svdhub::sum::sha256_hex(contents.as_bytes()).into();
+    std::fs::write(index, json.to_string()).expect("writes");
+}
+
 /// A path as an argument.
 pub fn arg(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
