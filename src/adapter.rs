@@ -356,7 +356,11 @@ impl Mixture {
                 sum.add_product(*weight, trained[at].into());
                 sum.add_product(-weight, x);
             }
-            sum.to_odd()
+            // a zero that does not move keeps its sign
+            match sum.to_odd() {
+                found if found == x => x,
+                found => found,
+            }
         });
         Some(sums.collect())
     }

@@ -216,7 +216,11 @@ impl Factors {
         for ((k, l), &between) in change.core.indexed_iter() {
             sum.add_product(f64::from(u[k]) * f64::from(between), f64::from(v[l]));
         }
-        sum.to_odd()
+        // a zero that does not change keeps its sign
+        match sum.to_odd() {
+            found if found == x => x,
+            found => found,
+        }
     }
 
     /// M′ = M − uᵀ·diag(σ)·v in f32, and the exceptions.
@@ -355,8 +359,10 @@ impl Factors {
             let start = whole.map_or(x, |whole| whole[at]);
             let terms = rows[i] * columns[j] + 2.0 * core_rows[i] * core_columns[j];
             let doubt = gamma * terms + 2.0 * f64::EPSILON * (start.abs() + p.abs());
-            let low = rounder.round(start + p - doubt, at);
-            let bits = if low == rounder.round(start + p + doubt, at) {
+            // a zero of terms that are all zero may have either sign
+            let sum = if p == 0.0 { start } else { start + p };
+            let low = rounder.round(sum - doubt, at);
+            let bits = if low == rounder.round(sum + doubt, at) {
                 low
             } else {
                 rounder.round(self.exact(start, change, (i, j)), at)
@@ -682,6 +688,24 @@ mod tests {
                 let (merged, _) = factors.merge(&matrix, None, &change, &nearest(dtype));
                 assert_eq!(merged.to_f32(), [1.0 + step, 1.0], "{dtype:?}");
             }
+        }
+    }
+
+    /// In whatever order its terms are added.
+    #[test]
+    fn a_zero_that_nothing_reaches_keeps_its_sign() {
+        for dtype in [Dtype::BF16, Dtype::F16, Dtype::F32] {
+            let matrix = Elements::from_f32(&[1, 4], &[-0.0, 0.0, -0.0, -0.0]).cast(dtype);
+            let two = |a: [f32; 4], b: [f32; 4]| ndarray::arr2(&[a, b]);
+            let factors = Factors {
+                u: ndarray::arr2(&[[1.0], [1.0]]),
+                sigma: ndarray::arr1(&[1.0, 1.0]),
+                v: two([0.0, 0.0, -0.0, 1.0], [-0.0, -0.0, -0.0, -1.0]),
+            };
+            let (merged, _) = merge_sigma(&factors, &matrix, &[0.5, 0.5], &nearest(dtype));
+            let bits: Vec<u32> = merged.to_f32().iter().map(|x| x.to_bits()).collect();
+            let negative = (-0f32).to_bits();
+            assert_eq!(bits, [negative, 0, negative, negative], "{dtype:?}");
         }
     }
 
