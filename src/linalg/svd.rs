@@ -116,6 +116,7 @@ fn decompose_with(
             module: module.into(),
             residual: svd.certificate.residual,
             orthogonality: svd.certificate.orthogonality,
+            tail: svd.certificate.tail.unwrap_or_default(),
             tolerance: algorithm.tolerance,
         })
     };
@@ -421,8 +422,9 @@ impl Problem<'_> {
     }
 }
 
-/// The fewest leading squares that add up to `enough`, at least one.
+/// The fewest leading squares that add up to `enough`, at least one; what sums in f64 lose does not ask for one more.
 fn rank_of_energy(squares: impl Iterator<Item = f64>, enough: f64) -> usize {
+    let enough = enough * (1.0 - 1e-12);
     let (mut kept, mut count) = (0.0, 0);
     for square in squares {
         kept += square;
@@ -864,6 +866,17 @@ mod tests {
                     "{share}: {q}"
                 );
             }
+        }
+    }
+
+    #[test]
+    fn energy_that_triplets_hold_to_the_last_digit_asks_for_no_more() {
+        let square = |i, j| if i == j && i < 4 { 2.0 } else { 0.0 };
+        let matrix = Array2::from_shape_fn((128, 128), |(i, j)| square(i, j));
+        for (share, q) in [(0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)] {
+            let wanted = Wanted::Energy(share);
+            let svd = decompose("x", matrix.view(), wanted, &Algorithm::default());
+            assert_eq!(svd.expect("decomposes").sigma.len(), q, "{share}");
         }
     }
 

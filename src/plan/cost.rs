@@ -98,7 +98,8 @@ impl PlannedTensor {
         KERNEL_BYTES + reading.max(solving).max(completing).max(splitting)
     }
 
-    /// The most bytes that the tensor takes in the artifact.
+    /// The most bytes that the tensor takes in the artifact, whatever its rank turns out to be: of a dense one. Each zero is
+    /// stored exactly too, so that a pruned f32 weight takes up to twice as much.
     pub fn artifact_bytes_max(&self, storing: Storing) -> u64 {
         self.artifact_bytes(storing, self.q.unwrap_or(self.q_max))
     }
