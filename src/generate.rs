@@ -164,7 +164,7 @@ pub fn go_on(
 ) -> Result<(Vec<u32>, Stop)> {
     let choice = &options.choice;
     let most = decoder.config.positions_reached();
-    let mut random = SplitMix(choice.sampling.map_or(0, |sampling| sampling.seed));
+    let mut random = SplitMix(choice.sampling.seed);
     let mut cache = Cache::default();
     let mut all = read.to_vec();
     let stop = loop {
@@ -183,9 +183,9 @@ pub fn go_on(
         if !logits.iter().all(|logit| logit.is_finite()) {
             return Err(Error::BrokenLogits { token: all.len() });
         }
-        let id = match &choice.sampling {
-            Some(sampling) => sampling.draw(&logits, &mut random),
-            None => likeliest(&logits),
+        let id = match choice.samples {
+            true => choice.sampling.draw(&logits, &mut random),
+            false => likeliest(&logits),
         };
         all.push(id);
         say(id)?;

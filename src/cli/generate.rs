@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use svdhub::generate::choice::Sampling;
+use svdhub::generate::choice::{Choice, Sampling};
 use svdhub::generate::{self, Facts, Options, Stop};
 use svdhub::hub::ModelRef;
 use svdhub::{Error, Result, heap};
@@ -73,7 +73,7 @@ impl Command {
         let source = session.source(&self.model, &self.adapter, self.base.as_ref())?;
         let mut options = Options::read(source.dir(), session.observer())?;
         options.tokens_max = self.max_tokens;
-        options.choice.sampling = self.sampling(options.choice.sampling);
+        self.choose(&mut options.choice);
         options.chat = match (self.chat, self.no_chat) {
             (false, false) => None,
             (chat, _) => Some(chat),
@@ -94,26 +94,20 @@ impl Command {
         Ok(code)
     }
 
-    /// What was asked for, over what the model has by itself.
-    fn sampling(&self, usual: Option<Sampling>) -> Option<Sampling> {
-        if self.greedy {
-            return None;
-        }
+    /// What was asked for, over what the model has by itself: whoever asks for a way to draw wants tokens drawn.
+    fn choose(&self, choice: &mut Choice) {
         let asked = self.temperature.is_some()
             || self.top_p.is_some()
             || self.top_k.is_some()
             || self.seed.is_some();
-        let base = if asked {
-            Some(usual.unwrap_or_default())
-        } else {
-            usual
-        };
-        base.map(|base| Sampling {
+        choice.samples = !self.greedy && (asked || choice.samples);
+        let base = choice.sampling;
+        choice.sampling = Sampling {
             temperature: self.temperature.unwrap_or(base.temperature),
             top_k: self.top_k.unwrap_or(base.top_k),
             top_p: self.top_p.unwrap_or(base.top_p),
             seed: self.seed.unwrap_or(base.seed),
-        })
+        };
     }
 }
 

@@ -13,8 +13,9 @@ use crate::random::SplitMix;
 /// How tokens are chosen.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Choice {
-    /// Without it, the most likely token is chosen.
-    pub sampling: Option<Sampling>,
+    /// Whether tokens are drawn; else the most likely one is chosen.
+    pub samples: bool,
+    pub sampling: Sampling,
     /// Tokens that are there already: their logits are divided by it where positive, else multiplied (Keskar et al. 2019).
     pub repetition_penalty: f64,
     /// The tokens that end a text.
@@ -45,7 +46,7 @@ impl Default for Sampling {
     }
 }
 
-/// Keys of `generation_config.json` that change what transformers chooses, and nothing here; 0 and 1 are neutral.
+/// Keys of `generation_config.json` that change what transformers chooses, and nothing here.
 const UNHEEDED: [&str; 17] = [
     "bad_words_ids",
     "begin_suppress_tokens",
@@ -78,8 +79,13 @@ impl Choice {
         };
         let name = "generation_config.json";
         let config = object(name)?;
-        let neutral = |value: &Value| value.is_null() || matches!(value.as_f64(), Some(0.0 | 1.0));
-        for key in UNHEEDED.iter().filter(|key| !neutral(&config[**key])) {
+        let neutral = |key: &str| match (key, config[key].as_f64()) {
+            (_, None) => config[key].is_null(),
+            ("forced_bos_token_id" | "forced_eos_token_id", _) => false,
+            ("min_length" | "min_new_tokens" | "no_repeat_ngram_size", Some(count)) => count == 0.0,
+            (_, Some(x)) => x == 0.0 || x == 1.0,
+        };
+        for key in UNHEEDED.iter().filter(|key| !neutral(key)) {
             observer.warn(format!(
                 "{name} asks for {key} = {}, which is not heeded here",
                 config[*key]
@@ -103,7 +109,8 @@ impl Choice {
             ids => token_ids(ids),
         };
         Ok(Self {
-            sampling: (config["do_sample"] == true).then_some(sampling),
+            samples: config["do_sample"] == true,
+            sampling,
             repetition_penalty: positive("repetition_penalty").unwrap_or(1.0),
             ends,
         })
@@ -224,24 +231,25 @@ mod tests {
     fn a_generation_config_says_how_and_where_to_end() {
         let config = r#"{"eos_token_id": 2}"#;
         let choice = read(None, config, &Silent);
-        assert_eq!((choice.sampling, choice.ends), (None, vec![2]));
+        assert_eq!((choice.samples, choice.ends), (false, vec![2]));
         let choice = read(
             Some(r#"{"eos_token_id": [7, 9], "temperature": 0.6}"#),
             config,
             &Silent,
         );
-        assert_eq!((choice.sampling, choice.ends), (None, vec![7, 9]));
+        assert_eq!((choice.samples, choice.ends), (false, vec![7, 9]));
         let text =
             r#"{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}"#;
         let choice = read(Some(text), config, &Silent);
-        let sampling = choice.sampling.expect("samples");
+        let sampling = choice.sampling;
+        assert!(choice.samples);
         assert_eq!(
             (sampling.temperature, sampling.top_k, sampling.top_p),
             (0.6, 50, 0.9)
         );
         assert_eq!((choice.repetition_penalty, choice.ends), (1.1, vec![2]));
         let choice = read(Some(r#"{"do_sample": true, "top_k": 0}"#), config, &Silent);
-        assert_eq!(choice.sampling.expect("samples").top_k, 0);
+        assert_eq!(choice.sampling.top_k, 0);
     }
 
     #[test]

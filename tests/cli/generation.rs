@@ -187,6 +187,20 @@ fn a_random_choice_repeats_with_its_seed() {
     };
     assert_eq!(facts(&["--seed", "1"])["text"], first);
     assert_eq!(facts(&["--greedy"])["text"], greedy);
+    // who asks for a draw where the model does not still draws by its temperature
+    let reserved = json!({"do_sample": false, "temperature": 1.2, "top_k": 7});
+    let reserved = changed(&world, "reserved", &[("generation_config.json", reserved)]);
+    let both = ["--temperature", "1.2", "--top-k", "7", "--seed", "4"];
+    let drawn = [
+        "generate",
+        arg(&reserved),
+        "Speak,",
+        "--max-tokens",
+        "30",
+        "--seed",
+        "4",
+    ];
+    assert_eq!(world.json(&drawn)["text"], text(&both));
     let both = world.run(&["generate", arg(&model), "Speak,", "--greedy", "--seed", "1"]);
     assert_eq!(both.code, Some(2), "{}", both.stderr);
 }

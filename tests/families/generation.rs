@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use svdhub::generate::choice::Choice;
+use svdhub::generate::choice::{Choice, Sampling};
 use svdhub::generate::{Options, Stop, go_on};
 use svdhub::model::config::Scaling;
 use svdhub::model::{Cache, Decoder, Trained};
@@ -32,7 +32,8 @@ pub fn greedy(tokens_max: usize) -> Options {
     Options {
         tokens_max,
         choice: Choice {
-            sampling: None,
+            samples: false,
+            sampling: Sampling::default(),
             repetition_penalty: 1.0,
             ends: Vec::new(),
         },

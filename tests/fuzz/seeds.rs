@@ -246,7 +246,7 @@ impl Seeds {
         let longrope = json!({"model_type": "phi3", "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2,
             "vocab_size": 5, "max_position_embeddings": 64, "original_max_position_embeddings": 16, "rope_theta": 1e4, "sliding_window": 4,
             "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}, "eos_token_id": [1, 2]});
-        let llama3 = json!({"model_type": "qwen3", "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2,
+        let llama3 = json!({"model_type": "qwen3", "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
             "head_dim": 4, "vocab_size": 5, "use_sliding_window": true, "max_window_layers": 1, "sliding_window": 4, "attention_bias": true,
             "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 16}});

@@ -566,9 +566,8 @@ pub fn generation(bytes: &[u8]) -> bool {
     };
     let mut logits = [0.5, -2.0, 3.0, 0.5];
     options.choice.penalise(&mut logits, &[0, 1, 0]);
-    if let Some(sampling) = &options.choice.sampling
-        && logits.iter().all(|logit| logit.is_finite())
-    {
+    let sampling = &options.choice.sampling;
+    if logits.iter().all(|logit| logit.is_finite()) {
         let next = sampling.distribution(&logits);
         let sum: f64 = next.iter().map(|(_, p)| p).sum();
         assert!((sum - 1.0).abs() < 1e-12, "{sampling:?} makes {next:?}");
