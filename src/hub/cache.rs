@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use super::client::{RemoteFile, stays_inside};
 use crate::base::travels;
 use crate::error::{Error, IoContext, Result};
+use crate::lock;
 use crate::sum::hex;
 use crate::weights::Layout;
 use crate::weights::checkpoint::Index;
@@ -76,33 +77,25 @@ impl Place {
         }
     }
 
-    /// Refuses a file that lies where this one would, unless some download brought it, and nobody changed it since.
+    /// Refuses a file that lies where this one would, unless some download brought it: a large one that was damaged since is
+    /// mended; a small one that changed since is somebody's work.
     pub fn refuse_foreign(dir: &Path, file: &RemoteFile) -> Result<()> {
         let path = dir.join(&file.path);
         if path.symlink_metadata().is_err() {
             return Ok(());
         }
         let name = name_in_state(&file.path);
+        let found = digest(&path, file.lfs)?;
         let state = std::fs::read_dir(dir.join(STATE)).into_iter().flatten();
-        // ids of git's have 40 digits, sums of large files 64
-        let (mut blob, mut sum) = (None, None);
-        for entry in state.flatten().map(|entry| entry.file_name()) {
-            let entry = entry.to_string_lossy();
-            let oid = entry
-                .strip_prefix(&name)
-                .and_then(|rest| rest.strip_prefix('-'));
-            let Some(oid) = oid.and_then(|rest| rest.strip_suffix(".lock")) else {
-                continue;
-            };
-            let found = if oid.len() == 64 { &mut sum } else { &mut blob };
-            if found.is_none() {
-                *found = Some(digest(&path, oid.len() == 64)?);
-            }
-            if found.as_deref() == Some(oid) {
-                return Ok(());
-            }
+        let is_ours = state.flatten().any(|entry| {
+            let entry = entry.file_name();
+            let rest = entry.to_str().and_then(|entry| entry.strip_prefix(&name));
+            rest.is_some_and(|rest| file.lfs || rest == format!("-{found}.lock"))
+        });
+        match is_ours {
+            true => Ok(()),
+            false => Err(Error::ForeignFile { path }),
         }
-        Err(Error::ForeignFile { path })
     }
 
     pub fn is_filled(&self, file: &RemoteFile) -> Result<bool> {
@@ -186,9 +179,7 @@ impl Cache {
     fn lock(&self) -> Result<File> {
         let path = self.locks.join("svdhub.lock");
         std::fs::create_dir_all(&self.locks).context("create", &self.locks)?;
-        let lock = File::create(&path).context("create", &path)?;
-        lock.lock().context("lock", &path)?;
-        Ok(lock)
+        lock::hold(&path)
     }
 
     /// Keeps the listing of a commit: offline, it tells what is missing.

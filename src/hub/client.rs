@@ -31,7 +31,7 @@ impl Token {
 }
 
 impl Token {
-    /// Its text, for the one place in a body where it belongs.
+    /// Its text, for the one place in a body where it belongs, and to be found where it does not.
     pub(super) fn reveal(&self) -> &str {
         &self.0
     }

@@ -38,7 +38,7 @@ impl Hub {
         observer: &'a dyn Observer,
     ) -> Result<HubOutlet<'a>> {
         if self.options.offline {
-            return Err(Error::Offline { repo: repo.into() });
+            return Err(Error::OfflineSending { repo: repo.into() });
         }
         let branch = options.branch.clone().unwrap_or_else(|| "main".into());
         self.prepare(&self.api()?, repo, &branch, options)?;

@@ -27,7 +27,7 @@ impl Hub {
         let (code, message) = (header("x-error-code"), header("x-error-message"));
         let wait = wait_asked(response.headers());
         let elsewhere = !self.is_ours(response.url().as_str());
-        let detail = message.unwrap_or_else(|| shortened(response));
+        let detail = self.without_token(message.unwrap_or_else(|| shortened(response)));
         if elsewhere && matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
             return Error::LinkRefused {
                 action: what.action.into(),
@@ -82,6 +82,14 @@ impl Hub {
         }
     }
 
+    /// A text from outside, which may repeat what was sent.
+    fn without_token(&self, text: String) -> String {
+        match self.token() {
+            Some(token) => text.replace(token.reveal(), "(the token)"),
+            None => text,
+        }
+    }
+
     /// Whether an address is below one repository's.
     fn is_of_a_repo(&self, url: &str) -> bool {
         let path = url.strip_prefix(self.endpoint());
@@ -105,6 +113,7 @@ impl Hub {
                     .server_message
                     .clone()
                     .unwrap_or_else(|| context.status.to_string());
+                let detail = self.without_token(detail);
                 let code = context.error_code.as_deref();
                 let what = asked(&context.url);
                 self.meaning(&what, context.status.as_u16(), code, detail, $wait)

@@ -107,7 +107,7 @@ impl Hub {
         observer: &dyn Observer,
     ) -> Result<Pushed> {
         if self.options.offline {
-            return Err(Error::Offline { repo: repo.into() });
+            return Err(Error::OfflineSending { repo: repo.into() });
         }
         let mut files = local_files(dir, observer)?;
         for file in &files {

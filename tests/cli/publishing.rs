@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use svdhub::hub::server::{Effect, ServerOptions};
 
 use crate::world::{self, Run, TOKEN, World, arg, peak_bytes, wait_until};
@@ -651,6 +651,33 @@ fn a_hub_killed_at_any_moment_keeps_what_it_promised() {
         hub.wait().expect("has ended");
     }
     assert!(killed_at_work > 0, "every push was faster than the kill");
+}
+
+#[test]
+fn a_hub_that_repeats_the_token_is_not_quoted() {
+    let world = World::with_hub();
+    let dir = folder(&world, "model", &[("config.json", 10)]);
+    for status in [400, 401, 500] {
+        let told = format!("bad token Bearer {TOKEN}");
+        for effect in [
+            answer(
+                status,
+                &[("x-error-message", &told), ("x-error-code", "Odd")],
+            ),
+            world::answer(status, &[], &json!({"error": told}).to_string()),
+        ] {
+            world.fault("/api/", 99, effect);
+            for verb in [&["publish", arg(&dir), "org/m"][..], &["plan", "org/m"]] {
+                let run = world.run(verb);
+                assert!(
+                    run.code != Some(0) && !run.stderr.contains(TOKEN),
+                    "{}",
+                    run.stderr
+                );
+            }
+            world.hub().heal();
+        }
+    }
 }
 
 #[test]
