@@ -231,12 +231,13 @@ pub enum Error {
     #[error("the singular values of `{module}` do not fit f32: its norm is {norm:.1e}")]
     BeyondSingle { module: String, norm: f64 },
     #[error(
-        "no algorithm reached the tolerance on `{module}`: residual {residual:.1e}, orthogonality {orthogonality:.1e}, wanted {tolerance:.1e}"
+        "no algorithm reached the tolerance on `{module}`: residual {residual:.1e}, orthogonality {orthogonality:.1e}, wanted {tolerance:.1e}; σ_q+1/σ_q {tail:.2}"
     )]
     Uncertified {
         module: String,
         residual: f64,
         orthogonality: f64,
+        tail: f64,
         tolerance: f64,
     },
     #[error("the gradient of {tensor} became {value} at step {step}")]
@@ -255,6 +256,8 @@ pub enum Error {
     DeadGradient { dead: Vec<String> },
     #[error("the loss became {loss} at step {step}")]
     Diverged { step: usize, loss: f32 },
+    #[error("`{name}` became {value} in training")]
+    Overflown { name: String, value: f32 },
     #[error("the tensor library failed")]
     Candle(#[from] candle_core::Error),
     #[error("the device {device} cannot be used: {reason}")]
@@ -395,6 +398,8 @@ pub enum Error {
     HostilePath { repo: String, name: String },
     #[error("`{repo}` is not in the cache and HF_HUB_OFFLINE is set")]
     Offline { repo: String },
+    #[error("nothing can be sent to `{repo}`: HF_HUB_OFFLINE is set")]
+    OfflineSending { repo: String },
     #[error("`{repo}` does not have the contents of `{file}`, which were sent there from {} and removed", dir.display())]
     NotThereAnyMore {
         repo: String,

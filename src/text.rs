@@ -147,6 +147,7 @@ fn documents(path: &Path) -> Result<Vec<String>> {
 
 fn found_instead(value: &Value) -> String {
     match value {
+        Value::Object(map) if map.contains_key("text") => format!("`text`: {}", map["text"]),
         Value::Object(map) => {
             let keys: Vec<&str> = map.keys().map(String::as_str).collect();
             format!("the fields {}", keys.join(", "))

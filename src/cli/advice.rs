@@ -3,9 +3,15 @@
 use svdhub::Error;
 use svdhub::job::MATRICES;
 
+/// What the heads of language models are called.
+const HEADS: [&str; 2] = ["lm_head.", "embed_out."];
+
 /// One sentence that gets the user on, where there is one.
 pub fn advice(error: &Error) -> Option<String> {
     let text = match error {
+        Error::DiskFull { path, .. } if path.ends_with(".svdhub/training.safetensors") => {
+            "free some space, and run the same command with --resume"
+        }
         Error::DiskFull { .. } | Error::DiskTooSmall { .. } => {
             "free some space, or choose another disk with --out; the same command then goes on, or begins anew"
         }
@@ -59,6 +65,18 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::IndexedTensorMissing { .. } | Error::TensorNotIndexed { .. } => {
             "index and shards come from different versions: fetch or copy the model again"
         }
+        Error::TensorMissing { tensor, .. }
+            if !tensor.contains(".layers.")
+                && HEADS.iter().any(|head| tensor.starts_with(head)) =>
+        {
+            "without a head the model predicts no token: take the checkpoint of a …ForCausalLM"
+        }
+        Error::TensorMissing { path, .. } if path.ends_with(".svdhub/training.safetensors") => {
+            "that state is damaged: begin anew in another --out"
+        }
+        Error::NotAModel { missing, .. } if missing.contains("which is not read") => {
+            "convert it once: `AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)` in transformers"
+        }
         Error::TensorMissing { .. } | Error::Shape { .. } => {
             "weights and config.json do not belong together: check that both come from the same model"
         }
@@ -67,6 +85,9 @@ pub fn advice(error: &Error) -> Option<String> {
         }
         Error::NotFinite { .. } => {
             "the file itself is broken there; ask its author, or take an earlier revision (org/name@revision)"
+        }
+        Error::Dtype { found, .. } if found == "F64" => {
+            "convert it to F32 first: `model.float().save_pretrained(…)` in transformers"
         }
         Error::Dtype { .. } => "decompose the unquantised checkpoint of this model",
         Error::Checksum { .. } => {
@@ -105,6 +126,7 @@ pub fn advice(error: &Error) -> Option<String> {
         }
         Error::HeadNotTied { .. } => "leave out --untie-head",
         Error::Diverged { .. } => "lower --lr",
+        Error::Overflown { .. } => "lower --lr or --weight-decay",
         Error::DeadGradient { .. } => {
             "this is a defect of svdhub: please report it with the model's config.json"
         }
@@ -148,6 +170,7 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::RateLimited { .. } => "wait, or set HF_TOKEN: the limits of an account are higher",
         Error::BranchMoved { .. } => "somebody pushed in between: run the same command again",
         Error::DownloadCut { .. } => "run the same command again: it goes on where it stopped",
+        Error::OfflineSending { .. } => "unset HF_HUB_OFFLINE and run the same command again",
         Error::Offline { .. } | Error::NotAllCached { .. } => {
             "unset HF_HUB_OFFLINE once to fetch it"
         }

@@ -35,9 +35,9 @@ pub struct Command {
     /// nearest, or stochastic: small changes then survive 16 bits on average, at the price of noise
     #[arg(long, value_name = "HOW", default_value = "nearest")]
     rounding: RoundingChoice,
-    /// Of stochastic rounding: the same seed gives the same bytes
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
+    /// Of stochastic rounding: the same seed gives the same bytes [default: 0]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
     /// The base model of a sidecar, if it is not where the sidecar says
     #[arg(long, value_name = "MODEL")]
     base: Option<ModelRef>,
@@ -74,6 +74,7 @@ enum RoundingChoice {
 
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
+        let rounding = self.rounding()?;
         let artifact = match self.passing.stream {
             true => session.artifact_to_stream(&self.decomposition, self.base.as_ref())?,
             false => session.artifact(&self.decomposition, self.base.as_ref())?.0,
@@ -81,10 +82,7 @@ impl Command {
         let mixture = session.mixture(&artifact, &self.adapter)?;
         let options = Options {
             dtype: self.dtype.0,
-            rounding: match self.rounding {
-                RoundingChoice::Nearest => Rounding::Nearest,
-                RoundingChoice::Stochastic => Rounding::Stochastic { seed: self.seed },
-            },
+            rounding,
             ..Options::default()
         };
         let hub = self.passing.hub(session)?;
@@ -96,6 +94,20 @@ impl Command {
         session.print(&with_push(&facts, pushed.as_ref()), || {
             show(&facts, &shown(&self.out)) + &told(pushed.as_ref())
         })
+    }
+
+    fn rounding(&self) -> Result<Rounding> {
+        match (self.rounding, self.seed) {
+            (RoundingChoice::Nearest, None) => Ok(Rounding::Nearest),
+            (RoundingChoice::Nearest, Some(_)) => Err(Error::Parse {
+                what: "an option that does something here",
+                value: "--seed".into(),
+                reason: "only --rounding stochastic draws".into(),
+            }),
+            (RoundingChoice::Stochastic, seed) => Ok(Rounding::Stochastic {
+                seed: seed.unwrap_or_default(),
+            }),
+        }
     }
 }
 

@@ -332,9 +332,20 @@ impl Checkpoint {
         }
         let path = dir.join(layout.index_file());
         if !path.exists() {
+            let missing = format!("{} (or {})", layout.single_file(), layout.index_file());
+            let other = std::fs::read_dir(dir).into_iter().flatten().flatten();
+            let mut other = other.filter_map(|entry| entry.file_name().into_string().ok());
+            let other = other.find(|name| {
+                [".bin", ".gguf", ".pth"]
+                    .iter()
+                    .any(|end| name.ends_with(end))
+            });
             return Err(Error::NotAModel {
                 path: dir.into(),
-                missing: format!("{} (or {})", layout.single_file(), layout.index_file()),
+                missing: match other {
+                    Some(name) => format!("{missing}, beside {name}, which is not read,"),
+                    None => missing,
+                },
             });
         }
         let bytes = std::fs::read(&path).context("read", &path)?;
