@@ -393,7 +393,7 @@ pub enum Error {
         expected: u64,
     },
     #[error(
-        "the repository `{repo}` holds the file name `{name}`, which would leave the folder it is downloaded to"
+        "the repository `{repo}` holds the file name `{name}`, which would leave the folder it is downloaded to, or lie where git or svdhub keep their own"
     )]
     HostilePath { repo: String, name: String },
     #[error("`{repo}` is not in the cache and HF_HUB_OFFLINE is set")]

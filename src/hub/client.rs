@@ -19,6 +19,7 @@ use super::sender::Sender;
 use super::xet::Engine;
 use crate::error::{Error, Result};
 use crate::weights::header::HEADER_BYTES_MAX;
+use crate::workspace::STATE_DIR;
 
 /// An access token. It shows itself nowhere but in the header it is made for.
 #[derive(Clone, PartialEq, Eq)]
@@ -530,7 +531,7 @@ fn next_page(headers: &HeaderMap) -> Option<String> {
     Some(url.to_string())
 }
 
-/// Refuses to fetch files whose names lead out of the folder they are downloaded to.
+/// Refuses to fetch files whose names lead out of the folder they are downloaded to, or into what git and svdhub keep there.
 pub(super) fn refuse_hostile(repo: &str, files: &[RemoteFile]) -> Result<()> {
     match files.iter().find(|file| !stays_inside(&file.path)) {
         None => Ok(()),
@@ -547,7 +548,7 @@ pub(super) fn stays_inside(path: &str) -> bool {
         && !path.contains(['\\', '\0'])
         && path
             .split('/')
-            .all(|part| !part.is_empty() && part != "." && part != "..")
+            .all(|part| !["", ".", "..", ".git", STATE_DIR].contains(&part))
 }
 
 /// One path segment of a URL.
@@ -582,6 +583,8 @@ mod tests {
             "a\\b",
             "a/./b",
             "x\0y",
+            ".git/hooks/post-checkout",
+            "a/.svdhub/job.json",
         ] {
             assert!(!stays_inside(bad), "{bad:?}");
         }

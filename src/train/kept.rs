@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::{Options, Run, Standing, Sums, groups, numbers};
+use super::run::{Run, numbers};
+use super::{Options, Standing, Sums, groups};
 use crate::adapter::{self, Adapter, AdapterConfig};
 use crate::artifact::Artifact;
 use crate::base::{Base, card_facts, side_sums};

@@ -277,6 +277,25 @@ mod tests {
         }
     }
 
+    /// Where the nearest is infinity, so is whatever the draw; where it is not, no draw makes it so.
+    #[test]
+    fn stochastic_rounding_leaves_the_range_where_the_nearest_does() {
+        // half a step above the largest number of each
+        for (dtype, largest, half) in [
+            (Dtype::F16, 65504.0, 16.0),
+            (Dtype::BF16, f64::from(half::bf16::MAX), 2f64.powi(119)),
+        ] {
+            for (x, leaves) in [(largest + 1.5 * half, true), (largest + 0.5 * half, false)] {
+                for uniform in [0.0, 0.3, 0.999] {
+                    for x in [x, -x] {
+                        let found = value_of(dtype, either(dtype, x, uniform));
+                        assert_eq!(found.is_infinite(), leaves, "{dtype:?}, {x}: {found}");
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn stochastic_rounding_depends_on_seed_tensor_and_place_alone() {
         let round = |seed, tensor: &str| {

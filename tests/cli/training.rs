@@ -136,6 +136,24 @@ fn adapters_add_linearly_and_cancel() {
 }
 
 #[test]
+fn the_learning_rate_grows_and_falls_as_it_was_asked_to() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let data = fixture("eighty-train.txt");
+    let arguments =
+        "--out a --steps 4 --warmup 2 --lr 1e-2 --schedule linear --length 32 --batch 1";
+    let arguments: Vec<&str> = arguments.split(' ').collect();
+    let train = ["train", arg(&split), "--data", arg(&data)];
+    let run = world.run(&[&train[..], &arguments].concat()).succeeds();
+    for (step, rate) in [(1, "5.0e-3"), (2, "1.0e-2"), (3, "1.0e-2"), (4, "5.0e-3")] {
+        let mut lines = run.stderr.lines();
+        let line = lines.find(|line| line.starts_with(&format!("step     {step} of 4")));
+        let line = line.unwrap_or_else(|| panic!("{}", run.stderr));
+        assert!(line.contains(&format!("lr {rate} ")), "{line}");
+    }
+}
+
+#[test]
 fn numbers_that_leave_f32_in_the_last_update_are_no_adapter() {
     let world = World::new();
     let split = decomposed(&world, &[]);
