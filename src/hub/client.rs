@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::Read;
 use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hf_hub::HFClientSync;
 use reqwest::blocking::{Client, RequestBuilder, Response};
@@ -123,6 +123,9 @@ const UPLOAD_BYTES_PER_S: u64 = 32 << 10;
 pub(super) const WAIT_MAX: Duration = Duration::from_secs(300);
 pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(300);
 pub(super) const USER_AGENT: &str = concat!("svdhub/", env!("CARGO_PKG_VERSION"));
+
+/// An answer to read at once has this many times what a single reading may take.
+const ANSWER_PATIENCES: u32 = 3;
 
 impl Hub {
     /// Prepares a client; nothing is sent yet.
@@ -318,9 +321,20 @@ impl Hub {
     pub(super) fn json<T: DeserializeOwned>(&self, what: &Asked, response: Response) -> Result<T> {
         let mut text = Vec::new();
         let mut body = response.take(HEADER_BYTES_MAX);
-        body.read_to_end(&mut text).map_err(|_| Error::AnswerCut {
-            request: what.action.into(),
-        })?;
+        // one that comes byte by byte is in time with each of them, and never ends
+        let last = Instant::now() + ANSWER_PATIENCES * self.options.patience;
+        let mut block = [0; 16 << 10];
+        loop {
+            match body.read(&mut block) {
+                Ok(0) => break,
+                Ok(count) if Instant::now() < last => text.extend_from_slice(&block[..count]),
+                _ => {
+                    return Err(Error::AnswerCut {
+                        request: what.action.into(),
+                    });
+                }
+            }
+        }
         serde_json::from_slice(&text).map_err(|e| Error::HubStatus {
             status: 200,
             request: what.action.into(),
@@ -612,6 +626,31 @@ mod tests {
         ] {
             assert_eq!(hub.at_endpoint(other), other);
         }
+    }
+
+    #[test]
+    fn an_answer_that_comes_byte_by_byte_is_not_waited_for() {
+        use std::io::Write;
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("has one");
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.expect("a connection");
+                std::thread::spawn(move || {
+                    let head = "HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n";
+                    let mut sent = stream.write_all(head.as_bytes());
+                    while sent.is_ok() {
+                        std::thread::sleep(Duration::from_millis(20));
+                        sent = stream.write_all(b" ");
+                    }
+                });
+            }
+        });
+        let mut options = HubOptions::new(format!("http://{address}"), "/nowhere");
+        options.patience = Duration::from_millis(100);
+        let hub = Hub::new(options).expect("builds");
+        let found = hub.commit_of("org/name", "main");
+        assert!(matches!(found, Err(Error::AnswerCut { .. })), "{found:?}");
     }
 
     #[test]
