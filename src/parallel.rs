@@ -52,7 +52,7 @@ pub fn join(started: &Started, device: &Device) -> Result<Arc<dyn Group>> {
                     "{on_gpus} of {size} compute on GPUs, and the others on CPUs"
                 )));
             }
-            let group = between_gpus(device, mpi.rank(), mpi.size(), &|bytes| {
+            let gpus = between_gpus(device, mpi.rank(), mpi.size(), &|bytes| {
                 // as numbers that nobody calculates with
                 let words = bytes.chunks_exact(4);
                 let mut words: Vec<f32> = words
@@ -64,9 +64,7 @@ pub fn join(started: &Started, device: &Device) -> Result<Arc<dyn Group>> {
                 }
                 Ok(())
             })?;
-            // NCCL needs it no more, and Open MPI takes a process that ends without this for one that failed
-            mpi.finish()?;
-            Ok(group)
+            Ok(Arc::new(Kept { gpus, mpi }))
         }
         Started::ByTorchrun(_) if device.is_cpu() => Err(refuse(
             "on CPUs they find each other through MPI, and torchrun starts none",
@@ -120,6 +118,36 @@ pub trait Group: Debug + Send + Sync {
 
     /// Waits until all have come here. One that fails does not: what started it then ends the others.
     fn finish(&self) -> Result<()>;
+}
+
+/// Processes whose GPUs add up, and which MPI keeps together to the end: whoever leaves it before has failed, and is seen to.
+#[derive(Debug)]
+struct Kept {
+    gpus: Arc<dyn Group>,
+    mpi: Mpi,
+}
+
+impl Group for Kept {
+    fn rank(&self) -> usize {
+        self.gpus.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.gpus.size()
+    }
+
+    fn sum(&self, values: &mut [f32]) -> Result<()> {
+        self.gpus.sum(values)
+    }
+
+    fn spread(&self, values: &mut [f32]) -> Result<()> {
+        self.gpus.spread(values)
+    }
+
+    fn finish(&self) -> Result<()> {
+        self.gpus.finish()?;
+        self.mpi.finish()
+    }
 }
 
 /// One process by itself.

@@ -54,6 +54,11 @@ pub fn place_on_this_machine() -> usize {
     names.iter().find_map(|name| told(name)).unwrap_or(0)
 }
 
+/// Whether torchrun has started more than this one on this machine.
+pub fn shares_this_machine() -> bool {
+    told("LOCAL_WORLD_SIZE").is_some_and(|count: usize| count > 1)
+}
+
 /// The variables that are set to something.
 struct Environment<F>(F);
 

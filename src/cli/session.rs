@@ -349,26 +349,37 @@ impl Session {
             DeviceChoice::Cpu => Ok(Device::Cpu),
             DeviceChoice::Cuda(number) => device::open(number.unwrap_or(0)),
             DeviceChoice::Auto if !candle_core::utils::cuda_is_available() => Ok(Device::Cpu),
-            DeviceChoice::Auto => device::open(0).or_else(|error| {
-                self.observer()
-                    .warn(format!("{error}; computing on the CPU"));
-                Ok(Device::Cpu)
-            }),
+            DeviceChoice::Auto => device::open(0).or_else(|error| self.on_cpu(&error)),
         }
     }
 
-    /// The same of one of several processes. Where there are GPUs, `auto` never takes the CPU: the others have theirs.
+    /// The same of one of several processes, each of which takes a GPU of its own.
     fn device_among(&self, choice: DeviceChoice, started: &Started) -> Result<Device> {
         let told = match choice {
             DeviceChoice::Cpu => return Ok(Device::Cpu),
             DeviceChoice::Cuda(number) => number,
             DeviceChoice::Auto => None,
         };
-        match device::gpus()? {
+        let by_torchrun = matches!(started, Started::ByTorchrun(_));
+        let open = || match device::gpus()? {
             // it says what is missing
             0 => self.device(choice),
-            gpus => device::open(own_gpu(told, env::place_on_this_machine(), gpus, started)?),
+            gpus => {
+                let shared = by_torchrun && env::shares_this_machine();
+                device::open(own_gpu(told, env::place_on_this_machine(), gpus, shared)?)
+            }
+        };
+        match choice {
+            // MPI refuses them together if others have a GPU
+            DeviceChoice::Auto if !by_torchrun => open().or_else(|error| self.on_cpu(&error)),
+            _ => open(),
         }
+    }
+
+    fn on_cpu(&self, error: &Error) -> Result<Device> {
+        self.observer()
+            .warn(format!("{error}; computing on the CPU"));
+        Ok(Device::Cpu)
     }
 
     /// Where this process computes, and the processes that were started with it to work together, if that is what they do.
@@ -393,19 +404,18 @@ impl Session {
 
 /// The number of the GPU of one of several processes, `place` among those on its machine, that sees so many of them.
 ///
-/// One may be all that it sees: Slurm's --gpus-per-task shows each process its own.
-fn own_gpu(told: Option<usize>, place: usize, gpus: usize, started: &Started) -> Result<usize> {
+/// One may be all that it sees: Slurm's --gpus-per-task shows each process its own. `shared`: torchrun has started several
+/// on this machine.
+fn own_gpu(told: Option<usize>, place: usize, gpus: usize, shared: bool) -> Result<usize> {
     let own = place % gpus;
-    match (told, started) {
-        (Some(number), Started::ByTorchrun(meeting)) if meeting.size > 1 && number != own => {
-            Err(Error::Parallel {
-                reason: format!(
-                    "torchrun tells them apart by LOCAL_RANK, which is {place} here, and --device cuda:{number} gives all of \
+    match told {
+        Some(number) if shared && number != own => Err(Error::Parallel {
+            reason: format!(
+                "torchrun tells them apart by LOCAL_RANK, which is {place} here, and --device cuda:{number} gives all of \
                      them one GPU"
-                ),
-            })
-        }
-        (told, _) => Ok(told.unwrap_or(own)),
+            ),
+        }),
+        told => Ok(told.unwrap_or(own)),
     }
 }
 
@@ -437,34 +447,20 @@ pub fn shown(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use svdhub::parallel::{Flavour, Meeting};
 
     #[test]
     fn each_process_on_a_machine_takes_a_gpu_of_its_own() {
-        let by_mpi = Started::ByMpi {
-            flavour: Flavour::OpenMpi,
-            size: 4,
-        };
-        let by_torchrun = |size| {
-            Started::ByTorchrun(Meeting {
-                rank: 1,
-                size,
-                host: "127.0.0.1".into(),
-                port: 29_500,
-            })
-        };
-        for started in [&by_mpi, &by_torchrun(4)] {
-            let own = |place, gpus| own_gpu(None, place, gpus, started).expect("a GPU");
+        for shared in [false, true] {
+            let own = |place, gpus| own_gpu(None, place, gpus, shared).expect("a GPU");
             assert_eq!([0, 1, 2, 3].map(|place| own(place, 4)), [0, 1, 2, 3]);
             // of each only its own is visible
             assert_eq!([0, 1, 2, 3].map(|place| own(place, 1)), [0; 4]);
-            assert_eq!(own_gpu(Some(2), 2, 4, started).expect("its own"), 2);
-            assert_eq!(own_gpu(Some(0), 2, 1, started).expect("its own"), 0);
+            assert_eq!(own_gpu(Some(2), 2, 4, shared).expect("its own"), 2);
+            assert_eq!(own_gpu(Some(0), 2, 1, shared).expect("its own"), 0);
         }
         // a script around the program may choose by another rule
-        assert_eq!(own_gpu(Some(0), 2, 4, &by_mpi).expect("as told"), 0);
-        assert_eq!(own_gpu(Some(3), 0, 4, &by_torchrun(1)).expect("as told"), 3);
-        let refused = own_gpu(Some(0), 2, 4, &by_torchrun(4)).expect_err("refused");
+        assert_eq!(own_gpu(Some(3), 0, 4, false).expect("as told"), 3);
+        let refused = own_gpu(Some(0), 2, 4, true).expect_err("refused");
         let help = advice::advice(&refused).expect("help");
         assert!(refused.to_string().contains("LOCAL_RANK"), "{refused}");
         assert!(help.contains("--device auto"), "{help}");
