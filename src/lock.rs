@@ -20,6 +20,8 @@ pub fn hold(path: &Path) -> Result<File> {
     Ok(file)
 }
 
+const NO_LOCKS: [i32; 3] = [libc::ENOLCK, libc::ENOSYS, libc::EOPNOTSUPP];
+
 /// An empty file to write to, alone: what an earlier run left of it is gone, and another process that writes it now is
 /// waited for.
 pub fn create(path: &Path) -> Result<File> {
@@ -31,7 +33,14 @@ pub fn create(path: &Path) -> Result<File> {
             }
             opened => opened.context("create", path)?,
         };
-        file.lock().context("lock", path)?;
+        match file.lock() {
+            // a file system without locks: whoever works there works alone
+            Err(error)
+                if error
+                    .raw_os_error()
+                    .is_some_and(|code| NO_LOCKS.contains(&code)) => {}
+            locked => locked.context("lock", path)?,
+        }
         let held = file.metadata().context("read", path)?;
         // whoever held it may have given it its name meanwhile
         if std::fs::symlink_metadata(path).is_ok_and(|found| found.ino() == held.ino()) {
