@@ -340,6 +340,16 @@ mod tests {
     }
 
     #[test]
+    fn the_card_of_a_mixture_tells_its_factors() {
+        let mut report = report();
+        report.remove("train");
+        report["merge"]["adapters"] = json!([["aa", 0.7], ["bb", -0.5]]);
+        let card = render(Kind::Model, "me/mix", &report).expect("renders");
+        let words = "with 2 adapters of one decomposition, times 0.7, -0.5. An ordinary model";
+        assert!(card.contains(words), "{card}");
+    }
+
+    #[test]
     fn a_decompositions_card_tells_nothing_of_training() {
         let card = render(Kind::Decomposition, "me/svd", &report()).expect("renders");
         assert!(!card.contains("## Training") && !card.contains("| merged |"));

@@ -7,6 +7,13 @@ use crate::{adapter, artifact, peft};
 /// Not `model.safetensors`: `AutoModel.from_pretrained` would take M′ for the model.
 pub const SVD_TRAINING_WEIGHTS: &str = "svd_training.safetensors";
 
+/// The weights of what has neither an index nor a model's names: adapters, and exports.
+pub const SINGLE_FILES: [&str; 3] = [
+    adapter::WEIGHTS_FILE,
+    peft::LORA_WEIGHTS,
+    SVD_TRAINING_WEIGHTS,
+];
+
 /// What a directory holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use super::client::{RemoteFile, stays_inside};
 use crate::base::travels;
 use crate::error::{Error, IoContext, Result};
+use crate::kind::SINGLE_FILES;
 use crate::lock;
 use crate::sum::hex;
 use crate::weights::Layout;
@@ -310,7 +311,7 @@ impl Cache {
             found.extend(name.into_string().map(|name| (name, bytes)));
         }
         let mut shards = Vec::new();
-        let mut weights = vec![crate::adapter::WEIGHTS_FILE.to_string()];
+        let mut weights = SINGLE_FILES.map(String::from).to_vec();
         for layout in [Layout::Model, Layout::Decomposition] {
             weights.push(layout.single_file());
             let index = dir.join(layout.index_file());

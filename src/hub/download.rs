@@ -12,6 +12,7 @@ use super::client::{Asked, DOWNLOAD, Hub, RemoteFile, refuse_hostile, segment, s
 use super::xet::Way;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Gauge, Observer, Stage, Unit};
+use crate::kind::SINGLE_FILES;
 use crate::lock;
 use crate::weights::Layout;
 use crate::weights::checkpoint::Index;
@@ -186,7 +187,7 @@ impl Hub {
 
     /// The weight files of whatever the repository holds: single files, and what the indices name.
     fn weight_files(&self, repo: &str, commit: &str, files: &[RemoteFile]) -> Result<Vec<String>> {
-        let mut weights = vec![crate::adapter::WEIGHTS_FILE.to_string()];
+        let mut weights = SINGLE_FILES.map(String::from).to_vec();
         for layout in [Layout::Model, Layout::Decomposition] {
             let named = |name: &str| files.iter().find(|f| f.path == name);
             let index_file = layout.index_file();

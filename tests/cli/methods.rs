@@ -383,6 +383,54 @@ fn a_lora_of_a_plain_model_or_of_its_decomposition_is_the_one_that_was_trained()
 }
 
 #[test]
+fn what_peft_and_others_load_is_read_from_a_hub_too() {
+    let world = World::with_hub();
+    let (base, split) = decomposed(&world, Dtype::F32, &[]);
+    let options = [&AS_LORA[..], &["--steps", "2"]].concat();
+    let (lora, _) = trained(&world, &base, "lora", &options);
+    let (adapter, _) = trained(&world, &split, "adapter", &["--steps", "2"]);
+    let text = fixture("eighty-heldout.txt");
+    for (target, out) in [("peft-lora", "exported"), ("svd-training", "state")] {
+        let export = [
+            "export",
+            arg(&split),
+            "--adapter",
+            arg(&adapter),
+            "--to",
+            target,
+            "--out",
+            out,
+        ];
+        world.run(&export).succeeds();
+    }
+    for (dir, repo) in [
+        (&lora, "org/lora"),
+        (&world.path("exported"), "org/exported"),
+        (&world.path("state"), "org/state"),
+    ] {
+        world.run(&["publish", arg(dir), repo]).succeeds();
+        world.run(&["verify", repo]).succeeds();
+    }
+    for (dir, repo) in [
+        (&lora, "org/lora"),
+        (&world.path("exported"), "org/exported"),
+    ] {
+        let loss = |adapter: &str| {
+            let evaluate = [
+                "evaluate",
+                arg(&base),
+                "--adapter",
+                adapter,
+                "--data",
+                arg(&text),
+            ];
+            world.json(&evaluate)["loss"].clone()
+        };
+        assert_eq!(loss(repo), loss(arg(dir)));
+    }
+}
+
+#[test]
 fn a_lora_that_changes_the_base_is_refused_by_key() {
     let world = World::new();
     let (base, _) = decomposed(&world, Dtype::F32, &[]);

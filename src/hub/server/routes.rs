@@ -145,8 +145,12 @@ impl Visit<'_> {
                     ("POST", "preupload") => self.preupload(&revision),
                     ("POST", "commit") => self.commit(&revision),
                     ("POST", "tag") => self.create_tag(&revision),
-                    ("GET", "xet-read-token") => self.xet_token(Right::Read, &revision),
-                    ("GET", "xet-write-token") => self.xet_token(Right::Write, &revision),
+                    ("GET", "xet-read-token") => self.xet_token(Right::Read, Some(&revision)),
+                    // before a pull request is there, Python's client names no revision
+                    ("GET", "xet-write-token") if self.call.flag("create_pr") => {
+                        self.xet_token(Right::Write, None)
+                    }
+                    ("GET", "xet-write-token") => self.xet_token(Right::Write, Some(&revision)),
                     _ => no_route(self.call),
                 }
             }

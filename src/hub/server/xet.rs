@@ -140,8 +140,8 @@ fn wait<T>(work: impl Future<Output = T>) -> T {
 
 impl Visit<'_> {
     /// Where the store is and what opens it: in the body, as some clients read it, and in headers, as others do.
-    pub fn xet_token(&self, right: Right, revision: &str) -> Result<Reply, Refusal> {
-        let told = self.told(right, Some(revision))?;
+    pub fn xet_token(&self, right: Right, revision: Option<&str>) -> Result<Reply, Refusal> {
+        let told = self.told(right, revision)?;
         let answer = json!({"casUrl": told.url, "accessToken": told.token, "exp": told.expires});
         let headers = told.headers().into_iter();
         Ok(headers.fold(Reply::json(answer), |reply, (name, value)| {
