@@ -57,7 +57,12 @@ impl Hub {
                 file: what.file.clone(),
             },
             // to the anonymous, so is what is private or not there; of a bad token the Hub says this sentence (huggingface_hub)
-            (401, None) if self.is_of_a_repo(&what.url) && detail != BAD_TOKEN => {
+            (401, None)
+                if self.is_of_a_repo(&what.url)
+                    && detail != BAD_TOKEN
+                    // it has expired, or the like
+                    && !detail.starts_with("User Access Token") =>
+            {
                 Error::RepoNotFound { repo, endpoint }
             }
             (401, _) => Error::Unauthorized { detail },

@@ -33,8 +33,18 @@ pub(super) fn refuse_too_large(source: &Source, options: &Options, length: usize
         return Ok(());
     }
     match (planned(source, options, length), machine_bytes()) {
-        (Some(planned), Some(there)) if planned.peak_bytes / 2 > there => {
-            Err(no_room(&planned, options))
+        (Some(planned), Some(there)) => {
+            // the weights are in there as if all of them were decomposed, and to the rank asked for: they are left out
+            let grows = [
+                planned.moving_bytes,
+                planned.activations_bytes,
+                planned.passing_bytes,
+            ];
+            let grows = grows.into_iter().fold(0, u64::saturating_add);
+            match grows / 2 > there {
+                true => Err(no_room(&planned, options)),
+                false => Ok(()),
+            }
         }
         _ => Ok(()),
     }
