@@ -383,6 +383,32 @@ mod tests {
     use serde_json::json;
 
     #[test]
+    fn a_zero_that_no_adapter_moves_keeps_its_sign() {
+        let base = Elements::from_f32(&[3], &[-0.0, 0.0, 2.0]);
+        let config = json!({"schema": SCHEMA, "method": "sigma", "trained": [], "decomposition": {"repo": null,
+            "revision": null, "content_sha256": "c"}, "base": {"repo": null, "revision": null, "sha256": {}},
+            "weights_sha256": null, "tool": Tool::this(), "sha256": null});
+        let adapter = |values: &[f32]| Adapter {
+            dir: PathBuf::new(),
+            config: serde_json::from_value(config.clone()).expect("a config"),
+            delta: BTreeMap::new(),
+            core: BTreeMap::new(),
+            tensors: [("e".into(), Elements::from_f32(&[3], values))].into(),
+        };
+        for parts in [
+            vec![(adapter(&[-0.0, 0.0, 5.0]), 0.0)],
+            vec![
+                (adapter(&[-0.0, 0.0, 5.0]), 1.0),
+                (adapter(&[-0.0, 0.0, 5.0]), -1.0),
+            ],
+        ] {
+            let sum = Mixture { parts }.tensor("e", &base).expect("is trained");
+            let bits: Vec<u64> = sum.iter().map(|x| x.to_bits()).collect();
+            assert_eq!(bits, [-0f64, 0.0, 2.0].map(f64::to_bits));
+        }
+    }
+
+    #[test]
     fn sigma_and_norms_of_phi_3_mini_at_a_tenth_are_less_than_a_megabyte() {
         let dir = tempfile::tempdir().expect("a folder");
         let phi3 = json!({"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::error::Result;
+use crate::hub::PUBLIC_HUB;
 use crate::kind::Kind;
 use crate::sum::sha256_hex;
 use crate::template::{self, Shown};
@@ -93,9 +94,7 @@ pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<Str
             if !file.contains("://") && matches!(kind, Kind::Adapter | Kind::Lora) =>
         {
             let revision = base["revision"].as_str().unwrap_or("main");
-            json!(format!(
-                "https://huggingface.co/{repo}/blob/{revision}/{file}"
-            ))
+            json!(format!("{PUBLIC_HUB}/{repo}/blob/{revision}/{file}"))
         }
         _ => base_card["license_link"].clone(),
     };

@@ -33,21 +33,22 @@ pub(super) fn refuse_too_large(source: &Source, options: &Options, length: usize
         return Ok(());
     }
     match (planned(source, options, length), machine_bytes()) {
-        (Some(planned), Some(there)) => {
-            // the weights are in there as if all of them were decomposed, and to the rank asked for: they are left out
-            let grows = [
-                planned.moving_bytes,
-                planned.activations_bytes,
-                planned.passing_bytes,
-            ];
-            let grows = grows.into_iter().fold(0, u64::saturating_add);
-            match grows / 2 > there {
-                true => Err(no_room(&planned, options)),
-                false => Ok(()),
-            }
+        (Some(planned), Some(there)) if outgrows(&planned, there) => {
+            Err(no_room(&planned, options))
         }
         _ => Ok(()),
     }
+}
+
+/// Whether what grows with the batch and with what moves is twice a memory. Weights are left out: they are planned as if all
+/// of them were decomposed, to the rank that was asked for.
+fn outgrows(planned: &Training, there: u64) -> bool {
+    let grows = [
+        planned.moving_bytes,
+        planned.activations_bytes,
+        planned.passing_bytes,
+    ];
+    grows.into_iter().fold(0, u64::saturating_add) / 2 > there
 }
 
 /// This machine's memory (proc_meminfo(5)).
@@ -105,6 +106,25 @@ mod tests {
         assert!(Error::Candle(none).is_out_of_device_memory());
         let other = Msg(r#"DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, "an illegal address")"#.into());
         assert!(!Error::Candle(other).is_out_of_device_memory());
+    }
+
+    #[test]
+    fn weights_that_were_not_decomposed_outgrow_no_memory() {
+        let planned = |weights_bytes, activations_bytes| Training {
+            method: "sigma",
+            batch: 1,
+            length: 2,
+            recompute: false,
+            parameters: 1,
+            weights_bytes,
+            moving_bytes: 12,
+            activations_bytes,
+            passing_bytes: 8,
+            peak_bytes: u64::MAX,
+        };
+        assert!(!outgrows(&planned(u64::MAX, 1980), 1000));
+        assert!(outgrows(&planned(0, 1982), 1000));
+        assert!(outgrows(&planned(0, u64::MAX), u64::MAX / 4));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use svdhub::hub::server::{Effect, Fault};
 use svdhub::weights::{Checkpoint, Dtype, Elements, Layout};
 
-use crate::world::{World, arg, fixture, tensors, write_model};
+use crate::world::{Run, World, arg, fixture, tensors, wait_until, write_model};
 
 fn decomposed(world: &World, options: &[&str]) -> PathBuf {
     let base = world.model("base", Dtype::BF16, u64::MAX);
@@ -389,9 +389,36 @@ fn changed_small_files_are_found_before_they_decide_numbers() {
         );
         std::fs::write(&path, whole).expect("writes");
     }
-    // what others put beside it is not the decomposition's
-    std::fs::write(split.join("run.log"), "notes").expect("writes");
-    world.run(&["verify", arg(&split)]).succeeds();
+}
+
+#[test]
+fn what_others_put_into_an_unfinished_directory_is_not_the_decompositions() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let index = |dir: &Path| dir.join("svd.safetensors.index.json");
+    let clean = std::fs::read(index(&split)).expect("reads");
+    let base = world.path("base");
+    let decompose = |out: &Path| {
+        let arguments = ["decompose", arg(&base), "--out", arg(out)];
+        world.command(&arguments)
+    };
+    // a busy machine may kill too late
+    let mut attempts = (0..20).map(|attempt| world.path(&format!("killed-{attempt}")));
+    let killed = attempts.find(|out| {
+        let mut child = decompose(out).spawn().expect("starts");
+        wait_until("the work has begun", || {
+            out.join(".svdhub/job.json").exists()
+        });
+        child.kill().expect("kills");
+        child.wait().expect("is gone");
+        !index(out).exists()
+    });
+    let out = killed.expect("one of them was killed at work");
+    std::fs::write(out.join("run.log"), "notes").expect("writes");
+    Run::of(decompose(&out).output().expect("runs")).succeeds();
+    assert!(std::fs::read(index(&out)).expect("reads") == clean);
+    std::fs::remove_file(out.join("run.log")).expect("it is left alone");
+    world.run(&["verify", arg(&out)]).succeeds();
 }
 
 #[test]

@@ -624,6 +624,19 @@ fn refusals_say_what_helps() {
 }
 
 #[test]
+fn a_token_that_expired_is_not_a_missing_repository() {
+    let world = published_base(u64::MAX);
+    let told = r#"User Access Token \"work\" is expired"#;
+    let body = format!(r#"{{"error": "{told}"}}"#);
+    world.fault("/api/models/", 9, answer(401, &[], &body));
+    world.run(&["plan", "org/base"]).refuses(&[
+        "does not accept the token",
+        "is expired",
+        "HF_TOKEN",
+    ]);
+}
+
+#[test]
 fn an_unreachable_hub_is_said_in_one_sentence() {
     let world = World::new();
     let run = world
