@@ -14,6 +14,7 @@ mod product;
 mod real;
 mod route;
 mod rows;
+mod single;
 pub mod svd;
 mod tiles;
 mod twisted;

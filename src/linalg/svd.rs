@@ -4,45 +4,21 @@
 //! product with M gives the values and the long vectors. Single precision squares the condition number κ = σ₁/σ_q, so
 //! that values which dwarf the rest are taken out first, and what remains too wide is done in double precision.
 
-use std::ops::{Range, RangeInclusive};
+use std::ops::RangeInclusive;
 
-use ndarray::{Array1, ArrayView2, Axis, concatenate, s};
+use ndarray::{Array1, ArrayView2, s};
 
-use super::algorithm::{Algorithm, Refused, Route, Svd, Wanted};
-use super::filtered;
-use super::krylov::{self, Pairs};
+use super::algorithm::{Algorithm, Route, Svd, Wanted};
 use super::lapack::Tridiagonal;
-use super::operand::{Backend, Operand, Rest};
-use super::outliers::{Outliers, outliers};
-use super::product::{gemm, gram, multiply, short_side_first};
+use super::operand::{Backend, Operand};
+use super::product::{gram, short_side_first};
 use super::route::Thresholds;
 use super::rows;
-use super::tiles::Lower;
+use super::single::{self, Attempt};
 use crate::error::{Error, Result};
-
-/// Single precision is accepted while 4·κ²·2⁻²⁴ stays under the tolerance (measured error: 0.8 to 2.1 κ²·2⁻²⁴).
-const F32_ERROR_PER_KAPPA2: f64 = 4.0 * 5.96e-8;
-
-/// What single precision may add to the errors of [`Algorithm::fast`], which are ten times as large.
-const FAST_TOLERANCE: f64 = 1e-2;
-
-/// How well outliers are known with [`Algorithm::fast`]: well enough for those some 3,000 times σ_q.
-const FAST_OUTLIERS: f64 = 1e-4;
-
-/// What of the outliers may be left beside σ_q² with [`Algorithm::fast`]: a twentieth of σ_q at most.
-const FAST_LEFT: f64 = 0.1;
-
-/// What the noise of a Gram matrix may add to ‖M′‖², relative, for 10: within the promised 10⁻⁶ of ‖M′‖.
-const NOISE_EXCESS: f64 = 1e-7;
 
 /// ‖M‖ ≥ σ₁ with which σ fits f32, and the products with M are not all denormal.
 const F32_NORMS: RangeInclusive<f64> = f32::MIN_POSITIVE as f64..=f32::MAX as f64;
-
-/// ‖M‖² within which f32 holds M·Mᵀ, and what is made of it, with room to spare.
-const F32_SQUARES: Range<f64> = 1e-20..1e30;
-
-/// Above this share of the energy the tail that decides q is below single precision's noise.
-const F64_ENERGY: f64 = 0.9999;
 
 /// All min(m, n) singular values of `matrix` (m, n), descending.
 ///
@@ -130,7 +106,7 @@ fn decompose_with(
     if side <= thresholds.full_side {
         return certified(problem.in_full(wanted)?);
     }
-    let refused = match problem.in_single(wanted)? {
+    let refused = match single::attempt(&problem, wanted)? {
         Attempt::Accepted(svd) => return Ok(svd),
         Attempt::Refused(refused) => Some(refused),
         Attempt::Unsuitable => None,
@@ -149,211 +125,10 @@ pub(super) struct Problem<'a> {
     pub(super) short: Operand<'a>,
     pub(super) norm_squared: f64,
     pub(super) algorithm: &'a Algorithm,
-    thresholds: &'a Thresholds,
-}
-
-#[allow(clippy::large_enum_variant)] // there is one of them at a time
-enum Attempt {
-    Accepted(Svd),
-    Refused(Refused),
-    Unsuitable,
+    pub(super) thresholds: &'a Thresholds,
 }
 
 impl Problem<'_> {
-    /// Single precision, by the cheapest route that κ allows.
-    fn in_single(&self, wanted: Wanted) -> Result<Attempt> {
-        let (side, length) = self.short.dim();
-        let tolerance = if self.algorithm.fast {
-            self.algorithm.tolerance.max(FAST_TOLERANCE)
-        } else {
-            self.algorithm.tolerance
-        };
-        let limit = (tolerance / F32_ERROR_PER_KAPPA2).sqrt();
-        let needs_double = match wanted {
-            Wanted::Triplets(q) => self.thresholds.needs_double(side, q),
-            Wanted::Energy(share) => share > F64_ENERGY || side <= self.thresholds.f64_side,
-        };
-        if needs_double || !F32_SQUARES.contains(&self.norm_squared) {
-            return Ok(Attempt::Unsuitable);
-        }
-        // σ_q is not known yet. Spectra without a gap have it a fifth above the root mean square up to an eighth of the rank,
-        // above it up to a quarter, and above two thirds of it up to a half; a guess that fails is caught by κ as it is measured
-        let guess = match wanted {
-            Wanted::Triplets(q) if 8 * q <= side && !self.algorithm.fast => 1.2,
-            Wanted::Triplets(q) if 4 * q <= side => 1.0,
-            Wanted::Triplets(q) if 2 * q <= side => 0.65,
-            _ => 0.35,
-        };
-        let stands_out = |square: f64, mean: f64| square > (guess * limit).powi(2) * mean;
-        let large = outliers(
-            &self.short,
-            self.norm_squared,
-            stands_out,
-            if self.algorithm.fast {
-                FAST_OUTLIERS
-            } else {
-                3e-6
-            },
-            self.algorithm.seed,
-        )?;
-        let large = large.at_most(match wanted {
-            Wanted::Triplets(q) => q - 1,
-            Wanted::Energy(_) => side,
-        });
-        let first = large.sigma.first().copied().unwrap_or_default();
-        // noise ‖E‖ in the Gram matrix costs the leading vectors some 10·‖E‖²/(s·σ_q⁴) of what is left without them
-        let noise = Lower::noise(length, self.algorithm.fast) * first.powi(2);
-        let noise_max = (NOISE_EXCESS * side as f64).sqrt();
-        let apart: f64 = large.sigma.iter().map(|s| s * s).sum();
-        let mean = (self.norm_squared - apart).max(0.0) / side as f64;
-        let rest = self.short.without(&large.vectors)?;
-        let squared = noise <= noise_max * guess.powi(2) * mean;
-        let mut pairs = self.pairs(&rest, &large, wanted, squared)?;
-        let last = |pairs: &Pairs| f64::from(*pairs.0.last().expect("at least one is computed"));
-        let is_noisy = |(_, found): &(Route, Pairs)| noise > 2.0 * noise_max * last(found);
-        if rest.was_squared() && pairs.as_ref().is_some_and(is_noisy) {
-            // σ_q is less than was guessed
-            pairs = self.pairs(&rest, &large, wanted, false)?;
-        }
-        let Some((route, (values, vectors))) = pairs else {
-            return Ok(Attempt::Unsuitable);
-        };
-        let deflate = |route| match route {
-            _ if large.sigma.is_empty() => route,
-            Route::Krylov => Route::DeflatedKrylov,
-            Route::GramF32 => Route::DeflatedGramF32,
-            other => other,
-        };
-        let route = deflate(route);
-        let last = f64::from(*values.last().expect("at least one pair is computed"));
-        let kappa = (f64::from(values[0]) / last).sqrt();
-        let refused = |certificate| {
-            Attempt::Refused(Refused {
-                route,
-                kappa,
-                certificate,
-            })
-        };
-        // a NaN, from a negative or zero last value, is refused too
-        let exact = kappa.powi(2) * F32_ERROR_PER_KAPPA2 <= tolerance;
-        if !exact && route != Route::Fast {
-            return Ok(refused(None));
-        }
-        // what is left of those taken out, and what rounding brings back of them, shows in the smallest value: σ_q² grows by
-        // its square at most, which no probe relative to σ₁ sees
-        let left = first * large.left.max(f64::from(f32::EPSILON));
-        let bound = if self.algorithm.fast {
-            FAST_LEFT
-        } else {
-            tolerance
-        };
-        if left.powi(2) > bound * last {
-            return Ok(refused(None));
-        }
-        let vectors = if large.sigma.is_empty() {
-            vectors
-        } else {
-            // orthonormal among themselves; of the others, they hold what rounding brought back
-            let mut vectors = vectors;
-            let inside = gemm(vectors.view(), false, large.vectors.view(), true);
-            let out = large.vectors.view();
-            multiply(&mut vectors.view_mut(), 1.0, inside.view(), -1.0, out);
-            rows::to_unit_length(vectors.view_mut());
-            concatenate![Axis(0), large.vectors, vectors]
-        };
-        let vectors = match wanted {
-            Wanted::Triplets(_) => vectors,
-            // the extra one, where those taken out were enough
-            Wanted::Energy(share) => {
-                let squares = large.sigma.iter().map(|s| s * s);
-                let squares = squares.chain(values.iter().map(|&x| f64::from(x)));
-                let q = rank_of_energy(squares, share * self.norm_squared);
-                vectors.slice(s![..q, ..]).to_owned()
-            }
-        };
-        let svd = self.complete(vectors, route)?;
-        Ok(if self.algorithm.accepts(&svd.certificate) {
-            Attempt::Accepted(svd)
-        } else {
-            refused(Some(svd.certificate))
-        })
-    }
-
-    /// Eigenpairs of the Gram matrix of what is left without those in `large`.
-    fn pairs(
-        &self,
-        short: &Rest,
-        large: &Outliers,
-        wanted: Wanted,
-        squared: bool,
-    ) -> Result<Option<(Route, Pairs)>> {
-        let ((side, _), algorithm) = (short.dim(), self.algorithm);
-        let mut at_hand = None;
-        if let Wanted::Triplets(q) = wanted {
-            let q = q - large.sigma.len();
-            let route = match algorithm.fast {
-                true => Route::Fast,
-                false => Route::Krylov,
-            };
-            if let Some(pairs) = self.filtered(short, large, q)? {
-                return Ok(Some((route, pairs)));
-            }
-            if let Some(growth) = self.thresholds.growth(short.dim(), q, algorithm) {
-                let pairs = if growth.is_cheaper_without_gram(short.dim()) {
-                    krylov::leading(|x| short.square(x), side, q, &growth, algorithm.seed)?
-                } else {
-                    let gram = at_hand.insert(short.gram(squared.then_some(algorithm.fast))?);
-                    krylov::leading(|x| gram.apply(x), side, q, &growth, algorithm.seed)?
-                };
-                if let Some(pairs) = pairs {
-                    return Ok(Some((route, pairs)));
-                }
-            }
-        }
-        let reduced = Tridiagonal::reduce(match at_hand {
-            Some(gram) => gram.into_host()?,
-            None => short.gram(squared.then_some(algorithm.fast))?.into_host()?,
-        })?;
-        let q = match wanted {
-            Wanted::Triplets(q) => q - large.sigma.len(),
-            Wanted::Energy(share) => {
-                let rest = reduced.eigenvalues()?;
-                let squares = large
-                    .sigma
-                    .iter()
-                    .map(|s| s * s)
-                    .chain(rest.iter().map(|&x| f64::from(x)));
-                let q = rank_of_energy(squares, share * self.norm_squared);
-                if self.thresholds.needs_double(side, q) {
-                    return Ok(None);
-                }
-                // at least one more than those taken out: κ is measured on it
-                q.saturating_sub(large.sigma.len()).max(1)
-            }
-        };
-        Ok(Some((Route::GramF32, reduced.leading(q)?)))
-    }
-
-    /// Pairs from a device, where it has room for the Gram matrix.
-    fn filtered(&self, short: &Rest, large: &Outliers, q: usize) -> Result<Option<Pairs>> {
-        if !filtered::suits(short.dim().0, q) {
-            return Ok(None);
-        }
-        let (residual, seed) = (self.algorithm.residual(), self.algorithm.seed);
-        let apart: f64 = large.sigma.iter().map(|s| s * s).sum();
-        // rounding, at least, is left of what was taken out
-        let left = (self.norm_squared - apart).max(1e-12 * self.norm_squared);
-        let mean = left / short.dim().0 as f64;
-        let found = short.there().and_then(|there| match there {
-            Some(there) => filtered::leading(&there, mean, q, residual, seed),
-            None => Ok(None),
-        });
-        match found {
-            Err(error) if error.is_out_of_device_memory() => Ok(None),
-            found => found,
-        }
-    }
-
     fn in_double(&self, wanted: Wanted) -> Result<Svd> {
         let reduced = Tridiagonal::reduce(self.short.gram_f64()?)?;
         let q = match wanted {
@@ -423,7 +198,7 @@ impl Problem<'_> {
 }
 
 /// The fewest leading squares that add up to `enough`, at least one; what sums in f64 lose does not ask for one more.
-fn rank_of_energy(squares: impl Iterator<Item = f64>, enough: f64) -> usize {
+pub(super) fn rank_of_energy(squares: impl Iterator<Item = f64>, enough: f64) -> usize {
     let enough = enough * (1.0 - 1e-12);
     let (mut kept, mut count) = (0.0, 0);
     for square in squares {
@@ -450,7 +225,7 @@ fn norm_squared(matrix: ArrayView2<f32>) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use ndarray::Array2;
+    use ndarray::{Array2, Axis};
 
     use super::*;
     use crate::device::Queues;
