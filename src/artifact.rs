@@ -6,7 +6,7 @@ use ndarray::{Array1, Array2};
 use serde_json::Value;
 
 use crate::base::Base;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result, Summed};
 use crate::event::Observer;
 use crate::format::{
     ArtifactLayout, ModuleRecord, ModuleTensors, Sums, SvdSection, base_header_tensor,
@@ -126,7 +126,7 @@ impl Artifact {
             let found = sha256_file(&path, |_| {})?;
             if found != *expected {
                 return Err(Error::Checksum {
-                    what: format!("`{name}` of the decomposition"),
+                    what: format!("`{name}` of the decomposition").into(),
                     path,
                     expected: expected.clone(),
                     found,
@@ -176,29 +176,19 @@ impl Artifact {
         Ok(())
     }
 
-    /// The singular triplets of a module.
+    /// The singular triplets of a module; bytes that are not what the index says are refused.
     pub fn factors(&self, module: &str) -> Result<Factors> {
         let names = ModuleTensors::of(module);
-        let (u, v) = (self.matrix(&names.u)?, self.matrix(&names.v)?);
-        let sigma = Array1::from_vec(self.checkpoint.read(&names.sigma)?.to_f32());
-        Ok(Factors { u, sigma, v })
-    }
-
-    /// The singular values of a module, descending.
-    pub fn sigma(&self, module: &str) -> Result<Vec<f32>> {
-        let stored = self.checkpoint.read(&ModuleTensors::of(module).sigma)?;
-        Ok(stored.to_f32())
-    }
-
-    /// As [`Artifact::factors`]; bytes that are not what the index says are refused.
-    pub fn checked_factors(&self, module: &str) -> Result<Factors> {
-        let names = ModuleTensors::of(module);
-        let (u, v) = (self.stored(&names.u)?, self.stored(&names.v)?);
         Ok(Factors {
-            u: dense(&u),
-            sigma: Array1::from_vec(self.stored(&names.sigma)?.to_f32()),
-            v: dense(&v),
+            u: dense(&self.stored(&names.u)?),
+            sigma: Array1::from_vec(self.sigma(module)?),
+            v: dense(&self.stored(&names.v)?),
         })
+    }
+
+    /// The singular values of a module, descending; checked as the triplets are.
+    pub fn sigma(&self, module: &str) -> Result<Vec<f32>> {
+        Ok(self.stored(&ModuleTensors::of(module).sigma)?.to_f32())
     }
 
     /// A tensor of the artifact itself; bytes that are not what the index says are refused.
@@ -212,10 +202,6 @@ impl Artifact {
     /// The first rows of u or v, read without the others.
     pub fn rows(&self, tensor: &str, rows: usize) -> Result<Array2<f32>> {
         Ok(dense(&self.checkpoint.read_rows(tensor, rows)?))
-    }
-
-    fn matrix(&self, tensor: &str) -> Result<Array2<f32>> {
-        Ok(dense(&self.checkpoint.read(tensor)?))
     }
 
     /// Where the tensors are that are carried along, and in a sidecar M too: `base` if it has one.
@@ -249,7 +235,7 @@ impl Artifact {
             return Ok(());
         }
         Err(Error::Checksum {
-            what: format!("tensor `{tensor}`"),
+            what: Summed::Tensor(tensor.into()),
             path: self.checkpoint.path_of(tensor),
             expected: expected.unwrap_or("(none in the index)").into(),
             found,

@@ -9,7 +9,7 @@ use std::time::Instant;
 use crate::base::Base;
 use crate::error::{Error, Result};
 use crate::event::Observer;
-use crate::format::{ArtifactLayout, ModuleTensors};
+use crate::format::{ArtifactLayout, FactorsDtype, ModuleTensors};
 use crate::job::{Job, MATRICES, ShareRecord};
 use crate::join::{self, Facts, Frame, Join};
 use crate::model::ModelConfig;
@@ -85,13 +85,14 @@ impl Shares {
                 }
             }
         }
+        let dtype = plan.storing.factors;
         let mut parts = BTreeMap::new();
         let mut missing = Vec::new();
         for tensor in plan.decomposed() {
             let module = tensor.module();
             match places.get(module) {
                 Some((dir, header_sha256)) => {
-                    let part = read_part(&dir.join(MATRICES), module, header_sha256)?;
+                    let part = read_part(&dir.join(MATRICES), module, dtype, header_sha256)?;
                     if part.record.shape != *tensor.shape {
                         return Err(Error::Shape {
                             tensor: tensor.name.clone(),
@@ -121,11 +122,16 @@ impl Shares {
     }
 }
 
-fn read_part(folder: &Path, module: &str, header_sha256: &str) -> Result<Part> {
-    let part = Part::read(folder, module)?;
+fn read_part(
+    folder: &Path,
+    module: &str,
+    dtype: FactorsDtype,
+    header_sha256: &str,
+) -> Result<Part> {
+    let part = Part::read(folder, module, dtype)?;
     match &part.file {
         Some(file) if file.header_sha256 != header_sha256 => Err(Error::Checksum {
-            what: format!("the header of the matrix `{module}`"),
+            what: format!("the header of the matrix `{module}`").into(),
             path: file.path.clone(),
             expected: header_sha256.into(),
             found: file.header_sha256.clone(),

@@ -136,7 +136,7 @@ impl Base {
                 Some(sum) if sum == expected => {}
                 Some(sum) => {
                     return Err(Error::Checksum {
-                        what: format!("`{file}` of the base is not what was decomposed"),
+                        what: format!("`{file}` of the base is not what was decomposed").into(),
                         path: self.dir.join(file),
                         expected: expected.clone(),
                         found: sum.clone(),

@@ -20,7 +20,7 @@ use crate::format::{
 };
 use crate::join::{self, Facts, Frame, Item, Join, PARTS};
 use crate::linalg::{self, Certificate, certify, orthogonality};
-use crate::part::Part;
+use crate::part::{self, Part};
 use crate::split::Factors;
 use crate::weights::Elements;
 use crate::workers::{self, Cost, Limits};
@@ -136,12 +136,22 @@ pub fn run(
         .iter()
         .map(|module| conversion.read_bytes(module))
         .sum();
-    missing.retain(|module| {
-        if let Ok(part) = Part::read(&folder, module) {
-            joined.parts.insert((*module).into(), part);
-        }
-        !joined.parts.contains_key(*module)
-    });
+    missing.retain(|module| !joined.parts.contains_key(*module));
+    joined.parts.extend(part::left_by_earlier_run(
+        &folder,
+        missing.iter().copied(),
+        storing.factors,
+        |tensor| joined.holds(tensor),
+        observer,
+    ));
+    missing.retain(|module| !joined.parts.contains_key(*module));
+    if !joined.parts.is_empty() {
+        observer.note(format!(
+            "{} of {} matrices are done already",
+            joined.parts.len(),
+            joined.parts.len() + missing.len()
+        ));
+    }
     let left: u64 = missing
         .iter()
         .map(|module| conversion.read_bytes(module))
@@ -353,7 +363,7 @@ impl Conversion<'_> {
             let matrix = self.artifact.restore(module, record, &whole)?;
             (leading(whole, k), Some(matrix))
         } else if k == record.q {
-            (self.artifact.checked_factors(module)?, None)
+            (self.artifact.factors(module)?, None)
         } else {
             (self.prefix(module, k)?, None)
         };
@@ -446,7 +456,9 @@ impl Conversion<'_> {
         };
         let matrices: u64 = frame.matrices().map(bytes).sum();
         let largest = frame.matrices().map(bytes).max().unwrap_or(0);
-        matrices + frame.carried_bytes() + matrices.min(shard_bytes_max.max(largest) + largest)
+        matrices
+            + frame.carried_bytes()
+            + matrices.min(shard_bytes_max.max(largest).saturating_add(largest))
     }
 }
 

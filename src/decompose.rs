@@ -20,7 +20,7 @@ use crate::json::Tool;
 use crate::linalg::{self, Backend, Wanted, certify};
 use crate::model::ModelConfig;
 use crate::outlet::Outlet;
-use crate::part::Part;
+use crate::part::{self, Part};
 use crate::plan::{Plan, PlannedTensor, place};
 use crate::split::Factors;
 use crate::sum::sha256_hex;
@@ -243,7 +243,7 @@ fn forget_what_was_read(workspace: &Workspace) {
 fn check_room(out: &Path, plan: &Plan, bytes: u64, observer: &dyn Observer) -> Result<()> {
     match check_free_space(out, bytes.saturating_sub(bytes_in(out))) {
         Err(error) if !plan.ranks_known() && bytes > plan.disk_bytes_min() => {
-            observer.warn(format!("at most, {error}"));
+            observer.warn(format!("should all ranks be as high as they may: {error}"));
             Ok(())
         }
         result => result,
@@ -272,8 +272,11 @@ fn refuse_another_head(plan: &Plan, checkpoint: &Checkpoint) -> Result<()> {
 
 /// Whether the files are there that the record tells of.
 fn is_whole(record: &ShareRecord, folder: &Path) -> bool {
+    let dtype = record.job.options.plan.storing.factors;
     record.modules.iter().all(|(module, header_sha256)| {
-        let file = Part::read(folder, module).ok().and_then(|part| part.file);
+        let file = Part::read(folder, module, dtype)
+            .ok()
+            .and_then(|part| part.file);
         file.is_some_and(|file| file.header_sha256 == *header_sha256)
     })
 }
@@ -334,8 +337,8 @@ struct Compute<'a> {
 }
 
 impl Compute<'_> {
-    /// Of `wanted`, what is neither in `joined` nor left by an earlier run, and what was left. Of its tensors, those may be
-    /// gone that are `elsewhere`.
+    /// Of `wanted`, what is neither in `joined` nor left by an earlier run, and what was left: see
+    /// [`part::left_by_earlier_run`].
     fn find_missing<'t>(
         &self,
         wanted: Vec<&'t PlannedTensor>,
@@ -343,27 +346,11 @@ impl Compute<'_> {
         elsewhere: impl Fn(&str) -> bool,
     ) -> (Vec<&'t PlannedTensor>, BTreeMap<String, Part>) {
         let count = wanted.len();
-        let (mut missing, mut kept) = (wanted, BTreeMap::new());
+        let mut missing = wanted;
         missing.retain(|tensor| !joined.contains_key(tensor.module()));
-        let left = missing.iter().filter_map(|tensor| {
-            let part = Part::read(self.folder, tensor.module()).ok()?;
-            Some((tensor.module(), part))
-        });
-        let left: BTreeMap<&str, Part> = left.collect();
-        let size = |part: &Part| part.file.as_ref().map_or(0, |file| file.bytes);
-        if !left.is_empty() {
-            let total = left.values().map(size).sum();
-            self.observer.start(Stage::Verify, total, Unit::Bytes);
-            for (module, part) in left {
-                let bytes = size(&part);
-                // one that is not whole is computed again: it was not flushed, and a power cut may have come
-                if part.check_tensors(&elsewhere).is_ok() {
-                    kept.insert(module.to_string(), part);
-                }
-                self.observer.advance(Stage::Verify, bytes, module);
-            }
-            self.observer.finish(Stage::Verify);
-        }
+        let modules = missing.iter().map(|tensor| tensor.module());
+        let dtype = self.options.plan.storing.factors;
+        let kept = part::left_by_earlier_run(self.folder, modules, dtype, elsewhere, self.observer);
         missing.retain(|tensor| !kept.contains_key(tensor.module()));
         if missing.len() < count {
             self.observer.note(format!(

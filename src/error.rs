@@ -1,5 +1,6 @@
 //! What can go wrong, as facts. Advice on what to do next is added at the edge (`cli/advice.rs`).
 
+use std::fmt;
 use std::path::PathBuf;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -148,7 +149,7 @@ pub enum Error {
     },
     #[error("{what} in {}: expected sha256 {expected}, found {found}", path.display())]
     Checksum {
-        what: String,
+        what: Summed,
         path: PathBuf,
         expected: String,
         found: String,
@@ -416,6 +417,29 @@ pub enum Error {
         name: String,
         source: minijinja::Error,
     },
+}
+
+/// What a sum was taken of.
+#[derive(Debug, Clone)]
+pub enum Summed {
+    Tensor(String),
+    /// Something else, in words.
+    Words(String),
+}
+
+impl<T: Into<String>> From<T> for Summed {
+    fn from(words: T) -> Self {
+        Self::Words(words.into())
+    }
+}
+
+impl fmt::Display for Summed {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Tensor(name) => write!(f, "tensor `{name}`"),
+            Self::Words(words) => f.write_str(words),
+        }
+    }
 }
 
 impl Error {

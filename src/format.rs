@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::json::Tool;
-use crate::linalg::{Algorithm, Certificate, Route};
+use crate::linalg::{Algorithm, Certificate, Route, TOLERANCES};
 use crate::weights::checkpoint::is_plain_file_name;
 use crate::weights::{Dtype, Elements};
 
@@ -298,6 +298,15 @@ impl Rank {
         }
     }
 
+    fn check(self) -> Result<(), String> {
+        match self {
+            Self::Fraction(share) | Self::Energy(share) if !is_share(share) => {
+                Err(format!("gives `rank` the share {share}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Parses a share of the full rank.
     pub fn fraction(text: &str) -> Result<Self> {
         share("a rank fraction", text).map(Self::Fraction)
@@ -309,6 +318,10 @@ impl Rank {
     }
 }
 
+fn is_share(share: f64) -> bool {
+    share > 0.0 && share <= 1.0
+}
+
 /// A number above 0 and at most 1.
 fn share(what: &'static str, text: &str) -> Result<f64> {
     let refuse = |reason: &str| Error::Parse {
@@ -317,7 +330,7 @@ fn share(what: &'static str, text: &str) -> Result<f64> {
         reason: reason.into(),
     };
     let share: f64 = text.parse().map_err(|_| refuse("it is not a number"))?;
-    if share > 0.0 && share <= 1.0 {
+    if is_share(share) {
         Ok(share)
     } else {
         Err(refuse("it must be above 0 and at most 1"))
@@ -360,6 +373,11 @@ pub fn parse_section(path: &Path, section: &Value) -> Result<SvdSection> {
     let section: SvdSection =
         serde_json::from_value(section.clone()).map_err(|e| refuse(e.to_string()))?;
     section.base.check().map_err(&refuse)?;
+    section.rank.check().map_err(&refuse)?;
+    let tolerance = section.algorithm.tolerance;
+    if !TOLERANCES.contains(&tolerance) {
+        return Err(refuse(format!("promises values to {tolerance:e}")));
+    }
     if let Some(origin) = &section.nested_in {
         check_origin(origin).map_err(&refuse)?;
     }

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::base::{copy_side_files, remember};
 use crate::contents::{Joint, Section};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result, Summed};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{
     BASE_CONFIG, BASE_INDEX, ModuleRecord, ModuleTensors, SCHEMA, SvdSection, base_header_tensor,
@@ -409,7 +409,7 @@ impl Join<'_> {
         let found = sum.finish();
         match self.frame.carried_sha256.get(&tensor.name) {
             Some(expected) if *expected != found => Err(Error::Checksum {
-                what: format!("tensor `{}`", tensor.name),
+                what: Summed::Tensor(tensor.name.clone()),
                 path: checkpoint.path_of(&tensor.name),
                 expected: expected.clone(),
                 found,

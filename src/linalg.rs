@@ -19,7 +19,7 @@ pub mod svd;
 mod tiles;
 mod twisted;
 
-pub use algorithm::{Algorithm, Refused, Route, Svd, Wanted};
+pub use algorithm::{Algorithm, Refused, Route, Svd, TOLERANCES, Wanted};
 pub use certificate::{Certificate, certify, orthogonality};
 pub use exact::ExactSum;
 pub use lapack::single_threaded_blas;

@@ -1,6 +1,6 @@
 //! Files that one process holds at a time.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -16,11 +16,34 @@ pub fn open(path: &Path) -> Result<File> {
 /// Holds a file until it is dropped, and waits for whoever holds it.
 pub fn hold(path: &Path) -> Result<File> {
     let file = open(path)?;
-    file.lock().context("lock", path)?;
+    wait_for(&file).context("lock", path)?;
     Ok(file)
 }
 
-const NO_LOCKS: [i32; 3] = [libc::ENOLCK, libc::ENOSYS, libc::EOPNOTSUPP];
+/// Holds an open file until it is dropped; false if somebody else holds it.
+pub fn try_hold(file: &File) -> io::Result<bool> {
+    match file.try_lock() {
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
+        Err(TryLockError::Error(error)) if has_no_locks(&error) => Ok(true),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+fn wait_for(file: &File) -> io::Result<()> {
+    match file.lock() {
+        Err(error) if has_no_locks(&error) => Ok(()),
+        locked => locked,
+    }
+}
+
+/// A file system without locks: whoever works there works alone.
+fn has_no_locks(error: &io::Error) -> bool {
+    const CODES: [i32; 3] = [libc::ENOLCK, libc::ENOSYS, libc::EOPNOTSUPP];
+    error
+        .raw_os_error()
+        .is_some_and(|code| CODES.contains(&code))
+}
 
 /// An empty file to write to, alone: what an earlier run left of it is gone, and another process that writes it now is
 /// waited for.
@@ -33,14 +56,7 @@ pub fn create(path: &Path) -> Result<File> {
             }
             opened => opened.context("create", path)?,
         };
-        match file.lock() {
-            // a file system without locks: whoever works there works alone
-            Err(error)
-                if error
-                    .raw_os_error()
-                    .is_some_and(|code| NO_LOCKS.contains(&code)) => {}
-            locked => locked.context("lock", path)?,
-        }
+        wait_for(&file).context("lock", path)?;
         let held = file.metadata().context("read", path)?;
         // whoever held it may have given it its name meanwhile
         if std::fs::symlink_metadata(path).is_ok_and(|found| found.ino() == held.ino()) {
@@ -80,6 +96,18 @@ mod tests {
             }
         });
         assert!(!temporary.exists());
+    }
+
+    #[test]
+    fn a_file_system_without_locks_is_worked_in_alone() {
+        for (code, has_none) in [
+            (libc::ENOLCK, true),
+            (libc::ENOSYS, true),
+            (libc::EIO, false),
+        ] {
+            let error = io::Error::from_raw_os_error(code);
+            assert_eq!(has_no_locks(&error), has_none, "{error}");
+        }
     }
 
     #[test]

@@ -82,7 +82,7 @@ pub struct Facts {
     pub seconds: f64,
 }
 
-/// Below this, rounding took too much of what training changed.
+/// Below this, rounding took so much of what training changed that it is worth a warning (a choice).
 const KEPT_EFFECT_WARNED: f64 = 0.75;
 
 /// Merges `mixture` into the model of `artifact` and writes it to `out`.
@@ -172,48 +172,15 @@ pub fn run_to(
         observer,
         tied_head: tied_head(artifact, mixture, &base_headers)?,
     };
-    let (mut sha256, mut sha256_of_base) = (BTreeMap::new(), BTreeMap::new());
-    let (mut tally, mut away) = (Tally::default(), Away::default());
-    for ((file, header), (_, base_header)) in headers.iter().zip(&base_headers) {
-        let path = out.join(file);
-        let fits = header.file_bytes() <= room;
-        let writer = match fits {
-            true => ShardWriter::create(&path, header.clone())?,
-            false => {
-                observer.note(format!(
-                    "{file} is larger than the {room} bytes of disk there are: made once for its sum, and again on its way"
-                ));
-                ShardWriter::nowhere(&path, header.clone())?
-            }
-        };
-        let (sum, base_sum) = merge.write(writer, header, base_header, &mut tally)?;
-        if let Some(outlet) = outlet {
-            let finished = Finished {
-                name: file.clone(),
-                bytes: header.file_bytes(),
-                sha256: sum.clone(),
-            };
-            if fits {
-                outlet.take(&finished, &Section::whole(&path)?)?;
-            } else {
-                outlet.take(&finished, &Remade::new(&merge, header))?;
-            }
-            if passes_through {
-                if fits {
-                    std::fs::remove_file(&path).context("remove", &path)?;
-                }
-                away.add(file, finished.bytes, &sum);
-            }
-        }
-        sha256.insert(file.clone(), sum);
-        sha256_of_base.insert(file.clone(), base_sum);
-    }
-    away.save(&workspace)?;
-    observer.finish(Stage::Merge);
-    let Tally {
+    let Written {
+        sha256,
+        sha256_of_base,
         loss,
         tensor_sha256,
-    } = tally;
+        away,
+    } = merge.files(&headers, &base_headers, out, outlet, room)?;
+    away.save(&workspace)?;
+    observer.finish(Stage::Merge);
     let untrained = mixture
         .parts
         .iter()
@@ -242,12 +209,7 @@ pub fn run_to(
         seconds: started.elapsed().as_secs_f64(),
     };
     if facts.kept_effect < KEPT_EFFECT_WARNED {
-        observer.warn(format!(
-            "rounding to 16 bits erased {:.0} % of the training: {:.0} % of the elements are back on the base's values. \
-             Merge with --rounding stochastic or --dtype f32, or publish the adapter, which loses nothing",
-            100.0 * (1.0 - facts.kept_effect),
-            100.0 * facts.unchanged_share
-        ));
+        observer.warn(what_was_lost(&facts, &headers));
     }
     let mut inherited = report::inherited(&artifact.dir)?;
     // what was trained and measured tells of this model only if it is one adapter, whole
@@ -324,18 +286,72 @@ struct Merge<'a> {
     mixture: &'a Mixture,
     options: &'a Options,
     observer: &'a dyn Observer,
-    /// A head that is stored although it is the embedding, which was trained, and that.
+    /// (head, embedding), where both are stored, are the same, and the embedding was trained.
     tied_head: Option<(String, String)>,
 }
 
-/// What adds up over all files.
+/// What was written.
 #[derive(Default)]
-struct Tally {
-    loss: RoundingLoss,
+struct Written {
+    /// By file.
+    sha256: BTreeMap<String, String>,
+    /// The same of the base's files, if they held these tensors.
+    sha256_of_base: BTreeMap<String, String>,
     tensor_sha256: BTreeMap<String, String>,
+    /// Over all tensors.
+    loss: RoundingLoss,
+    /// The files that are not in the directory any more.
+    away: Away,
 }
 
 impl Merge<'_> {
+    /// Writes all files into `out`, of which a file may take `room` bytes, and gives each to the outlet.
+    fn files(
+        &self,
+        headers: &[(String, Header)],
+        base_headers: &[(String, Header)],
+        out: &Path,
+        outlet: Option<&dyn Outlet>,
+        room: u64,
+    ) -> Result<Written> {
+        let mut written = Written::default();
+        for ((file, header), (_, base_header)) in headers.iter().zip(base_headers) {
+            let path = out.join(file);
+            let fits = header.file_bytes() <= room;
+            let writer = match fits {
+                true => ShardWriter::create(&path, header.clone())?,
+                false => {
+                    self.observer.note(format!(
+                        "{file} is larger than the {room} bytes of disk there are: made once for its sum, and again on its way"
+                    ));
+                    ShardWriter::nowhere(&path, header.clone())?
+                }
+            };
+            let (sha256, of_base) = self.write(writer, header, base_header, &mut written)?;
+            if let Some(outlet) = outlet {
+                let finished = Finished {
+                    name: file.clone(),
+                    bytes: header.file_bytes(),
+                    sha256: sha256.clone(),
+                };
+                if fits {
+                    outlet.take(&finished, &Section::whole(&path)?)?;
+                } else {
+                    outlet.take(&finished, &Remade::new(self, header))?;
+                }
+                if !outlet.keeps() {
+                    if fits {
+                        std::fs::remove_file(&path).context("remove", &path)?;
+                    }
+                    written.away.add(file, finished.bytes, &sha256);
+                }
+            }
+            written.sha256.insert(file.clone(), sha256);
+            written.sha256_of_base.insert(file.clone(), of_base);
+        }
+        Ok(written)
+    }
+
     /// Writes one file. Returns its sha256, and the sha256 of the base's file if it held these tensors: the same unless a
     /// head stands behind them.
     fn write(
@@ -343,7 +359,7 @@ impl Merge<'_> {
         mut writer: ShardWriter,
         header: &Header,
         base_header: &Header,
-        tally: &mut Tally,
+        all: &mut Written,
     ) -> Result<(String, String)> {
         // hashed a second time only where the file is not the base's from end to end
         let base_tensors = base_header.entries.len();
@@ -359,8 +375,8 @@ impl Merge<'_> {
                 Ok((elements, eaten, sum))
             },
             |entry, (elements, eaten, sum)| {
-                tally.loss.add(&eaten);
-                tally.tensor_sha256.insert(entry.name.clone(), sum);
+                all.loss.add(&eaten);
+                all.tensor_sha256.insert(entry.name.clone(), sum);
                 self.observer
                     .advance(Stage::Merge, entry.bytes, &entry.name);
                 if let Some(hash) = base_hash.as_mut().filter(|_| written < base_tensors) {
@@ -378,18 +394,17 @@ impl Merge<'_> {
     /// One tensor of the merged model, in the dtype its entry announces.
     fn tensor(&self, entry: &Entry) -> Result<(Elements, RoundingLoss)> {
         let (artifact, mixture) = (self.artifact, self.mixture);
-        let rounder = Rounder::new(self.options.rounding, entry.dtype, &entry.name);
+        let rounder = |name: &str| Rounder::new(self.options.rounding, entry.dtype, name);
         let Some((module, record)) = artifact.module_of(&entry.name) else {
             // a stored copy of a tied head goes along with the embedding, to the same bytes
             let name = match &self.tied_head {
                 Some((head, embedding)) if *head == entry.name => embedding,
                 _ => &entry.name,
             };
-            let rounder = Rounder::new(self.options.rounding, entry.dtype, name);
             let base = artifact.base_tensor(name)?;
             let cast = match mixture.tensor(name, &base) {
-                Some(trained) => rounded(&trained, &base.shape, &rounder),
-                None if is_float(base.dtype) => base.round(&rounder),
+                Some(trained) => rounded(&trained, &base.shape, &rounder(name)),
+                None if is_float(base.dtype) => base.round(&rounder(name)),
                 None => base,
             };
             cast.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
@@ -399,7 +414,8 @@ impl Merge<'_> {
         let matrix = artifact.restore(module, record, &factors)?;
         let whole = mixture.tensor(&entry.name, &matrix);
         let change = mixture.change(module, record.q);
-        let (merged, loss) = factors.merge(&matrix, whole.as_deref(), &change, &rounder);
+        let (merged, loss) =
+            factors.merge(&matrix, whole.as_deref(), &change, &rounder(&entry.name));
         merged.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
         Ok((merged, loss))
     }
@@ -460,6 +476,25 @@ fn rounding_name(rounding: Rounding) -> String {
     }
 }
 
+/// What rounding took, and what would keep it.
+fn what_was_lost(facts: &Facts, headers: &[(String, Header)]) -> String {
+    let mut entries = headers.iter().flat_map(|(_, header)| &header.entries);
+    let is_short = |entry: &Entry| is_float(entry.dtype) && entry.dtype.bitsize() < 32;
+    let (bits, finer) = match entries.any(is_short) {
+        true => (
+            16,
+            "Merge with --rounding stochastic or --dtype f32, or publish",
+        ),
+        false => (32, "Publish"),
+    };
+    format!(
+        "rounding to {bits} bits erased {:.0} % of the training: {:.0} % of the elements are back on the base's values. \
+         {finer} the adapter, which loses nothing",
+        100.0 * (1.0 - facts.kept_effect),
+        100.0 * facts.unchanged_share
+    )
+}
+
 /// Names the tensor or file in which an untrained merge differs from the pinned base.
 fn refuse_difference(
     artifact: &Artifact,
@@ -469,7 +504,7 @@ fn refuse_difference(
     for (file, expected) in &artifact.svd.base.sha256 {
         if sha256.get(file) != Some(expected) {
             return Err(Error::Checksum {
-                what: format!("the untrained merge `{file}` is not the pinned base file"),
+                what: format!("the untrained merge `{file}` is not the pinned base file").into(),
                 path: out.join(file),
                 expected: expected.clone(),
                 found: sha256.get(file).cloned().unwrap_or("(no such file)".into()),

@@ -1,17 +1,19 @@
 //! One decomposed matrix in a file of its own, on its way into a decomposition.
 
 use std::cell::OnceCell;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::event::{Observer, Stage, Unit};
 use crate::format::{FactorsDtype, ModuleRecord, ModuleTensors, stored_positions};
 use crate::split::Factors;
 use crate::sum::{Blake3, sha256_hex};
 use crate::weights::element::View;
-use crate::weights::{Checkpoint, Dtype, Elements, Header, ShardWriter};
+use crate::weights::{Checkpoint, Dtype, Elements, Header, ShardWriter, dtype_name};
 
 /// A finished matrix: what is known of it, and what its file holds.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -71,6 +73,33 @@ pub fn path_of(folder: &Path, module: &str) -> PathBuf {
         "{}.safetensors",
         &sha256_hex(module.as_bytes())[..24]
     ))
+}
+
+/// Of `modules`, those whose parts an earlier run left whole in `folder`. Tensors that are `elsewhere` by now may be gone.
+///
+/// One that is not whole is left to be made again: it was not flushed, and a power cut may have come.
+pub fn left_by_earlier_run<'m>(
+    folder: &Path,
+    modules: impl Iterator<Item = &'m str>,
+    dtype: FactorsDtype,
+    elsewhere: impl Fn(&str) -> bool,
+    observer: &dyn Observer,
+) -> BTreeMap<String, Part> {
+    let left = modules.filter_map(|module| Some((module, Part::read(folder, module, dtype).ok()?)));
+    let mut left: BTreeMap<String, Part> =
+        left.map(|(module, part)| (module.into(), part)).collect();
+    if left.is_empty() {
+        return left;
+    }
+    let size = |part: &Part| part.file.as_ref().map_or(0, |file| file.bytes);
+    observer.start(Stage::Verify, left.values().map(size).sum(), Unit::Bytes);
+    left.retain(|module, part| {
+        let is_whole = part.check_tensors(&elsewhere).is_ok();
+        observer.advance(Stage::Verify, size(part), module);
+        is_whole
+    });
+    observer.finish(Stage::Verify);
+    left
 }
 
 impl Part {
@@ -153,31 +182,35 @@ impl Part {
         Ok(part)
     }
 
-    /// What a stranger's part must be, if it is to stand among others: the tensors of this module, and none but these.
-    fn check(&self, module: &str) -> Result<(), String> {
+    /// What a stranger's part must be, if it is to stand among others with vectors in `dtype`: the tensors of this module, and
+    /// none but these.
+    fn check(&self, module: &str, dtype: FactorsDtype) -> Result<(), String> {
         self.record.check(module)?;
         let (q, [m, n]) = (self.record.q, self.record.shape);
         let names = ModuleTensors::of(module);
         let factors = [
-            (names.u, vec![q, m]),
-            (names.sigma, vec![q]),
-            (names.v, vec![q, n]),
+            (names.u, dtype.dtype(), vec![q, m]),
+            (names.sigma, Dtype::F32, vec![q]),
+            (names.v, dtype.dtype(), vec![q, n]),
         ];
-        let holds = |(name, shape): &(String, Vec<usize>)| {
+        let holds = |(name, dtype, shape): &(String, Dtype, Vec<usize>)| {
             let mut tensors = self.tensors.iter();
-            tensors.any(|t| (&t.name, t.dtype, &t.shape) == (name, Dtype::F32, shape))
+            tensors.any(|t| (&t.name, &t.dtype, &t.shape) == (name, dtype, shape))
         };
-        if let Some((missing, _)) = factors.iter().find(|factor| !holds(factor)) {
-            return Err(format!("it holds no f32 tensor `{missing}` that fits"));
+        if let Some((missing, dtype, shape)) = factors.iter().find(|factor| !holds(factor)) {
+            let dtype = dtype_name(*dtype);
+            return Err(format!(
+                "it holds no {dtype} tensor `{missing}` of {shape:?}"
+            ));
         }
-        let residual = (names.residual, vec![m, n]);
+        let residual = (names.residual, Dtype::F32, vec![m, n]);
         let belongs = |t: &PartTensor| {
             if t.name == residual.0 {
                 return holds(&residual);
             }
             let exact = t.name == names.exact_at || t.name == names.exact;
             let counted = matches!(t.shape[..], [count] if count as u64 == self.record.exceptions);
-            (exact && counted) || factors.iter().any(|(name, _)| t.name == *name)
+            (exact && counted) || factors.iter().any(|(name, ..)| t.name == *name)
         };
         match self.tensors.iter().find(|t| !belongs(t)) {
             Some(tensor) => Err(format!(
@@ -189,7 +222,7 @@ impl Part {
     }
 
     /// Refuses a file in which a tensor is not what was written, those aside that are `elsewhere` by now.
-    pub fn check_tensors(&self, elsewhere: impl Fn(&str) -> bool) -> Result<()> {
+    fn check_tensors(&self, elsewhere: impl Fn(&str) -> bool) -> Result<()> {
         let Some(file) = &self.file else {
             return Ok(());
         };
@@ -205,8 +238,8 @@ impl Part {
         Ok(())
     }
 
-    /// Reads the header of the part of a module; the tensors are checked when they are read.
-    pub fn read(folder: &Path, module: &str) -> Result<Self> {
+    /// Reads the header of the part of a module, with vectors in `dtype`; the tensors are checked when they are read.
+    pub fn read(folder: &Path, module: &str, dtype: FactorsDtype) -> Result<Self> {
         let path = path_of(folder, module);
         let refuse = |reason: &str| Error::Header {
             path: path.clone(),
@@ -226,7 +259,8 @@ impl Part {
         if !same {
             return Err(refuse("it holds other tensors than it tells of"));
         }
-        part.check(module).map_err(|reason| refuse(&reason))?;
+        part.check(module, dtype)
+            .map_err(|reason| refuse(&reason))?;
         part.file = Some(PartFile {
             path,
             header_sha256: sha256_hex(&header.prefix),

@@ -116,6 +116,11 @@ impl PlannedTensor {
         self.action == Action::Decompose
     }
 
+    /// The most triplets that the plan keeps of it, if it is decomposed.
+    pub fn kept_at_most(&self) -> Option<usize> {
+        self.is_decomposed().then(|| self.q.unwrap_or(self.q_max))
+    }
+
     /// (m, n) of a planned decomposition.
     fn sides(&self) -> (usize, usize) {
         (self.shape[0], self.shape[1])
@@ -285,19 +290,19 @@ impl Plan {
         }
     }
 
-    /// The plan with what a step of training would take on a CPU, from a decomposition with vectors in `factors`.
+    /// The plan with what a step of training would take, from a decomposition with vectors in `factors` that keeps of each
+    /// tensor what `kept` says.
     pub fn with_training(
         mut self,
         config: &ModelConfig,
         step: &Step,
         factors: FactorsDtype,
+        kept: impl Fn(&PlannedTensor) -> Option<usize>,
     ) -> Self {
         let mut others = 0;
         let mut matrices = Vec::new();
         for tensor in &self.tensors {
-            let q = tensor
-                .is_decomposed()
-                .then(|| tensor.q.unwrap_or(tensor.q_max));
+            let q = kept(tensor);
             let part = match (tensor.role, tensor.shape.len()) {
                 (Role::Linear, 2) => Part::Linear { q },
                 (Role::Head, 2) if config.tied && q.is_none() => continue,
@@ -462,7 +467,7 @@ mod tests {
         };
         let inventory = expected_inventory(&config, stored).expect("composes");
         let planned = Plan::new(Path::new("."), &config, &inventory, &options).expect("plans");
-        let planned = planned.with_training(&config, &step, factors);
+        let planned = planned.with_training(&config, &step, factors, PlannedTensor::kept_at_most);
         planned.training.expect("a step").weights_bytes
     }
 

@@ -82,6 +82,7 @@ pub fn run<T: Sync, R: Send, C>(
     };
     let (sender, results) = mpsc::channel();
     let worker = |sender: Sender<R>| {
+        let _stop = StopOnPanic(&room);
         while let Some(admitted) = room.admit(items, &cost) {
             match work(admitted.item) {
                 // a consumer that has gone away has failed, and that error is kept
@@ -99,6 +100,7 @@ pub fn run<T: Sync, R: Send, C>(
             scope.spawn(|| worker(sender));
         }
         drop(sender);
+        let _stop = StopOnPanic(&room);
         let arrivals = Arrivals {
             results,
             room: &room,
@@ -108,6 +110,17 @@ pub fn run<T: Sync, R: Send, C>(
     match lock(&first_error).take() {
         Some(error) => Err(error),
         None => Ok(consumed.expect("a consumer that failed has left its error")),
+    }
+}
+
+/// Nobody waits for room that a panic will not give back.
+struct StopOnPanic<'a>(&'a Room);
+
+impl Drop for StopOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.stop();
+        }
     }
 }
 

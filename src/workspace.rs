@@ -80,14 +80,8 @@ impl Workspace {
         std::fs::create_dir_all(&state).context("create", &state)?;
         let lock_file = state.join("lock");
         let lock = lock::open(&lock_file)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => {
-                return Err(Error::OutputLocked { path: dir.into() });
-            }
-            Err(std::fs::TryLockError::Error(source)) => {
-                return Err(Error::io("lock", lock_file, source));
-            }
+        if !lock::try_hold(&lock).context("lock", &lock_file)? {
+            return Err(Error::OutputLocked { path: dir.into() });
         }
         let job = Job {
             verb: verb.into(),

@@ -8,7 +8,7 @@ use svdhub::card::{bytes, thousands};
 use svdhub::decompose::{self, Facts, Options};
 use svdhub::hub::ModelRef;
 use svdhub::job::{Share, ShareRecord};
-use svdhub::linalg::{Algorithm, Backend};
+use svdhub::linalg::{Algorithm, Backend, TOLERANCES};
 use svdhub::outlet::Outlet;
 use svdhub::{Error, Result};
 
@@ -52,10 +52,7 @@ pub struct Command {
 }
 
 fn tolerance(text: &str) -> Result<f64> {
-    let value = text
-        .parse::<f64>()
-        .ok()
-        .filter(|t| (1e-6..=0.1).contains(t));
+    let value = text.parse::<f64>().ok().filter(|t| TOLERANCES.contains(t));
     value.ok_or_else(|| Error::Parse {
         what: "a tolerance",
         value: text.into(),

@@ -14,7 +14,9 @@ use svdhub::format::{ArtifactLayout, FactorsDtype, Rank, Storing};
 use svdhub::hub::ModelRef;
 use svdhub::model::ModelConfig;
 use svdhub::model::memory::Step;
-use svdhub::plan::{Action, Foreseen, Pattern, Plan, PlanOptions, expected_inventory};
+use svdhub::plan::{
+    Action, Foreseen, Pattern, Plan, PlanOptions, PlannedTensor, expected_inventory,
+};
 use svdhub::train;
 use svdhub::weights::{Dtype, Inventory, Layout};
 use svdhub::workspace::refuse_unfinished;
@@ -164,7 +166,8 @@ impl Command {
         let step = self.step.step()?;
         let plan = |root: &Path, config: &ModelConfig, inventory: &Inventory| -> Result<Plan> {
             let plan = Plan::new(root, config, inventory, &options)?;
-            Ok(plan.with_training(config, &step, options.storing.factors))
+            let factors = options.storing.factors;
+            Ok(plan.with_training(config, &step, factors, PlannedTensor::kept_at_most))
         };
         match &self.model {
             ModelRef::Repo { .. } if session.hub()?.options.offline => {

@@ -194,8 +194,8 @@ impl Observer for Progress {
                 }
             }
             Event::Finished { stage } => {
-                let running = self.running().take();
-                if let Some(running) = running.filter(|r| r.stage == *stage) {
+                let running = self.running().take_if(|r| r.stage == *stage);
+                if let Some(running) = running {
                     if let Some(bar) = &running.bar {
                         bar.finish_and_clear();
                     }

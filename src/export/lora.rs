@@ -126,7 +126,7 @@ impl Plan {
             &self.modules,
             job.threads,
             |planned| {
-                let factors = job.artifact.checked_factors(&planned.module)?;
+                let factors = job.artifact.factors(&planned.module)?;
                 Ok(Pair::of(&factors, &planned.delta, self.kept_max))
             },
             |planned, pair| {

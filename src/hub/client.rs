@@ -414,8 +414,9 @@ impl Hub {
                     let status = response.status();
                     let asked = wait_asked(response.headers());
                     let elsewhere = !self.is_ours(response.url().as_str());
-                    let expired = status == StatusCode::UNAUTHORIZED && self.forget_login();
+                    // before the login is forgotten: an answer may repeat its token
                     let error = self.refusal(what, response);
+                    let expired = status == StatusCode::UNAUTHORIZED && self.forget_login();
                     let again = status.is_server_error()
                         || status == StatusCode::TOO_MANY_REQUESTS
                         || status == StatusCode::REQUEST_TIMEOUT
@@ -584,6 +585,9 @@ pub(super) fn segments(path: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
+    use super::super::oidc::Identity;
     use super::*;
 
     #[test]
@@ -651,6 +655,64 @@ mod tests {
         let hub = Hub::new(options).expect("builds");
         let found = hub.commit_of("org/name", "main");
         assert!(matches!(found, Err(Error::AnswerCut { .. })), "{found:?}");
+    }
+
+    /// A Hub that answers each request by what its head is.
+    fn answering(answer: impl Fn(&str) -> String + Send + 'static) -> String {
+        use std::io::{Read, Write};
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("has one");
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.expect("a connection");
+                let mut head = vec![0; 1 << 16];
+                let mut read = 0;
+                while !head[..read].windows(4).any(|end| end == b"\r\n\r\n") {
+                    read += stream.read(&mut head[read..]).expect("a request");
+                }
+                let answer = answer(&String::from_utf8_lossy(&head[..read]));
+                let _ = stream.write_all(answer.as_bytes());
+            }
+        });
+        format!("http://{address}")
+    }
+
+    fn said(status: &str, body: &str) -> String {
+        let length = body.len();
+        format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}")
+    }
+
+    #[test]
+    fn a_token_of_a_job_is_quoted_by_nobody() {
+        let job = |endpoint: String| {
+            let login = Login {
+                resource: "org/name".into(),
+                identity: Identity::Token(Token::new("a_jobs_identity")),
+            };
+            let hub = Hub::new(HubOptions {
+                login: Some(login),
+                ..HubOptions::new(endpoint, "/nowhere")
+            });
+            let failed = hub.expect("builds").commit_of("org/name", "main");
+            failed.expect_err("nothing is answered").to_string()
+        };
+        // a token without end, which the Hub does not take all the same
+        let told = job(answering(|head| {
+            if head.starts_with("POST /oauth/token") {
+                let minted = json!({"access_token": "hf_minted", "expires_in": u64::MAX});
+                return said("200 OK", &minted.to_string());
+            }
+            let mut lines = head.lines().map(str::to_lowercase);
+            let shown = lines.find(|line| line.starts_with("authorization"));
+            let told = json!({"error": format!("User Access Token {}", shown.unwrap_or_default())});
+            said("401 Unauthorized", &told.to_string())
+        }));
+        assert!(told.contains("(the token)"), "{told}");
+        assert!(!told.contains("hf_minted"), "{told}");
+        let told = job(answering(|_| {
+            said("400 Bad Request", "not a_jobs_identity")
+        }));
+        assert!(told.contains("not (the job's identity)"), "{told}");
     }
 
     #[test]

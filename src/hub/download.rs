@@ -256,7 +256,7 @@ impl Hub {
                 (false, true, _) => xet.brought_wrong_bytes(file),
                 (false, false, false) => {
                     return Err(Error::Checksum {
-                        what: format!("the download of `{}` from {repo}", file.path),
+                        what: format!("the download of `{}` from {repo}", file.path).into(),
                         path: place.target.clone(),
                         expected: file.oid.clone(),
                         found,

@@ -127,7 +127,7 @@ impl LocalFile {
             return Ok(());
         }
         Err(Error::Checksum {
-            what: format!("`{}` changed while it was sent", self.name),
+            what: format!("`{}` changed while it was sent", self.name).into(),
             path: self.path.clone(),
             expected: self.sha256.clone(),
             found,

@@ -35,6 +35,9 @@ pub struct Minted {
 /// A token is renewed so long before it expires, or in the middle of its life if that is shorter.
 const MARGIN: Duration = Duration::from_secs(300);
 
+/// A day: what an answer claims beyond that is not relied on.
+const LIFE_MAX_S: u64 = 24 * 3600;
+
 impl Hub {
     /// The token to show to the Hub.
     pub(super) fn token(&self) -> Option<Token> {
@@ -116,6 +119,7 @@ impl Hub {
             .map_err(|e| super::refusal::unreachable(self.endpoint(), e))?;
         if !response.status().is_success() {
             let detail = super::refusal::shortened(response);
+            let detail = detail.replace(identity.reveal(), "(the job's identity)");
             return Err(Error::LoginRefused {
                 endpoint: self.endpoint().into(),
                 resource: resource.into(),
@@ -123,7 +127,8 @@ impl Hub {
             });
         }
         let told: Value = self.json(&what, response)?;
-        let life = Duration::from_secs(told["expires_in"].as_u64().unwrap_or(3600));
+        let life = told["expires_in"].as_u64().unwrap_or(3600);
+        let life = Duration::from_secs(life.min(LIFE_MAX_S));
         match told["access_token"].as_str() {
             Some(token) => Ok(Minted {
                 token: Token::new(token),

@@ -113,7 +113,7 @@ impl Hub {
         for file in &files {
             if let Some(expected) = stated.get(&file.name).filter(|sum| **sum != file.sha256) {
                 return Err(Error::Checksum {
-                    what: format!("`{}`", file.name),
+                    what: format!("`{}`", file.name).into(),
                     path: file.path.clone(),
                     expected: expected.clone(),
                     found: file.sha256.clone(),

@@ -333,7 +333,7 @@ impl Push<'_> {
         let found = sum.finish();
         if found != file.sha256 {
             return Err(Error::Checksum {
-                what: format!("`{}` changed while it was sent", file.name),
+                what: format!("`{}` changed while it was sent", file.name).into(),
                 path: file.path.clone(),
                 expected: file.sha256.clone(),
                 found,

@@ -1,6 +1,7 @@
 //! What is asked of a decomposition, and what it answers.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 
 use ndarray::{Array1, Array2};
 use serde::{Deserialize, Serialize};
@@ -22,6 +23,9 @@ pub struct Algorithm {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub fast: bool,
 }
+
+/// The tolerances there are: f32 factors hold no more digits than the first, and the last leaves nothing that is called one.
+pub const TOLERANCES: RangeInclusive<f64> = 1e-6..=0.1;
 
 /// What [`Algorithm::fast`] may leave of one triplet in another, relative to σ₁: little beside the errors of its values.
 pub(super) const FAST_RESIDUAL: f64 = 1e-3;

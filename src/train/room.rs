@@ -2,8 +2,9 @@
 
 use super::{Options, device_name};
 use crate::error::{Error, Result};
+use crate::format::FactorsDtype;
 use crate::model::memory::{Step, Training};
-use crate::plan::{Plan, PlanOptions};
+use crate::plan::{Plan, PlanOptions, PlannedTensor};
 use crate::source::Source;
 use crate::weights::Inventory;
 use crate::weights::checkpoint::WeightFile;
@@ -40,15 +41,15 @@ pub(super) fn refuse_too_large(source: &Source, options: &Options, length: usize
     }
 }
 
-/// Whether what grows with the batch and with what moves is twice a memory. Weights are left out: they are planned as if all
-/// of them were decomposed, to the rank that was asked for.
+/// Whether all that is planned takes more than twice a memory.
 fn outgrows(planned: &Training, there: u64) -> bool {
-    let grows = [
+    let takes = [
+        planned.weights_bytes,
         planned.moving_bytes,
         planned.activations_bytes,
         planned.passing_bytes,
     ];
-    grows.into_iter().fold(0, u64::saturating_add) / 2 > there
+    takes.into_iter().fold(0, u64::saturating_add) / 2 > there
 }
 
 /// This machine's memory (proc_meminfo(5)).
@@ -68,11 +69,15 @@ fn planned(source: &Source, options: &Options, length: usize) -> Option<Training
     let files = files.map(|(name, header)| WeightFile { name, header });
     let inventory = Inventory::new(source.dir(), files.collect()).ok()?;
     let config = source.config().ok()?;
-    let mut wanted = PlanOptions::default();
-    if let Source::Decomposition { artifact, .. } = source {
-        wanted.rank = artifact.svd.rank;
-        wanted.storing.factors = artifact.svd.factors;
-    }
+    let svd = match source {
+        Source::Decomposition { artifact, .. } => Some(&artifact.svd),
+        Source::Model(_) | Source::WithLoras { .. } => None,
+    };
+    let modules = svd.map(|svd| &svd.modules);
+    let wanted = PlanOptions {
+        untie_head: source.untied_head().is_some(),
+        ..PlanOptions::default()
+    };
     let plan = Plan::new(source.dir(), &config, &inventory, &wanted).ok()?;
     let step = Step {
         method: options.method,
@@ -84,8 +89,13 @@ fn planned(source: &Source, options: &Options, length: usize) -> Option<Training
         recompute: options.recompute,
         on_gpu: options.device.is_cuda(),
     };
-    plan.with_training(&config, &step, wanted.storing.factors)
-        .training
+    let factors = svd.map_or(FactorsDtype::default(), |svd| svd.factors);
+    // what was decomposed, and how far, may be a choice of some weights
+    let kept = |tensor: &PlannedTensor| match modules {
+        Some(modules) => modules.get(tensor.module()).map(|record| record.q),
+        None => tensor.kept_at_most(),
+    };
+    plan.with_training(&config, &step, factors, kept).training
 }
 
 #[cfg(test)]
@@ -109,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_that_were_not_decomposed_outgrow_no_memory() {
+    fn what_takes_twice_a_memory_outgrows_it() {
         let planned = |weights_bytes, activations_bytes| Training {
             method: "sigma",
             batch: 1,
@@ -122,8 +132,8 @@ mod tests {
             passing_bytes: 8,
             peak_bytes: u64::MAX,
         };
-        assert!(!outgrows(&planned(u64::MAX, 1980), 1000));
-        assert!(outgrows(&planned(0, 1982), 1000));
+        assert!(!outgrows(&planned(1000, 980), 1000));
+        assert!(outgrows(&planned(1000, 982), 1000));
         assert!(outgrows(&planned(0, u64::MAX), u64::MAX / 4));
     }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::error::Error;
+use crate::error::{Error, Summed};
 
 /// One thing that is not as it should be.
 #[derive(Debug, Clone, Serialize)]
@@ -112,7 +112,10 @@ pub fn as_problem(dir: &Path, error: &Error) -> Problem {
             found,
         } => (
             name(path),
-            what.split('`').nth(1).map(str::to_string),
+            match what {
+                Summed::Tensor(name) => Some(name.clone()),
+                Summed::Words(_) => None,
+            },
             format!("sha256 {expected}"),
             format!("sha256 {found}"),
         ),

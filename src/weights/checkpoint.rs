@@ -12,7 +12,7 @@ use serde::Deserialize;
 use super::element::Elements;
 use super::header::{Entry, Header};
 use crate::contents::Section;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result, Summed};
 use crate::json;
 use crate::sum::{Sum, both, sha256_file, sha256_hex};
 
@@ -285,7 +285,7 @@ impl Checkpoint {
         let path = self.dir.join(&file.name);
         match self.stated_sha256(file) {
             Some(stated) if stated != found => Err(Error::Checksum {
-                what: format!("`{}` as it was read", file.name),
+                what: format!("`{}` as it was read", file.name).into(),
                 path: std::fs::canonicalize(&path).unwrap_or(path),
                 expected: stated,
                 found,
@@ -471,7 +471,7 @@ impl Checkpoint {
             return Ok(());
         }
         Err(Error::Checksum {
-            what: format!("tensor `{tensor}`"),
+            what: Summed::Tensor(tensor.into()),
             path: self.path_of(tensor),
             expected: expected.into(),
             found,

@@ -493,6 +493,7 @@ fn impossible_configs_are_refused_without_being_built() {
         ("head_dim", json!(1u64 << 38)),
         ("vocab_size", json!(u64::MAX)),
         ("partial_rotary_factor", json!(3)),
+        ("partial_rotary_factor", json!(0.001)),
         ("num_attention_heads", json!(0)),
     ] {
         std::fs::write(base.join("config.json"), &good).expect("writes");
@@ -500,6 +501,33 @@ fn impossible_configs_are_refused_without_being_built() {
         world
             .run(&["plan", arg(&base)])
             .refuses(&["config.json", key]);
+    }
+}
+
+#[test]
+fn promises_that_hold_for_anything_are_none() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let config = split.join("config.json");
+    let good = std::fs::read(&config).expect("reads");
+    for (path, value) in [
+        ("/svd/algorithm/tolerance", json!(1e300)),
+        ("/svd/algorithm/tolerance", json!(-1e-4)),
+        ("/svd/rank/value", json!(-3.0)),
+    ] {
+        std::fs::write(&config, &good).expect("writes");
+        edit_json(&config, |c| *c.pointer_mut(path).expect("is there") = value);
+        let said = world.run(&["verify", arg(&split), "--json"]);
+        assert_eq!(said.code, Some(1), "{}", said.stdout);
+        let word = if path.ends_with("tolerance") {
+            "promises"
+        } else {
+            "share"
+        };
+        assert!(said.stdout.contains(word), "{}", said.stdout);
+        world
+            .run(&["inspect", arg(&split)])
+            .refuses(&["config.json", word]);
     }
 }
 

@@ -92,6 +92,28 @@ fn any_number_of_parts_assembles_to_the_bytes_of_one_machine() {
 }
 
 #[test]
+fn parts_with_vectors_in_bf16_assemble_too_and_are_done_only_once() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let options = ["--factors-dtype", "bf16"];
+    let whole = world.path("whole");
+    let fixed = ["decompose", arg(&base), "--out", arg(&whole)];
+    world.run(&[&fixed[..], &options].concat()).succeeds();
+    let parts = world.parts(&base, 2, &options);
+    let again = ["--part", "1/2", "--out", arg(&parts[0])];
+    let again = [&["decompose", arg(&base)], &again[..], &options].concat();
+    let again = world.run(&again).succeeds();
+    assert!(
+        again.stderr.contains("is complete already"),
+        "{}",
+        again.stderr
+    );
+    let out = world.path("out");
+    world.run(&world.assemble(&parts, &out)).succeeds();
+    assert_same(&out, &whole);
+}
+
+#[test]
 fn a_finished_part_says_so_and_no_other_verb_takes_it_for_a_whole() {
     let world = World::new();
     let base = world.model("base", Dtype::BF16, u64::MAX);

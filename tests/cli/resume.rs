@@ -232,6 +232,53 @@ fn a_matrix_that_a_power_cut_has_spoilt_is_computed_again() {
     assert!(matrices() == before, "the same bytes again");
 }
 
+#[test]
+fn a_conversion_or_bf16_decomposition_goes_on_from_what_is_whole() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let source = world.path("source");
+    let decompose = ["decompose", arg(&base), "--layout", "sidecar", "--out"];
+    world
+        .run(&[&decompose[..], &[arg(&source)]].concat())
+        .succeeds();
+    let convert = ["convert", arg(&source), "--layout", "residual", "--out"];
+    let in_bf16 = ["--factors-dtype", "bf16"];
+    let rounded = ["decompose", arg(&base), in_bf16[0], in_bf16[1], "--out"];
+    for (name, verb) in [("convert", &convert[..]), ("decompose", &rounded)] {
+        let reference = world.path(name);
+        world.run(&[verb, &[arg(&reference)]].concat()).succeeds();
+        // killed before there is a shard, as soon as two matrices are finished
+        let killed = (0..50).find_map(|attempt| {
+            let out = world.path(&format!("{name}-{attempt}"));
+            let mut command = world.command(&[verb, &[arg(&out)]].concat());
+            let mut child = command.spawn().expect("starts");
+            let finished = || {
+                let listed = std::fs::read_dir(out.join(".svdhub/parts"));
+                let paths = listed.into_iter().flatten().flatten();
+                let mut paths: Vec<PathBuf> = paths.map(|entry| entry.path()).collect();
+                paths.retain(|path| path.extension().is_some_and(|it| it == "safetensors"));
+                paths
+            };
+            while finished().len() < 2 && child.try_wait().expect("runs").is_none() {}
+            child.kill().expect("kills");
+            child.wait().expect("is gone");
+            let left = finished();
+            (left.len() >= 2).then_some((out, left))
+        });
+        let (out, left) = killed.expect("one of fifty kills comes in time");
+        // as if a power cut had come before the data of one were written
+        let header = Header::read(&left[0]).expect("reads");
+        let mut bytes = std::fs::read(&left[0]).expect("reads");
+        bytes[header.prefix.len()..].fill(0);
+        std::fs::write(&left[0], bytes).expect("writes");
+        let run = world.run(&[verb, &[arg(&out)]].concat()).succeeds();
+        assert!(run.stderr.contains("going on in"), "{}", run.stderr);
+        let done = format!("{} of 42 matrices are done already", left.len() - 1);
+        assert!(run.stderr.contains(&done), "{name}: {}", run.stderr);
+        assert_same(&out, &reference);
+    }
+}
+
 /// Writes to a file as soon as matrices are decomposed.
 struct Meddler(PathBuf);
 
@@ -365,10 +412,43 @@ fn changed_bytes_of_an_adapter_or_of_its_vectors_are_used_by_nobody() {
         world.run(verb).refuses(&["adapter.safetensors", "sha256"]);
     }
     flip(&weights, last);
-    let header = Header::read(&shard).expect("reads");
     let vector = "model.layers.5.self_attn.v_proj.v";
-    let entry = header.entries.iter().find(|entry| entry.name == vector);
-    flip(&shard, entry.expect("is there").offset as usize + 5);
+    let flip_vector = |shard: &Path| {
+        let header = Header::read(shard).expect("reads");
+        let entry = header.entries.iter().find(|entry| entry.name == vector);
+        flip(shard, entry.expect("is there").offset as usize + 5);
+    };
+    // of a sidecar, no sum of M tells of its vectors
+    let sidecar = world.path("sidecar");
+    let decompose = ["decompose", arg(&base), "--layout", "sidecar", "--out"];
+    world
+        .run(&[&decompose[..], &[arg(&sidecar)]].concat())
+        .succeeds();
+    let other = world.path("other");
+    let more = [arg(&other), "--steps", "2", "--length", "32"];
+    let train = ["train", arg(&sidecar), "--data", arg(&data), "--out"];
+    world.run(&[&train[..], &more].concat()).succeeds();
+    flip_vector(&sidecar.join("svd-00001-of-00001.safetensors"));
+    let [to_merge, to_export, to_train] = ["m", "e", "t"].map(|name| world.path(name));
+    let text = ["--data", arg(&data)];
+    for (verb, more) in [
+        ("merge", &["--out", arg(&to_merge)][..]),
+        ("evaluate", &text),
+        (
+            "export",
+            &["--to", "svd-training", "--out", arg(&to_export)],
+        ),
+    ] {
+        let fixed = [verb, arg(&sidecar), "--adapter", arg(&other)];
+        world
+            .run(&[&fixed[..], more].concat())
+            .refuses(&[vector, "sha256"]);
+    }
+    let relative = ["--parametrisation", "relative", "--out", arg(&to_train)];
+    world
+        .run(&[&["train", arg(&sidecar)], &text[..], &relative].concat())
+        .refuses(&[vector, "sha256"]);
+    flip_vector(&shard);
     let export = ["export", arg(&split), with[0], with[1], "--to", "peft-lora"];
     world
         .run(&[&export[..], &to].concat())

@@ -183,6 +183,37 @@ fn numbers_that_leave_f32_in_the_last_update_are_no_adapter() {
 }
 
 #[test]
+fn what_has_no_room_is_planned_as_it_was_decomposed() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let data = fixture("eighty-train.txt");
+    let weights = |options: &[&str]| -> u64 {
+        let split = world.path(&format!("svd{}", options.len()));
+        let decompose = ["decompose", arg(&base), "--out", arg(&split)];
+        world.run(&[&decompose[..], options].concat()).succeeds();
+        let large = ["--out", "a", "--batch", "1000000"];
+        let train = ["train", arg(&split), "--data", arg(&data)];
+        let run = world.run(&[&train[..], &large].concat());
+        let run = run.refuses(&["no room", "bytes for weights"]);
+        let (before, _) = run.stderr.split_once(" bytes for weights").expect("said");
+        let digits = before.rsplit(' ').next().expect("a number");
+        digits.parse().expect("a number")
+    };
+    let (all, one) = (weights(&[]), weights(&["--include", "*.0.mlp.up_proj"]));
+    let plan = world.json(&["plan", arg(&base)]);
+    let left_out = |module: &&Value| {
+        module["action"] == "decompose" && module["name"] != "model.layers.0.mlp.up_proj.weight"
+    };
+    let modules = plan["modules"].as_array().expect("a list");
+    // f32: u, v and what moves
+    let kept = modules.iter().filter(left_out).map(|module| {
+        let sides = [0, 1].map(|at| module["shape"][at].as_u64().expect("a side"));
+        4 * module["q"].as_u64().expect("a rank") * (sides[0] + sides[1] + 1)
+    });
+    assert_eq!(all - one, kept.sum::<u64>());
+}
+
+#[test]
 fn a_stored_copy_of_a_tied_head_moves_with_the_embedding() {
     let (embedding, head) = ("model.embed_tokens.weight", "lm_head.weight");
     let world = World::new();

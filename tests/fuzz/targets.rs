@@ -356,8 +356,9 @@ pub fn part(bytes: &[u8]) -> bool {
         return false;
     };
     assert!((1..=record.part.of).contains(&record.part.number));
+    let dtype = record.job.options.plan.storing.factors;
     for module in record.modules.keys() {
-        if let Ok(part) = Part::read(&dir.join(MATRICES), module) {
+        if let Ok(part) = Part::read(&dir.join(MATRICES), module, dtype) {
             let written = serde_json::to_value(&part).expect("serialises");
             let again: Part = serde_json::from_value(written.clone()).expect("reads back");
             assert_eq!(serde_json::to_value(&again).expect("serialises"), written);

@@ -133,6 +133,10 @@ fn rope(
         return Err(key.refuse(spelled, &format!("is {share}, not a share of a head")));
     }
     let dim = (head_dim as f64 * share) as usize;
+    if dim == 0 {
+        let reason = format!("is {share}: of {head_dim} elements of a head, none would turn");
+        return Err(key.refuse(spelled, &reason));
+    }
     let kind = scaling["rope_type"]
         .as_str()
         .or(scaling["type"].as_str())
