@@ -14,6 +14,7 @@ use crate::front_matter;
 use crate::json;
 use crate::sum::sha256_file;
 use crate::weights::checkpoint::WeightFile;
+use crate::weights::place::Home;
 use crate::weights::shard::write_atomically;
 use crate::weights::{Checkpoint, Layout, TensorSums};
 use crate::workspace::{STATE_DIR, Workspace};
@@ -248,6 +249,7 @@ pub fn side_files(dir: &Path) -> Result<Vec<String>> {
         crate::format::BASE_CONFIG,
         crate::format::BASE_INDEX,
     ];
+    let home = Home::of(dir)?;
     let mut files = Vec::new();
     for entry in std::fs::read_dir(dir).context("list", dir)? {
         let entry = entry.context("list", dir)?;
@@ -261,6 +263,8 @@ pub fn side_files(dir: &Path) -> Result<Vec<String>> {
         };
         let is_ours = OURS.contains(&name.as_str());
         if !is_ours && !name.starts_with('.') && travels(&name, file.len()) {
+            // what a stranger's link names would be copied, and published as if it were the stranger's
+            home.refuse_outside(&entry.path())?;
             files.push(name);
         }
     }

@@ -161,13 +161,22 @@ fn non_null(value: Value, wanted: bool) -> Option<Value> {
 
 /// A decomposition is evaluated as the base it restores; what was trained later is not its matter.
 fn shown_evaluations(kind: Kind, evaluations: &Value) -> Vec<Value> {
-    evaluations
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter(|e| kind != Kind::Decomposition || e["subject"] == "base")
-        .cloned()
-        .collect()
+    let shown = evaluations.as_array().into_iter().flatten();
+    let shown = shown.filter(|e| kind != Kind::Decomposition || e["subject"] == "base");
+    let shown: Vec<&Value> = shown.collect();
+    let named = |e: &&Value| {
+        let mut named = Value::clone(e);
+        // texts of one name are told apart
+        let is_another = |other: &&Value| other["data_sha256"] != e["data_sha256"];
+        let same_name = shown.iter().filter(|other| other["data"] == e["data"]);
+        if let (Some(name), Some(sum)) = (e["data"].as_str(), e["data_sha256"].as_str())
+            && same_name.copied().any(|other| is_another(&other))
+        {
+            named["data"] = format!("{name} (sha256 {:.8}…)", sum).into();
+        }
+        named
+    };
+    shown.iter().map(named).collect()
 }
 
 /// 1234567 → 1,234,567

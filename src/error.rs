@@ -407,11 +407,17 @@ pub enum Error {
         file: String,
         dir: PathBuf,
     },
+    #[error("`{repo}` holds other weights: {}", files.join(", "))]
+    OtherWeights { repo: String, files: Vec<String> },
     #[error("the remote copy of `{repo}` differs from the local files: {}", differing.join(", "))]
     RemoteDiffers {
         repo: String,
         differing: Vec<String>,
     },
+    #[error("{} is gone, and the directory says that it belongs to it", path.display())]
+    Lost { path: PathBuf },
+    #[error("{} is read neither as text nor as documents", path.display())]
+    DataFormat { path: PathBuf },
     #[error("the template {name} failed")]
     Template {
         name: String,

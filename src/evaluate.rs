@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::model::{Trained, stacked};
 use crate::source::{Source, load};
+use crate::sum::sha256_file;
 use crate::text::Corpus;
 
 /// How to evaluate.
@@ -42,6 +43,9 @@ pub struct Facts {
     /// Predicted tokens.
     pub tokens: usize,
     pub data: String,
+    /// Of the text: files of one name may hold another.
+    #[serde(default)]
+    pub data_sha256: String,
     pub length: usize,
     pub seconds: f64,
     pub tokens_per_s: f64,
@@ -56,7 +60,7 @@ pub fn run(
 ) -> Result<Facts> {
     let config = source.config()?;
     let corpus = Corpus::read(data, source.dir(), &config, options.length)?;
-    corpus.warn_of_length(&config, observer);
+    corpus.warn(&config, observer);
     let decoder = load(source, Trained::default(), &options.device, observer)?;
     let started = Instant::now();
     let windows: Vec<&[u32]> = corpus.windows().collect();
@@ -87,6 +91,7 @@ pub fn run(
             .unwrap_or_default()
             .to_string_lossy()
             .into_owned(),
+        data_sha256: sha256_file(data, |_| {})?,
         length: options.length,
         seconds,
         tokens_per_s: tokens as f64 / seconds.max(1e-9),

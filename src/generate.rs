@@ -16,7 +16,7 @@ use crate::event::Observer;
 use crate::model::{Cache, Decoder, Trained};
 use crate::random::SplitMix;
 use crate::source::{Source, load};
-use crate::text::tokenizer;
+use crate::text::{encode, tokenizer};
 use chat::ChatTemplate;
 use choice::{Choice, likeliest};
 use spelling::Spelling;
@@ -107,12 +107,7 @@ pub fn run(
         Some(template) => (template.render(prompt, options.now)?, false),
         None => (prompt.to_string(), true),
     };
-    let encoded = tokenizer.encode_fast(text, adds_tokens);
-    let encoded = encoded.map_err(|e| Error::Tokenizer {
-        path: path.clone(),
-        reason: e.to_string(),
-    })?;
-    let read = encoded.get_ids();
+    let read = &encode(&tokenizer, &path, &text, adds_tokens)?[..];
     if read.is_empty() {
         return Err(Error::PromptEmpty);
     }

@@ -22,7 +22,7 @@ pub use download::Downloaded;
 pub use local::published_files;
 pub use oidc::{Identity, Login};
 pub use outlet::HubOutlet;
-pub use upload::{PushOptions, Pushed};
+pub use upload::{Claims, PushOptions, Pushed};
 
 use std::fmt;
 use std::path::PathBuf;

@@ -147,12 +147,12 @@ pub fn run_to(
     let room = match outlet {
         Some(outlet) if passes_through => workspace.room(outlet.room(), 0)?,
         _ => {
-            // what an earlier try left is replaced file by file: the old one is there until the new one is whole
-            let largest = headers.iter().map(|(_, header)| header.file_bytes()).max();
-            let more = match claim {
-                Claim::Interrupted => largest.unwrap_or(0),
-                _ => 0,
-            };
+            // what an earlier try finished is replaced file by file: the old one is there until the new one is whole
+            let there = headers.iter().filter(|(file, _)| out.join(file).exists());
+            let more = there
+                .map(|(_, header)| header.file_bytes())
+                .max()
+                .unwrap_or(0);
             check_free_space(
                 out,
                 total.saturating_sub(bytes_in(out)).saturating_add(more),

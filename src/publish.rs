@@ -9,7 +9,7 @@ use crate::adapter::{self, Adapter};
 use crate::error::{Error, IoContext, Result};
 use crate::event::Observer;
 use crate::format::{Sums, is_repo_id};
-use crate::hub::{Hub, PushOptions, Pushed};
+use crate::hub::{Claims, Hub, PushOptions, Pushed};
 use crate::kind::Kind;
 use crate::weights::Layout;
 use crate::weights::place::refuse_links_outside;
@@ -83,7 +83,41 @@ pub fn run(
     refuse_unfinished(dir)?;
     refuse_no_repo(repo)?;
     write_card(dir, repo, observer)?;
-    hub.push(dir, repo, &stated(dir)?, options, observer)
+    let claims = Claims {
+        sha256: stated(dir)?,
+        is_weights: weights_like(dir)?,
+    };
+    hub.push(dir, repo, &claims, options, observer)
+}
+
+/// What a loader would take for weights beside those of `dir`: a model in one file hides its successor in shards, and one
+/// beside a decomposition is loaded where transformers should stop.
+fn weights_like(dir: &Path) -> Result<fn(&str) -> bool> {
+    fn any(name: &str) -> bool {
+        const BEGIN: [&str; 3] = ["model", "svd", "pytorch_model"];
+        const END: [&str; 4] = [
+            ".safetensors",
+            ".safetensors.index.json",
+            ".bin",
+            ".bin.index.json",
+        ];
+        !name.contains('/')
+            && BEGIN.iter().any(|begin| name.starts_with(begin))
+            && END.iter().any(|end| name.ends_with(end))
+    }
+    Ok(match Kind::of(dir) {
+        Kind::Model => any,
+        Kind::Decomposition => {
+            let config: Value = json::read(&dir.join("config.json"))?;
+            // a sidecar may stand beside its base
+            match config["svd"]["layout"] == "sidecar" {
+                true => |name| name.starts_with("svd") && any(name),
+                false => any,
+            }
+        }
+        // each has names of its own, and one file
+        Kind::Adapter | Kind::Lora | Kind::StateDict => |_| false,
+    })
 }
 
 /// The sha256 of each file of weights, as the directory says itself: what was damaged since is not published.
@@ -108,7 +142,15 @@ fn stated(dir: &Path) -> Result<BTreeMap<String, String>> {
             let sums = stated.map(|sum| (adapter::WEIGHTS_FILE.into(), sum));
             Ok(sums.into_iter().collect())
         }
-        Kind::Model => of_sections(&["merge"]),
+        Kind::Model => {
+            let config = dir.join("config.json");
+            if json::read::<Value>(&config).is_ok_and(|config| !config["svd"].is_null()) {
+                return Err(Error::Lost {
+                    path: dir.join(Layout::Decomposition.index_file()),
+                });
+            }
+            of_sections(&["merge"])
+        }
         Kind::Lora | Kind::StateDict => of_sections(&["export", "train"]),
     }
 }

@@ -78,7 +78,7 @@ pub fn add(
     match (sections.get_mut(section), facts) {
         (Some(Value::Array(gathered)), Value::Array(new)) => {
             let same = |a: &Value, b: &Value| {
-                ["subject", "data", "length"]
+                ["subject", "data", "data_sha256", "length"]
                     .iter()
                     .all(|key| a[key] == b[key])
             };

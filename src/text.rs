@@ -1,5 +1,6 @@
 //! Text in, windows of token ids out.
 
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -7,6 +8,7 @@ use tokenizers::Tokenizer;
 
 use crate::error::{Error, IoContext, Result};
 use crate::event::Observer;
+use crate::json;
 use crate::model::ModelConfig;
 use crate::random::SplitMix;
 
@@ -16,6 +18,9 @@ pub struct Corpus {
     pub path: PathBuf,
     pub ids: Vec<u32>,
     pub window: usize,
+    pub documents: usize,
+    /// What ends a document where there are several.
+    pub end: Option<u32>,
 }
 
 /// The tokenizer that came with a model.
@@ -38,25 +43,50 @@ pub fn tokenizer(dir: &Path) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
+/// The ids of a text, with the special tokens that the tokenizer adds if `adds_tokens`.
+///
+/// # Errors
+/// What the tokenizer of a stranger refuses, or gives up: the engine of its regular expressions panics at those that take it
+/// too long.
+pub fn encode(
+    tokenizer: &Tokenizer,
+    path: &Path,
+    text: &str,
+    adds_tokens: bool,
+) -> Result<Vec<u32>> {
+    let failed = |reason: String| Error::Tokenizer {
+        path: path.into(),
+        reason,
+    };
+    let encode = AssertUnwindSafe(|| tokenizer.encode_fast(text, adds_tokens));
+    match std::panic::catch_unwind(encode) {
+        Ok(Ok(encoded)) => Ok(encoded.get_ids().to_vec()),
+        Ok(Err(error)) => Err(failed(error.to_string())),
+        Err(panic) => {
+            let said = panic.downcast_ref::<String>().map(String::as_str);
+            let said = said.or(panic.downcast_ref::<&str>().copied());
+            Err(failed(said.unwrap_or("it gave up").into()))
+        }
+    }
+}
+
 impl Corpus {
-    /// Reads a text file as one document, or a `.jsonl` file as one document per line (its `text` field).
+    /// Reads a text file as one document, or a `.jsonl` (or `.ndjson`) file as one document per line (its `text` field).
     ///
-    /// Documents get the special tokens the tokenizer adds, and the model's end token between them.
+    /// Documents get the special tokens the tokenizer adds, and where there are several, each ends in the model's end token.
     pub fn read(path: &Path, model: &Path, config: &ModelConfig, window: usize) -> Result<Self> {
         let tokenizer = tokenizer(model)?;
+        let file = model.join("tokenizer.json");
         let documents = documents(path)?;
         let mut ids = Vec::new();
         let several = documents.len() > 1;
+        let end = end_of_documents(model, config);
         for document in &documents {
-            let encoded = tokenizer
-                .encode_fast(document.as_str(), true)
-                .map_err(|e| Error::Tokenizer {
-                    path: model.join("tokenizer.json"),
-                    reason: e.to_string(),
-                })?;
-            ids.extend_from_slice(encoded.get_ids());
-            if let (true, Some(&eos)) = (several, config.eos.first()) {
-                ids.push(eos);
+            ids.extend(encode(&tokenizer, &file, document, true)?);
+            if let (true, Some(end)) = (several, end)
+                && ids.last() != Some(&end)
+            {
+                ids.push(end);
             }
         }
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= config.vocabulary) {
@@ -77,11 +107,21 @@ impl Corpus {
             path: path.into(),
             ids,
             window,
+            documents: documents.len(),
+            end,
         })
     }
 
-    /// Tells if windows are longer than what the model was made for.
-    pub fn warn_of_length(&self, config: &ModelConfig, observer: &dyn Observer) {
+    /// Tells of documents that nothing separates, and of windows longer than what the model was made for.
+    pub fn warn(&self, config: &ModelConfig, observer: &dyn Observer) {
+        if self.documents > 1 && self.end.is_none() {
+            observer.warn(format!(
+                "the {} documents of {} run into each other: neither config.json nor generation_config.json names an \
+                 eos_token_id",
+                self.documents,
+                self.path.display()
+            ));
+        }
         if self.window > config.positions_max {
             observer.warn(format!(
                 "windows of {} tokens are longer than the {} positions the model was made for",
@@ -95,6 +135,17 @@ impl Corpus {
         self.ids.chunks(self.window).filter(|w| w.len() >= 2)
     }
 
+    /// Tells how much of the text fills no window of full length, if it is not little.
+    pub fn note_rest(&self, observer: &dyn Observer) {
+        let (all, rest) = (self.ids.len(), self.ids.len() % self.window);
+        if all > self.window && rest * 100 > all {
+            observer.note(format!(
+                "the last {rest} of {all} tokens fill no window of {} and are left out",
+                self.window
+            ));
+        }
+    }
+
     /// Windows of full length; a text shorter than one window is one window of its own length.
     pub fn full_windows(&self) -> Vec<&[u32]> {
         let full: Vec<&[u32]> = self.ids.chunks_exact(self.window).collect();
@@ -106,7 +157,25 @@ impl Corpus {
     }
 }
 
+/// The model's end token, or that of its texts.
+fn end_of_documents(model: &Path, config: &ModelConfig) -> Option<u32> {
+    let own = config.eos.first().copied();
+    own.or_else(|| {
+        let settings: Value = json::read(&model.join("generation_config.json")).ok()?;
+        let ids = &settings["eos_token_id"];
+        let id = ids.as_u64().or_else(|| ids[0].as_u64())?;
+        u32::try_from(id).ok()
+    })
+}
+
 fn documents(path: &Path) -> Result<Vec<String>> {
+    let ending = path.extension().unwrap_or_default().to_ascii_lowercase();
+    if ["json", "csv", "tsv", "parquet", "arrow"]
+        .iter()
+        .any(|it| ending == *it)
+    {
+        return Err(Error::DataFormat { path: path.into() });
+    }
     let bytes = std::fs::read(path).context("read", path)?;
     let text = String::from_utf8(bytes).map_err(|e| Error::DataEncoding {
         path: path.into(),
@@ -117,10 +186,7 @@ fn documents(path: &Path) -> Result<Vec<String>> {
         Some(rest) => rest.to_string(),
         None => text,
     };
-    let lines = path
-        .extension()
-        .is_some_and(|e| e.eq_ignore_ascii_case("jsonl"));
-    if !lines {
+    if ending != "jsonl" && ending != "ndjson" {
         return Ok(vec![text]);
     }
     text.lines()
@@ -202,6 +268,11 @@ mod tests {
                 .to_string()
                 .contains("line 2")
         );
+        for ending in ["json", "CSV", "parquet"] {
+            let table = dir.path().join(format!("d.{ending}"));
+            std::fs::write(&table, "[]").expect("writes");
+            assert!(matches!(documents(&table), Err(Error::DataFormat { .. })));
+        }
         let text = dir.path().join("d.txt");
         std::fs::write(&text, [b'a', 0xff]).expect("writes");
         assert!(

@@ -24,7 +24,7 @@ use crate::report;
 use crate::source::{Source, load};
 use crate::sum::sha256_hex;
 use crate::text::{Corpus, shuffled};
-use crate::workspace::{Claim, Workspace};
+use crate::workspace::{Claim, Workspace, bytes_in, check_free_space};
 use kept::Kept;
 use optimizer::Schedule;
 use room::{refuse_too_large, with_plan};
@@ -185,10 +185,12 @@ pub fn run(
     let kept = Kept::of(source, pin, options, observer)?;
     let config = source.config()?;
     let corpus = Corpus::read(data, source.dir(), &config, options.length)?;
-    corpus.warn_of_length(&config, observer);
+    corpus.warn(&config, observer);
+    corpus.note_rest(observer);
     let windows = corpus.full_windows();
-    let longest = windows.iter().map(|window| window.len()).max();
-    refuse_too_large(source, options, longest.unwrap_or_default())?;
+    // all are as long as asked for, unless the text is shorter than one
+    let length = windows[0].len();
+    refuse_too_large(source, options, length)?;
     let steps = steps(&windows, options);
     let (mut workspace, claim) =
         Workspace::claim(out, "train", settings(&kept, &corpus, steps, options))?;
@@ -213,7 +215,15 @@ pub fn run(
     let mut run = Run::new(&decoder, options);
     run.resume(&workspace, observer)?;
     run.agree()?;
-    let started = Instant::now();
+    let parameters = decoder.variables.values().map(|v| v.elem_count() as u64);
+    let parameters: u64 = parameters.sum();
+    // the adapter, and beside it values and two moments
+    check_free_space(
+        out,
+        (4 * NUMBER_BYTES * parameters).saturating_sub(bytes_in(out)),
+    )?;
+    let (started, before) = (Instant::now(), run.seconds);
+    let mut saved = Saved::now();
     let mut tokens = 0;
     let first = run.losses.len();
     observer.resume(Stage::Train, first as u64, steps as u64, Unit::Steps);
@@ -235,12 +245,15 @@ pub fn run(
             tokens_per_s: tokens as f64 / started.elapsed().as_secs_f64(),
         });
         observer.advance(Stage::Train, 1, "");
-        if (step + 1) % options.save_every.max(1) == 0 && step + 1 < steps {
-            run.save(&workspace)?;
+        run.seconds = before + started.elapsed().as_secs_f64();
+        let is_due = (step + 1) % options.save_every.max(1) == 0 || saved.is_long_ago();
+        // the last one too, where it took long to come there: a full disk may stand before the adapter
+        if is_due && (step + 1 < steps || saved.is_long_ago()) {
+            saved = Saved::by(|| run.save(&workspace))?;
         }
     }
     observer.finish(Stage::Train);
-    let seconds = started.elapsed().as_secs_f64();
+    let seconds = run.seconds;
 
     run.refuse_overflown()?;
     let (weights, adapter_sha256, sums) = kept.save(&run, out, options, observer)?;
@@ -251,7 +264,8 @@ pub fn run(
             _ => None,
         },
         rank: match options.method {
-            Method::Lora(Lora { rank, .. }) | Method::LoraXs { rank } => Some(rank),
+            Method::Lora(Lora { rank, .. }) => Some(rank),
+            Method::LoraXs { rank } => Some(rank.min(kept.largest_rank())),
             Method::Sigma(_) | Method::Full => None,
         },
         alpha: match options.method {
@@ -262,11 +276,7 @@ pub fn run(
         decomposition: kept.decomposition().and_then(|origin| origin.repo.clone()),
         decomposition_revision: (kept.decomposition()).and_then(|origin| origin.revision.clone()),
         on: kept.standing(),
-        parameters: decoder
-            .variables
-            .values()
-            .map(|v| v.elem_count() as u64)
-            .sum(),
+        parameters,
         data: data
             .file_name()
             .unwrap_or_default()
@@ -275,7 +285,7 @@ pub fn run(
         data_tokens: corpus.ids.len(),
         steps,
         batch: options.batch,
-        length: options.length,
+        length,
         learning_rate: options.learning_rate,
         schedule: options.schedule,
         warmup: options.warmup,
@@ -285,7 +295,7 @@ pub fn run(
         device: device_name(&options.device),
         processes: options.group.size(),
         losses: run.losses.clone(),
-        tokens_per_s: tokens as f64 / seconds.max(1e-9),
+        tokens_per_s: (steps * options.batch * length) as f64 / seconds.max(1e-9),
         seconds,
         adapter_sha256,
         adapter_bytes: std::fs::metadata(&weights).context("read", &weights)?.len(),
@@ -325,6 +335,39 @@ pub fn assist(
             .map_err(|error| with_plan(error, source, options))?;
     }
     Ok(())
+}
+
+/// f32
+const NUMBER_BYTES: u64 = 4;
+
+/// When the state was saved last, and how long that took.
+struct Saved {
+    at: Instant,
+    took: std::time::Duration,
+}
+
+impl Saved {
+    fn now() -> Self {
+        Self {
+            at: Instant::now(),
+            took: std::time::Duration::ZERO,
+        }
+    }
+
+    fn by(save: impl FnOnce() -> Result<()>) -> Result<Self> {
+        let began = Instant::now();
+        save()?;
+        Ok(Self {
+            took: began.elapsed(),
+            ..Self::now()
+        })
+    }
+
+    /// Whether a kill would cost more than a minute, and saving no more than a twentieth of the time.
+    fn is_long_ago(&self) -> bool {
+        const MINUTE: std::time::Duration = std::time::Duration::from_secs(60);
+        self.at.elapsed() > MINUTE.max(20 * self.took)
+    }
 }
 
 fn steps(windows: &[&[u32]], options: &Options) -> usize {

@@ -188,7 +188,9 @@ fn files(dir: &Path) -> Result<BTreeMap<String, u64>> {
 fn same_settings(dir: &Path, job: &Job, now: &BTreeMap<String, String>) -> Result<()> {
     let before = &job.settings;
     let none = String::from("(not set)");
-    for what in before.keys().chain(now.keys()) {
+    // what others follow from comes first
+    let first = String::from("method");
+    for what in [&first].into_iter().chain(before.keys()).chain(now.keys()) {
         let (a, b) = (
             before.get(what).unwrap_or(&none),
             now.get(what).unwrap_or(&none),

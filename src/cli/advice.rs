@@ -2,6 +2,7 @@
 
 use svdhub::Error;
 use svdhub::job::MATRICES;
+use svdhub::kind::Kind;
 
 /// What the heads of language models are called.
 const HEADS: [&str; 2] = ["lm_head.", "embed_out."];
@@ -197,6 +198,28 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::NotPublishable { .. } => "move it out of the directory",
         Error::NotThereAnyMore { .. } => {
             "name the repository it was made for; or remove the directory, and make it again"
+        }
+        Error::OtherWeights { .. } => {
+            "a loader would take them for these or beside them: --replace deletes them in the same commit (the repository's \
+             history keeps them), or choose another repository or --branch; nothing of this is sent twice"
+        }
+        Error::Lost { .. } => "make or fetch the directory again: what is left of it is no whole",
+        Error::NotAModel { path, missing }
+            if !missing.contains("tokenizer") && Kind::of(path) != Kind::Model =>
+        {
+            match Kind::of(path) {
+                Kind::Decomposition => {
+                    "it is a decomposition: train, evaluate, generate, merge, inspect, convert and verify take it; plan and \
+                 decompose want its base"
+                }
+                Kind::Adapter | Kind::Lora => {
+                    "it is an adapter: name what it was trained on first, and this one with --adapter"
+                }
+                _ => "it is an export for svd-training, which no verb here reads",
+            }
+        }
+        Error::DataFormat { .. } => {
+            "give plain text, or .jsonl with a `text` field in each line; `jq -c '.[] | {text: …}'` makes one of a JSON list"
         }
         Error::RemoteDiffers { .. } => "run the same command again: it sends what differs",
         Error::Device { .. } => "use --device cpu",

@@ -17,7 +17,7 @@ use svdhub::error::IoContext;
 use svdhub::event::{Observer, Silent};
 use svdhub::format::Origin;
 use svdhub::hub::server::{Server, ServerOptions};
-use svdhub::hub::{Hub, HubOptions, ModelRef, PushOptions, Pushed, Snapshot, Token};
+use svdhub::hub::{Claims, Hub, HubOptions, ModelRef, PushOptions, Pushed, Snapshot, Token};
 use svdhub::model::ModelConfig;
 use svdhub::plan::Plan;
 use svdhub::source::Source;
@@ -197,7 +197,7 @@ impl Walk<'_> {
                 own_hub.push(
                     &dir,
                     &repo,
-                    &BTreeMap::new(),
+                    &Claims::default(),
                     &PushOptions::default(),
                     &Silent,
                 )?;
@@ -379,7 +379,7 @@ impl Walk<'_> {
             ..evaluate::Options::default()
         };
         let facts = evaluate::run(&source, heldout, &options, self.observer)?;
-        record(&source, &facts)?;
+        record(&source, &facts, self.observer)?;
         Ok(facts)
     }
 

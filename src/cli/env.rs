@@ -148,7 +148,7 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
         }
         let file = self.path("HF_TOKEN_PATH");
         let file = file.unwrap_or_else(|| self.home().join("token"));
-        let text = self.get("HF_TOKEN");
+        let text = self.get("HF_TOKEN").filter(|text| !text.trim().is_empty());
         let text = text.or_else(|| std::fs::read_to_string(file).ok())?;
         let text = text.replace(['\r', '\n'], "");
         let text = text.trim();
@@ -177,7 +177,7 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
         let endpoint = endpoint.map(str::to_string);
         let endpoint = endpoint.or_else(|| self.get("HF_ENDPOINT"));
         let endpoint = endpoint.unwrap_or_else(|| PUBLIC_HUB.into());
-        let mut options = HubOptions::new(endpoint, self.cache());
+        let mut options = HubOptions::new(endpoint.trim(), self.cache());
         options.xet = self.xet();
         options.offline = self.flag("HF_HUB_OFFLINE") || self.flag("TRANSFORMERS_OFFLINE");
         if !options.offline {
@@ -186,8 +186,9 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
         options.token = self.token();
         let seconds = self.get("HF_HUB_DOWNLOAD_TIMEOUT");
         let seconds = seconds.and_then(|text| text.parse().ok());
-        if let Some(seconds) = seconds.filter(|&seconds| seconds > 0) {
-            options.patience = Duration::from_secs(seconds);
+        if let Some(seconds) = seconds.filter(|&seconds: &u64| seconds > 0) {
+            // a year is as good as for ever, and can be added to a clock
+            options.patience = Duration::from_secs(seconds.min(365 * 24 * 3600));
         }
         Ok(options)
     }

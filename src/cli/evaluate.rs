@@ -8,6 +8,7 @@ use clap::Args;
 use serde_json::{Map, json};
 use svdhub::card::thousands;
 use svdhub::evaluate::{self, Facts, Options};
+use svdhub::event::Observer;
 use svdhub::hub::ModelRef;
 use svdhub::source::Source;
 use svdhub::{Result, heap, report};
@@ -63,16 +64,31 @@ impl Command {
                 facts.tokens_per_s
             )
         })?;
-        if let Err(error) = record(&source, &facts) {
-            let observer = session.observer();
+        let observer = session.observer();
+        if let Err(error) = record(&source, &facts, observer) {
             observer.warn(format!("this is in no report: {error}"));
         }
         Ok(code)
     }
 }
 
+/// Whether the report of a LoRA names another base than the one it is evaluated on.
+fn stands_elsewhere(lora: &Path, source: &Source, observer: &dyn Observer) -> Result<bool> {
+    let report = report::read(lora)?;
+    let bases = ["train", "decompose"].map(|section| report.get(section)?.pointer("/base/sha256"));
+    let Some(named) = bases.into_iter().flatten().next() else {
+        return Ok(false);
+    };
+    let found = match source {
+        Source::Model(base) => base.hash(observer)?,
+        Source::Decomposition { artifact, .. } => artifact.svd.base.sha256.clone(),
+        Source::WithLoras { .. } => return Ok(false),
+    };
+    Ok(*named != json!(found))
+}
+
 /// Adds an evaluation to the report of what was evaluated: the adapter's, or the model's if it is ours.
-pub fn record(source: &Source, facts: &Facts) -> Result<()> {
+pub fn record(source: &Source, facts: &Facts, observer: &dyn Observer) -> Result<()> {
     let (dir, subject): (&Path, &str) = match source {
         Source::Model(base) => (&base.dir, "merged"),
         Source::Decomposition { artifact, mixture } => match mixture.parts.as_slice() {
@@ -85,7 +101,14 @@ pub fn record(source: &Source, facts: &Facts) -> Result<()> {
             (Source::Decomposition { mixture, .. }, _) if !mixture.parts.is_empty() => {
                 return Ok(());
             }
-            (_, [(lora, 1.0)]) => (&lora.dir, "trained"),
+            (source, [(lora, 1.0)]) => {
+                if stands_elsewhere(&lora.dir, source, observer)? {
+                    observer
+                        .warn("the LoRA was trained on another model: this is in no report".into());
+                    return Ok(());
+                }
+                (&lora.dir, "trained")
+            }
             _ => return Ok(()),
         },
     };

@@ -32,6 +32,9 @@ pub struct Passing {
     /// Push to this branch, made if it is not there
     #[arg(long, value_name = "BRANCH", requires = "push", help_heading = "Hub")]
     branch: Option<String>,
+    /// Delete the weights in the repository that are not among these, in the last commit
+    #[arg(long, requires = "push", help_heading = "Hub")]
+    replace: bool,
 }
 
 impl Passing {
@@ -39,6 +42,7 @@ impl Passing {
         PushOptions {
             private: self.private,
             branch: self.branch.clone(),
+            replace: self.replace,
             ..PushOptions::default()
         }
     }

@@ -39,6 +39,9 @@ pub struct Command {
     /// The commit's title
     #[arg(long, value_name = "TEXT", default_value_t = PushOptions::default().message)]
     message: String,
+    /// Delete the weights in the repository that are not among these, in the same commit
+    #[arg(long)]
+    replace: bool,
     /// Write the card and say what would be sent
     #[arg(long)]
     dry_run: bool,
@@ -68,6 +71,7 @@ impl Command {
             pull_request: self.pr,
             tag: self.tag.clone(),
             message: self.message.clone(),
+            replace: self.replace,
         };
         let pushed = publish::run(
             &session.hub()?,

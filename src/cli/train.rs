@@ -263,7 +263,9 @@ impl Command {
 
 fn show(facts: &Facts, out: &str) -> String {
     let ends = |losses: &[f32]| match (losses.first(), losses.last()) {
-        (Some(first), Some(last)) => format!("loss {first:.4} → {last:.4}"),
+        (Some(first), Some(last)) => {
+            format!("loss {first:.4} in the first, {last:.4} in the last")
+        }
         _ => "no steps".into(),
     };
     format!(

@@ -91,17 +91,33 @@ impl Choice {
                 config[*key]
             ));
         }
+        let sensible = |key: &str| match (key, config[key].as_f64()) {
+            (_, None) => config[key].is_null(),
+            ("top_k", Some(count)) => count >= 0.0 && count.fract() == 0.0,
+            ("top_p", Some(share)) => share > 0.0 && share <= 1.0,
+            (_, Some(factor)) => factor > 0.0,
+        };
+        let numbers = ["temperature", "top_k", "top_p", "repetition_penalty"];
+        for key in numbers.into_iter().filter(|key| !sensible(key)) {
+            observer.warn(format!(
+                "{name} says {key} = {}, which means nothing: what is usual is taken",
+                config[key]
+            ));
+        }
         let positive = |key: &str| config[key].as_f64().filter(|x| *x > 0.0);
         let usual = Sampling::default();
         let sampling = Sampling {
             temperature: positive("temperature").unwrap_or(usual.temperature),
             top_k: match &config["top_k"] {
                 Value::Null => usual.top_k,
-                value => value
-                    .as_u64()
-                    .map_or(0, |k| usize::try_from(k).unwrap_or(0)),
+                value => match value.as_u64() {
+                    Some(count) => usize::try_from(count).unwrap_or(0),
+                    None => usual.top_k,
+                },
             },
-            top_p: positive("top_p").unwrap_or(usual.top_p),
+            top_p: positive("top_p")
+                .filter(|_| sensible("top_p"))
+                .unwrap_or(usual.top_p),
             ..usual
         };
         let ends = match &config["eos_token_id"] {

@@ -48,7 +48,7 @@ pub(super) fn digest(path: &Path, lfs: bool) -> Result<String> {
 }
 
 /// Where a folder keeps what downloads into it leave.
-const STATE: &str = ".cache/svdhub";
+pub(super) const STATE: &str = ".cache/svdhub";
 
 /// What there begins with this is of that file.
 fn name_in_state(file: &str) -> String {
@@ -78,8 +78,8 @@ impl Place {
         }
     }
 
-    /// Refuses a file that lies where this one would, unless some download brought it: a large one that was damaged since is
-    /// mended; a small one that changed since is somebody's work.
+    /// Refuses a file that lies where this one would, unless some download brought it just so: one that changed since may be
+    /// somebody's work.
     pub fn refuse_foreign(dir: &Path, file: &RemoteFile) -> Result<()> {
         let path = dir.join(&file.path);
         if path.symlink_metadata().is_err() {
@@ -91,7 +91,7 @@ impl Place {
         let is_ours = state.flatten().any(|entry| {
             let entry = entry.file_name();
             let rest = entry.to_str().and_then(|entry| entry.strip_prefix(&name));
-            rest.is_some_and(|rest| file.lfs || rest == format!("-{found}.lock"))
+            rest.is_some_and(|rest| rest == format!("-{found}.lock"))
         });
         match is_ours {
             true => Ok(()),
@@ -183,10 +183,21 @@ impl Cache {
         lock::hold(&path)
     }
 
-    /// Keeps the listing of a commit: offline, it tells what is missing.
+    /// Keeps the listing of a commit: offline, it tells what is missing. A cache that is shared read-only does without.
     pub fn list(&self, commit: &str, files: &[RemoteFile]) -> Result<()> {
+        use std::io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
+        match self.write_listing(commit, files) {
+            Err(Error::Io { source, .. })
+                if matches!(source.kind(), PermissionDenied | ReadOnlyFilesystem) =>
+            {
+                Ok(())
+            }
+            written => written,
+        }
+    }
+
+    fn write_listing(&self, commit: &str, files: &[RemoteFile]) -> Result<()> {
         let path = self.listing_path(commit);
-        // what is there already needs no lock: a cache may be shared read-only
         if path.exists() {
             return Ok(());
         }

@@ -13,8 +13,9 @@ use reqwest::redirect::Policy;
 use reqwest::{Method, StatusCode};
 use serde::de::DeserializeOwned;
 
+use super::cache::STATE as DOWNLOAD_STATE;
 use super::oidc::{Login, Minted};
-use super::refusal::{unreachable, wait_asked};
+use super::refusal::{unreachable, wait_asked, without};
 use super::sender::Sender;
 use super::xet::Engine;
 use crate::error::{Error, Result};
@@ -267,7 +268,7 @@ impl Hub {
                 if oid.len() != digits || !oid.bytes().all(|b| b.is_ascii_hexdigit()) {
                     return Err(Error::HostilePath {
                         repo: repo.into(),
-                        name: oid.clone(),
+                        name: self.without_token(oid.clone()),
                     });
                 }
                 files.push(RemoteFile {
@@ -319,27 +320,50 @@ impl Hub {
 
     /// The JSON of an answer.
     pub(super) fn json<T: DeserializeOwned>(&self, what: &Asked, response: Response) -> Result<T> {
+        self.json_without(self.token().as_ref(), what, response)
+    }
+
+    /// The same; a secret that was sent is in no message.
+    pub(super) fn json_without<T: DeserializeOwned>(
+        &self,
+        secret: Option<&Token>,
+        what: &Asked,
+        response: Response,
+    ) -> Result<T> {
+        let (text, is_whole) = self.beginning(response, HEADER_BYTES_MAX);
+        if !is_whole {
+            return Err(Error::AnswerCut {
+                request: what.action.into(),
+            });
+        }
+        serde_json::from_slice(&text).map_err(|e| {
+            // what it found instead may be what was sent
+            let found = match secret {
+                Some(secret) => without(secret, &e.to_string()),
+                None => e.to_string(),
+            };
+            Error::HubStatus {
+                status: 200,
+                request: what.action.into(),
+                detail: format!("its answer is not what was asked for ({found})"),
+            }
+        })
+    }
+
+    /// The first `most` bytes of an answer's body, or what came of them in time, and whether it ended there.
+    pub(super) fn beginning(&self, response: Response, most: u64) -> (Vec<u8>, bool) {
         let mut text = Vec::new();
-        let mut body = response.take(HEADER_BYTES_MAX);
+        let mut body = response.take(most);
         // one that comes byte by byte is in time with each of them, and never ends
         let last = Instant::now() + ANSWER_PATIENCES * self.options.patience;
         let mut block = [0; 16 << 10];
         loop {
             match body.read(&mut block) {
-                Ok(0) => break,
+                Ok(0) => return (text, true),
                 Ok(count) if Instant::now() < last => text.extend_from_slice(&block[..count]),
-                _ => {
-                    return Err(Error::AnswerCut {
-                        request: what.action.into(),
-                    });
-                }
+                _ => return (text, false),
             }
         }
-        serde_json::from_slice(&text).map_err(|e| Error::HubStatus {
-            status: 200,
-            request: what.action.into(),
-            detail: format!("its answer is not what was asked for ({e})"),
-        })
     }
 
     /// A request with what opens the Hub; [`Hub::send`] has signed in before.
@@ -369,12 +393,7 @@ impl Hub {
     }
 
     pub(super) fn is_ours(&self, url: &str) -> bool {
-        let origin = |url: &str| {
-            reqwest::Url::parse(url)
-                .ok()
-                .map(|u| u.origin().ascii_serialization())
-        };
-        origin(url).is_some() && origin(url) == origin(self.endpoint())
+        is_same_origin(url, self.endpoint())
     }
 
     /// An address in an answer of the Hub: a mirror passes on those of the public one, which names itself in them.
@@ -450,15 +469,14 @@ impl Hub {
         unreachable!("the last try returns")
     }
 
-    /// Sends a request that must not be repeated.
+    /// Sends a request that must not be repeated, unless it was not carried out but sent elsewhere.
     pub(super) fn send_once(
         &self,
         what: &Asked,
-        build: impl FnOnce() -> RequestBuilder,
+        build: &dyn Fn(&str) -> RequestBuilder,
     ) -> Result<Response> {
         self.sign_in()?;
-        let response = build()
-            .send()
+        let response = follow(&what.url, &|url| build(url).send())
             .map_err(|e| unreachable(self.endpoint(), e))?;
         if response.status().is_success() {
             Ok(response)
@@ -536,14 +554,50 @@ pub(super) const READ: &str = "read the repository";
 pub(super) const LIST: &str = "list the files";
 pub(super) const DOWNLOAD: &str = "download a file";
 
-/// The address of the next page: `<url>; rel="next"`.
+/// The address of the next page: the link `<url>; rel="next"` among others (RFC 8288, 3).
 fn next_page(headers: &HeaderMap) -> Option<String> {
-    let links = headers.get(LINK)?.to_str().ok()?;
-    let next = links
-        .split(',')
-        .find(|link| link.contains("rel=\"next\""))?;
-    let url = next.split_once('<')?.1.split_once('>')?.0;
-    Some(url.to_string())
+    let links = headers.get_all(LINK).iter();
+    let links = links.filter_map(|links| links.to_str().ok());
+    links.flat_map(parsed_links).find_map(|(url, rel)| {
+        let mut relations = rel.split_ascii_whitespace();
+        let is_next = relations.any(|relation| relation.eq_ignore_ascii_case("next"));
+        is_next.then(|| url.to_string())
+    })
+}
+
+/// Each address of a `Link` header with its first `rel`.
+fn parsed_links(text: &str) -> Vec<(&str, String)> {
+    let mut links = Vec::new();
+    let mut left = text;
+    while let Some((url, rest)) = left.split_once('<').and_then(|(_, it)| it.split_once('>')) {
+        // up to the comma behind its parameters: one in quotes is none
+        let mut quote = None;
+        let end = rest.find(|c| {
+            match (quote, c) {
+                (None, '"' | '\'') => quote = Some(c),
+                (Some(open), c) if open == c => quote = None,
+                (None, ',') => return true,
+                _ => {}
+            }
+            false
+        });
+        let (parameters, behind) = rest.split_at(end.unwrap_or(rest.len()));
+        let mut named = parameters.split(';').filter_map(|it| it.split_once('='));
+        let rel = named.find(|(name, _)| name.trim().eq_ignore_ascii_case("rel"));
+        let rel = rel.map_or("", |(_, value)| value.trim());
+        links.push((url, rel.trim_matches(['"', '\'']).to_string()));
+        left = behind;
+    }
+    links
+}
+
+/// Whether two addresses are of the same server.
+pub(super) fn is_same_origin(one: &str, other: &str) -> bool {
+    let origin = |url: &str| {
+        let url = reqwest::Url::parse(url).ok()?;
+        Some(url.origin().ascii_serialization())
+    };
+    origin(one).is_some() && origin(one) == origin(other)
 }
 
 /// Refuses to fetch files whose names lead out of the folder they are downloaded to, or into what git and svdhub keep there.
@@ -560,6 +614,7 @@ pub(super) fn refuse_hostile(repo: &str, files: &[RemoteFile]) -> Result<()> {
 /// Whether a repository's path names a file inside the folder it is downloaded to.
 pub(super) fn stays_inside(path: &str) -> bool {
     !path.is_empty()
+        && !path.starts_with(DOWNLOAD_STATE)
         && !path.contains(['\\', '\0'])
         && path
             .split('/')
@@ -712,7 +767,42 @@ mod tests {
         let told = job(answering(|_| {
             said("400 Bad Request", "not a_jobs_identity")
         }));
-        assert!(told.contains("not (the job's identity)"), "{told}");
+        assert!(told.contains("not (the token)"), "{told}");
+        // nor that of a user, where an answer of the wrong kind holds it
+        let listed = answering(|_| said("200 OK", r#""hf_of_a_user""#));
+        let hub = Hub::new(HubOptions {
+            token: Some(Token::new("hf_of_a_user")),
+            ..HubOptions::new(listed, "/nowhere")
+        });
+        let failed = hub.expect("builds").files("org/name", "main");
+        let told = failed.expect_err("no listing").to_string();
+        assert!(told.contains("(the token)"), "{told}");
+    }
+
+    #[test]
+    fn the_next_page_is_found_however_its_link_is_written() {
+        let next = |links: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(LINK, links.parse().expect("a header"));
+            next_page(&headers)
+        };
+        for links in [
+            r#"<u?c=1>; rel="next""#,
+            "<u?c=1>; rel=next",
+            "<u?c=1>;Rel='next'",
+            r#"<first>; rel="first", <u?c=1>; title="a,b;c"; rel="last next""#,
+        ] {
+            assert_eq!(next(links).as_deref(), Some("u?c=1"), "{links}");
+        }
+        assert_eq!(next(r#"<u?c=3,x>; rel="next""#).as_deref(), Some("u?c=3,x"));
+        for none in [
+            r#"<u>; rel="prev""#,
+            r#"<u>; title="next""#,
+            "u; rel=next",
+            "",
+        ] {
+            assert_eq!(next(none), None, "{none}");
+        }
     }
 
     #[test]

@@ -5,11 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use reqwest::Method;
-use reqwest::blocking::RequestBuilder;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Value, json};
 
-use super::client::Asked;
+use super::client::{Asked, is_same_origin};
 use super::local::LocalFile;
 use super::sender::Sent;
 use super::upload::Push;
@@ -122,7 +121,8 @@ impl Push<'_> {
                 };
                 if let Some(message) = told["error"]["message"].as_str() {
                     let status = told["error"]["code"].as_u64().unwrap_or(0) as u16;
-                    return Err(refused(status, &what, message.into()));
+                    let message = self.hub.without_token(message.into());
+                    return Err(refused(status, &what, message));
                 }
                 Ok(told.clone())
             })
@@ -173,7 +173,8 @@ impl Push<'_> {
             let what = self.asked("confirm an upload", self.hub.at_endpoint(href));
             self.hub.send(&what, &|url| {
                 let request = self.hub.request(Method::POST, url);
-                with_headers(request, &verify["header"]).json(&body)
+                let asked = headers_for(url, &what, &verify["header"]);
+                request.headers(asked).json(&body)
             })?;
         }
         Ok(sent)
@@ -237,7 +238,8 @@ impl Push<'_> {
         let sender = self.hub.sender(PARALLEL_UPLOADS)?;
         let patience = self.hub.upload_patience(sent.range.end - sent.range.start);
         let response = self.hub.send_by(&what, &|url| {
-            let request = with_headers(self.hub.request(Method::PUT, url), header).build()?;
+            let asked = headers_for(url, &what, header);
+            let request = self.hub.request(Method::PUT, url).headers(asked).build()?;
             sender.send(&request, &sent, patience)
         });
         let unread = sent.unread.into_inner();
@@ -278,9 +280,13 @@ fn part_addresses(header: &Value) -> Vec<(u64, &str)> {
     addresses
 }
 
-/// A request with the headers that an action asks for, in the place of our own of the same names.
-fn with_headers(request: RequestBuilder, headers: &Value) -> RequestBuilder {
+/// The headers that an action asks for, to be sent in the place of our own of the same names: where it leads, and not where
+/// a redirect leads from there.
+fn headers_for(url: &str, what: &Asked, headers: &Value) -> HeaderMap {
     let mut asked = HeaderMap::new();
+    if !is_same_origin(url, &what.url) {
+        return asked;
+    }
     for (name, value) in headers.as_object().into_iter().flatten() {
         let value = value.as_str().map(HeaderValue::try_from);
         // what cannot be a header is none
@@ -290,7 +296,7 @@ fn with_headers(request: RequestBuilder, headers: &Value) -> RequestBuilder {
             asked.insert(name, value);
         }
     }
-    request.headers(asked)
+    asked
 }
 
 #[cfg(test)]
@@ -312,7 +318,14 @@ mod tests {
             .post("http://127.0.0.1:9")
             .header("Authorization", "Bearer ours");
         let asked = json!({"authorization": "Bearer theirs", "x-other": "y", "bad name": "z"});
-        let request = with_headers(request, &asked).build().expect("a request");
+        let what = Asked::of("put", "http://127.0.0.1:9/there".into(), "o/n", "main");
+        let elsewhere = headers_for("http://127.0.0.1:10/there", &what, &asked);
+        assert!(
+            elsewhere.is_empty(),
+            "what opens one server is not shown to another"
+        );
+        let asked = headers_for("http://127.0.0.1:9/then", &what, &asked);
+        let request = request.headers(asked).build().expect("a request");
         let sent = request.headers().get_all("authorization");
         assert_eq!(sent.iter().collect::<Vec<_>>(), ["Bearer theirs"]);
         assert_eq!(request.headers().len(), 2);

@@ -92,7 +92,7 @@ impl Hub {
                 detail: response.status().to_string(),
             });
         }
-        let told: Value = self.json(&what, response)?;
+        let told: Value = self.json_without(Some(token), &what, response)?;
         match told["value"].as_str() {
             Some(value) => Ok(Token::new(value)),
             None => Err(Error::LoginRefused {
@@ -118,15 +118,14 @@ impl Hub {
             .send()
             .map_err(|e| super::refusal::unreachable(self.endpoint(), e))?;
         if !response.status().is_success() {
-            let detail = super::refusal::shortened(response);
-            let detail = detail.replace(identity.reveal(), "(the job's identity)");
+            let detail = self.shortened(Some(identity), response);
             return Err(Error::LoginRefused {
                 endpoint: self.endpoint().into(),
                 resource: resource.into(),
                 detail,
             });
         }
-        let told: Value = self.json(&what, response)?;
+        let told: Value = self.json_without(Some(identity), &what, response)?;
         let life = told["expires_in"].as_u64().unwrap_or(3600);
         let life = Duration::from_secs(life.min(LIFE_MAX_S));
         match told["access_token"].as_str() {

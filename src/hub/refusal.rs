@@ -1,18 +1,21 @@
 //! What a Hub's refusals mean, in the terms of our errors.
 
-use std::io::Read;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use hf_hub::HFError;
 use reqwest::StatusCode;
 use reqwest::blocking::Response;
 use reqwest::header::{HeaderMap, RETRY_AFTER};
 
-use super::client::{Asked, DOWNLOAD, Hub, LIST, READ};
+use super::client::{Asked, DOWNLOAD, Hub, LIST, READ, Token, is_same_origin};
 use crate::error::Error;
 
 /// Of a refusal, so much is read for its message.
 const ERROR_BYTES_MAX: u64 = 64 << 10;
+/// A text that stands in messages for other reasons is no secret.
+const SECRET_BYTES_MIN: usize = 6;
 /// What the Hub says of a token that it does not know.
 const BAD_TOKEN: &str = "Invalid credentials in Authorization header";
 
@@ -27,7 +30,10 @@ impl Hub {
         let (code, message) = (header("x-error-code"), header("x-error-message"));
         let wait = wait_asked(response.headers());
         let elsewhere = !self.is_ours(response.url().as_str());
-        let detail = self.without_token(message.unwrap_or_else(|| shortened(response)));
+        let detail = match message {
+            Some(message) => self.without_token(message),
+            None => self.shortened(self.token().as_ref(), response),
+        };
         if elsewhere && matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
             return Error::LinkRefused {
                 action: what.action.into(),
@@ -88,10 +94,36 @@ impl Hub {
     }
 
     /// A text from outside, which may repeat what was sent.
-    fn without_token(&self, text: String) -> String {
+    pub(super) fn without_token(&self, text: String) -> String {
         match self.token() {
-            Some(token) => text.replace(token.reveal(), "(the token)"),
+            Some(token) => without(&token, &text),
             None => text,
+        }
+    }
+
+    /// The beginning of an answer's text, for messages, without a secret that was sent.
+    pub(super) fn shortened(&self, secret: Option<&Token>, response: Response) -> String {
+        let status = response.status();
+        // of a page without end, the beginning too
+        let (text, _) = self.beginning(response, ERROR_BYTES_MAX);
+        let text = String::from_utf8_lossy(&text).into_owned();
+        let text = match secret {
+            Some(secret) => without(secret, &text),
+            None => text,
+        };
+        let error = serde_json::from_str::<serde_json::Value>(&text)
+            .ok()
+            .and_then(|json| {
+                let told = json["error_description"]
+                    .as_str()
+                    .or(json["error"].as_str());
+                told.map(str::to_string)
+            });
+        let text = error.unwrap_or_else(|| text.trim().chars().take(200).collect());
+        if text.is_empty() {
+            status.to_string()
+        } else {
+            text
         }
     }
 
@@ -161,9 +193,12 @@ impl Hub {
     }
 }
 
+/// Nobody answered, or not in the words of HTTP: the Hub at `endpoint`, or where its redirect led.
 pub(super) fn unreachable(endpoint: &str, error: reqwest::Error) -> Error {
+    let asked = error.url().map(|url| url.origin().ascii_serialization());
+    let elsewhere = asked.filter(|asked| !is_same_origin(asked, endpoint));
     Error::HubUnreachable {
-        endpoint: endpoint.into(),
+        endpoint: elsewhere.unwrap_or_else(|| endpoint.into()),
         // a URL may carry a signature
         source: Box::new(error.without_url()),
     }
@@ -202,27 +237,15 @@ pub(super) fn wait_asked(headers: &HeaderMap) -> Option<Duration> {
     named.or_else(until_reset).map(Duration::from_secs)
 }
 
-/// The beginning of an answer's text, for messages.
-pub(super) fn shortened(response: Response) -> String {
-    let status = response.status();
-    let mut text = Vec::new();
-    // of a page without end, the beginning too
-    let _ = response.take(ERROR_BYTES_MAX).read_to_end(&mut text);
-    let text = String::from_utf8_lossy(&text);
-    let error = serde_json::from_str::<serde_json::Value>(&text)
-        .ok()
-        .and_then(|json| {
-            let told = json["error_description"]
-                .as_str()
-                .or(json["error"].as_str());
-            told.map(str::to_string)
-        });
-    let text = error.unwrap_or_else(|| text.trim().chars().take(200).collect());
-    if text.is_empty() {
-        status.to_string()
-    } else {
-        text
+/// A text from outside in which a secret does not stand, as it is or in base64.
+pub(super) fn without(secret: &Token, text: &str) -> String {
+    let secret = secret.reveal();
+    // what is shorter opens nothing, and may stand in any text
+    if secret.len() < SECRET_BYTES_MIN {
+        return text.into();
     }
+    let text = text.replace(secret, "(the token)");
+    text.replace(&STANDARD.encode(secret), "(the token)")
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use reqwest::header::RANGE;
 use reqwest::{Method, StatusCode};
 
 use super::cache::{Snapshot, needed};
-use super::client::{Hub, RemoteFile};
+use super::client::{FIRST_PAUSE, Hub, RemoteFile};
 use super::download::{RESUMPTIONS, begins_at};
 use crate::error::{Error, IoContext, Result};
 use crate::event::Observer;
@@ -213,10 +213,11 @@ impl Hub {
             let before = bytes.len();
             match self.append_range(repo, commit, file, start + before as u64..end, &mut bytes) {
                 Ok(()) => {}
-                Err(Error::DownloadCut { .. })
-                    if bytes.len() > before && resumptions < RESUMPTIONS =>
-                {
+                Err(Error::DownloadCut { .. }) if resumptions < RESUMPTIONS => {
                     resumptions += 1;
+                    if bytes.len() == before {
+                        std::thread::sleep(FIRST_PAUSE);
+                    }
                 }
                 Err(error) => return Err(error),
             }

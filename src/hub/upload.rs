@@ -18,6 +18,7 @@ use super::local::{INLINE_BYTES_MAX, LocalFile, local_files};
 use crate::contents::Contents;
 use crate::error::{Error, IoContext, Result};
 use crate::event::Observer;
+use crate::outlet::Away;
 
 /// How to push.
 #[derive(Debug, Clone)]
@@ -30,6 +31,26 @@ pub struct PushOptions {
     pub tag: Option<String>,
     /// The commit's title.
     pub message: String,
+    /// Delete the weights of the repository that would be taken for these or beside them.
+    pub replace: bool,
+}
+
+/// What a directory says of its files.
+#[derive(Debug, Clone)]
+pub struct Claims {
+    /// The sha256 of some: what was damaged since is not pushed.
+    pub sha256: BTreeMap<String, String>,
+    /// Whether a loader would take a file of that name for weights of what is pushed.
+    pub is_weights: fn(&str) -> bool,
+}
+
+impl Default for Claims {
+    fn default() -> Self {
+        Self {
+            sha256: BTreeMap::new(),
+            is_weights: |_| false,
+        }
+    }
 }
 
 impl Default for PushOptions {
@@ -40,6 +61,7 @@ impl Default for PushOptions {
             pull_request: false,
             tag: None,
             message: "Upload with svdhub".into(),
+            replace: false,
         }
     }
 }
@@ -102,7 +124,7 @@ impl Hub {
         &self,
         dir: &Path,
         repo: &str,
-        stated: &BTreeMap<String, String>,
+        claims: &Claims,
         options: &PushOptions,
         observer: &dyn Observer,
     ) -> Result<Pushed> {
@@ -111,7 +133,8 @@ impl Hub {
         }
         let mut files = local_files(dir, observer)?;
         for file in &files {
-            if let Some(expected) = stated.get(&file.name).filter(|sum| **sum != file.sha256) {
+            let stated = claims.sha256.get(&file.name);
+            if let Some(expected) = stated.filter(|sum| **sum != file.sha256) {
                 return Err(Error::Checksum {
                     what: format!("`{}`", file.name).into(),
                     path: file.path.clone(),
@@ -132,6 +155,23 @@ impl Hub {
             contents: None,
         };
         let mut head = self.commit_of(repo, &branch)?;
+        let away = Away::of(dir)?.files;
+        let ours = |name: &str| away.contains_key(name) || files.iter().any(|f| f.name == name);
+        let there = self.files(repo, &head)?.into_iter().map(|file| file.path);
+        let stale: Vec<String> = there
+            .filter(|name| (claims.is_weights)(name) && !ours(name))
+            .collect();
+        if !(stale.is_empty() || options.replace) {
+            return Err(Error::OtherWeights {
+                repo: repo.into(),
+                files: stale,
+            });
+        }
+        if let Some(missing) = claims.sha256.keys().find(|name| !ours(name)) {
+            return Err(Error::Lost {
+                path: dir.join(missing),
+            });
+        }
         push.preupload(&mut files)?;
         let bytes_sent = push.send_large(&files)?;
         let mut taken = push.taken(dir)?;
@@ -143,7 +183,10 @@ impl Hub {
         }
         files.extend(taken);
         let mut pull_request_url = None;
-        let batches = batches(&files);
+        let mut batches = batches(&files);
+        if batches.is_empty() && !stale.is_empty() {
+            batches.push(Vec::new());
+        }
         let title = |number: usize| match batches.len() {
             1 => options.message.clone(),
             all => format!("{} ({number} of {all})", options.message),
@@ -159,10 +202,13 @@ impl Hub {
             held = there.held;
         }
         for (number, batch) in (1..).zip(&batches) {
-            if batch.iter().all(|file| held.contains(&file.name)) {
+            // what names the weights has come, and these are named no more
+            let gone: &[String] = if number == batches.len() { &stale } else { &[] };
+            let is_there = batch.iter().all(|file| held.contains(&file.name));
+            if is_there && !self.has_any(repo, &head, gone)? {
                 continue;
             }
-            let landed = push.commit(&head, batch, &title(number))?;
+            let landed = push.commit(&head, batch, gone, &title(number))?;
             head = landed.commit;
             if let Some(url) = landed.pull_request_url {
                 let opened = url.rsplit('/').next().unwrap_or_default();
@@ -170,7 +216,10 @@ impl Hub {
                 pull_request_url = Some(url);
             }
         }
-        let differing = self.differing(repo, &head, &files)?;
+        let mut differing = self.differing(repo, &head, &files)?;
+        if self.has_any(repo, &head, &stale)? {
+            differing.extend(stale);
+        }
         if !differing.is_empty() {
             return Err(Error::RemoteDiffers {
                 repo: repo.into(),
@@ -269,6 +318,15 @@ impl Hub {
         }
     }
 
+    /// Whether a commit holds one of these files.
+    fn has_any(&self, repo: &str, commit: &str, names: &[String]) -> Result<bool> {
+        if names.is_empty() {
+            return Ok(false);
+        }
+        let files = self.files(repo, commit)?;
+        Ok(files.iter().any(|file| names.contains(&file.path)))
+    }
+
     /// The files that a commit holds otherwise, or not at all, by hash.
     fn differing<'a>(
         &self,
@@ -328,11 +386,17 @@ impl Push<'_> {
         Ok(())
     }
 
-    /// One commit on top of `parent`.
+    /// One commit on top of `parent`, in which some files are `gone`.
     ///
     /// Where its answer is lost, the Hub is asked whether it has landed before it is sent once more.
-    fn commit(&self, parent: &str, batch: &[&LocalFile], title: &str) -> Result<Landed> {
-        let body = commit_body(parent, batch, title)?;
+    fn commit(
+        &self,
+        parent: &str,
+        batch: &[&LocalFile],
+        gone: &[String],
+        title: &str,
+    ) -> Result<Landed> {
+        let body = commit_body(parent, batch, gone, title)?;
         let before = self.pull_requests()?;
         let mut pause = FIRST_PAUSE;
         for attempt in 1.. {
@@ -353,7 +417,7 @@ impl Push<'_> {
             };
             // the Hub may be at it still
             std::thread::sleep(wait.max(pause));
-            if let Some(landed) = self.landed(parent, batch, &before)? {
+            if let Some(landed) = self.landed(parent, batch, gone, &before)? {
                 tracing::debug!(
                     commit = landed.commit,
                     "the commit whose answer was lost is there"
@@ -371,9 +435,9 @@ impl Push<'_> {
     fn send_commit(&self, body: &str) -> Result<Landed> {
         let url = self.revision_url("commit");
         let what = Asked::of("commit", url, self.repo, &self.revision);
-        let response = self.hub.send_once(&what, || {
+        let response = self.hub.send_once(&what, &|url| {
             self.hub
-                .request(Method::POST, &what.url)
+                .request(Method::POST, url)
                 .header("Content-Type", "application/x-ndjson")
                 .timeout(self.hub.upload_patience(body.len() as u64))
                 .body(body.to_owned())
@@ -395,13 +459,14 @@ impl Push<'_> {
         &self,
         parent: &str,
         batch: &[&LocalFile],
+        gone: &[String],
         before: &BTreeSet<(String, String)>,
     ) -> Result<Option<Landed>> {
         let holds = |commit: &str| -> Result<bool> {
             let differing = self
                 .hub
                 .differing(self.repo, commit, batch.iter().copied())?;
-            Ok(differing.is_empty())
+            Ok(differing.is_empty() && !self.hub.has_any(self.repo, commit, gone)?)
         };
         if self.opens_pull_request() {
             for (name, commit) in self.pull_requests()?.difference(before) {
@@ -577,7 +642,7 @@ fn batches(files: &[LocalFile]) -> Vec<Vec<&LocalFile>> {
     batches
 }
 
-fn commit_body(parent: &str, batch: &[&LocalFile], title: &str) -> Result<String> {
+fn commit_body(parent: &str, batch: &[&LocalFile], gone: &[String], title: &str) -> Result<String> {
     let header = json!({"key": "header", "value":
         {"summary": title, "description": "", "parentCommit": parent}});
     let mut body = header.to_string();
@@ -592,6 +657,10 @@ fn commit_body(parent: &str, batch: &[&LocalFile], title: &str) -> Result<String
         };
         body.push('\n');
         body.push_str(&line.to_string());
+    }
+    for name in gone {
+        body.push('\n');
+        body.push_str(&json!({"key": "deletedFile", "value": {"path": name}}).to_string());
     }
     Ok(body)
 }

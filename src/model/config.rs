@@ -371,6 +371,93 @@ mod tests {
     }
 
     #[test]
+    fn a_scaling_beside_the_parameters_of_transformers_5_takes_their_place() {
+        let scaled = |model_type: &str, scaling: Value, parameters: Value| {
+            let mut config = llama();
+            config["model_type"] = model_type.into();
+            config["rope_scaling"] = scaling;
+            config["rope_parameters"] = parameters;
+            parse(config)
+        };
+        let linear = json!({"rope_type": "linear", "factor": 4.0});
+        let kept = json!({"rope_type": "default", "rope_theta": 1e4});
+        let rope = scaled("llama", linear.clone(), kept.clone())
+            .expect("parses")
+            .ropes[0]
+            .clone();
+        assert_eq!(rope.scaling, Scaling::Linear { factor: 4.0 });
+        // an empty one is none
+        let rope = scaled("llama", json!({}), linear.clone())
+            .expect("parses")
+            .ropes[0]
+            .clone();
+        assert_eq!(rope.scaling, Scaling::Linear { factor: 4.0 });
+        let other = json!({"rope_type": "default", "rope_theta": 5e5});
+        let refused = scaled("llama", linear.clone(), other).expect_err("two thetas");
+        assert!(refused.to_string().contains("rope_theta"), "{refused}");
+        // of two kinds of layers, those without a window
+        let both = json!({"sliding_attention": {"rope_theta": 77.0}});
+        let mut gemma = llama();
+        gemma["model_type"] = "gemma3_text".into();
+        gemma["rope_parameters"] = both;
+        gemma["rope_scaling"] = linear;
+        let ropes = parse(gemma.clone()).expect("parses").ropes;
+        assert_eq!(ropes[0].scaling, Scaling::Linear { factor: 4.0 });
+        assert_eq!((ropes[0].theta, ropes[1].theta), (1e6, 77.0));
+        gemma["rope_parameters"] = kept;
+        assert!(parse(gemma).is_err(), "one rope for two kinds of layers");
+    }
+
+    #[test]
+    fn ropes_that_readers_differ_about_are_not_trained() {
+        for (model_type, key, value) in [
+            ("llama", "partial_rotary_factor", json!(0.5)),
+            (
+                "qwen3",
+                "rope_scaling",
+                json!({"rope_type": "yarn", "type": "linear", "factor": 2.0}),
+            ),
+            (
+                "llama",
+                "rope_scaling",
+                json!({"rope_type": "longrope", "factor": 4.0, "short_factor": [1, 1, 1, 1],
+                "long_factor": [2, 2, 2, 2], "original_max_position_embeddings": 32}),
+            ),
+        ] {
+            let mut config = llama();
+            config["model_type"] = model_type.into();
+            config[key] = value;
+            let rope = parse(config).expect("can be decomposed").ropes[0].clone();
+            assert!(
+                matches!(rope.scaling, Scaling::Unsupported(_)),
+                "{key}: {rope:?}"
+            );
+        }
+        let mut phi = llama();
+        phi["model_type"] = "phi3".into();
+        phi["partial_rotary_factor"] = json!(0.75);
+        assert_eq!(parse(phi).expect("parses").ropes[0].dim, 6);
+    }
+
+    #[test]
+    fn listed_windows_need_no_switch_where_the_switch_only_lists_them() {
+        let windows = |model_type: &str, types: Value| {
+            let mut config = llama();
+            config["model_type"] = model_type.into();
+            config["sliding_window"] = json!(9);
+            config["layer_types"] = types;
+            let layers = parse(config).expect("parses").attention;
+            layers.iter().map(|layer| layer.window).collect::<Vec<_>>()
+        };
+        let listed = json!(["sliding_attention", "full_attention"]);
+        assert_eq!(windows("smollm3", listed.clone()), [Some(9), None]);
+        assert_eq!(windows("smollm3", Value::Null), [None, None]);
+        assert_eq!(windows("qwen3", listed), [None, None]);
+        // a family without windows reads no list of them
+        assert_eq!(windows("llama", json!(["odd"])), [None, None]);
+    }
+
+    #[test]
     fn a_gpu_stacks_what_no_norm_follows() {
         let stacked = |model_type: &str| -> Vec<(Vec<&str>, usize)> {
             let mut config = llama();

@@ -50,6 +50,16 @@ struct Config {
     layer_replication: Value,
     #[serde(default)]
     target_parameters: Value,
+    #[serde(default)]
+    r: Value,
+    #[serde(default)]
+    rank_pattern: Value,
+    #[serde(default)]
+    target_modules: Value,
+    #[serde(default)]
+    exclude_modules: Value,
+    #[serde(default)]
+    layers_to_transform: Value,
 }
 
 /// The ways to begin a LoRA that leave the base as it is; others, such as `pissa`, take from it what they begin with.
@@ -80,10 +90,7 @@ impl Config {
                 ("layer_replication", &self.layer_replication),
                 ("target_parameters", &self.target_parameters),
             ];
-            let empty = |value: &Value| {
-                value.is_null() || value.as_array().is_some_and(|list| list.is_empty())
-            };
-            let found = absent.into_iter().find(|(_, value)| !empty(value));
+            let found = absent.into_iter().find(|(_, value)| !is_empty(value));
             found.map(|(key, value)| (key, value.to_string(), "null"))
         };
         match refused {
@@ -92,6 +99,46 @@ impl Config {
                 path: path.into(),
                 reason: format!("`{key}` is {found}; a LoRA is read where it is {expected}"),
             }),
+        }
+    }
+
+    /// Why PEFT would not take the LoRA of a module from the file, or not the one that is there.
+    fn contradicts(&self, module: &str, rank: usize) -> Option<String> {
+        let one_rank = !self.r.is_null() && is_empty(&self.rank_pattern);
+        if one_rank && self.r.as_u64() != Some(rank as u64) {
+            return Some(format!("has rank {rank}, and `r` is {}", self.r));
+        }
+        // a text is a pattern, or `all-linear`
+        let names = |value: &Value| -> Vec<String> {
+            let names = value.as_array().into_iter().flatten();
+            names
+                .filter_map(|name| Some(name.as_str()?.to_string()))
+                .collect()
+        };
+        let ends_in = |name: &String| {
+            let rest = module.strip_suffix(name.as_str());
+            rest.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+        };
+        let targets = names(&self.target_modules);
+        if !targets.is_empty() && !targets.iter().any(ends_in) {
+            return Some("is none of `target_modules`".into());
+        }
+        if names(&self.exclude_modules).iter().any(ends_in) {
+            return Some("is among `exclude_modules`".into());
+        }
+        let layers: Option<Vec<u64>> = match &self.layers_to_transform {
+            Value::Number(layer) => layer.as_u64().map(|layer| vec![layer]),
+            Value::Array(layers) if !layers.is_empty() => {
+                Some(layers.iter().filter_map(Value::as_u64).collect())
+            }
+            _ => None,
+        };
+        let layer = module.split('.').find_map(|part| part.parse().ok());
+        match (layers, layer) {
+            (Some(layers), Some(layer)) if !layers.contains(&layer) => Some(format!(
+                "is of layer {layer}, which `layers_to_transform` leaves out"
+            )),
+            _ => None,
         }
     }
 
@@ -160,6 +207,12 @@ impl LoraAdapter {
                 }
             }
         }
+        if halves.is_empty() && read.whole.is_empty() {
+            return Err(Error::Adapter {
+                path,
+                reason: "it holds no tensor".into(),
+            });
+        }
         for (module, [a, b]) in halves {
             let (Some(a), Some(b)) = (a, b) else {
                 return Err(refuse(&module, "has not both of lora_A and lora_B".into()));
@@ -182,6 +235,9 @@ impl LoraAdapter {
                 );
                 return Err(refuse(&module, reason));
             }
+            if let Some(reason) = config.contradicts(&module, a.shape[0]) {
+                return Err(refuse(&module, reason));
+            }
             let scale = config.scale(a.shape[0]);
             let pair = LowRank {
                 a: matrix(&a),
@@ -191,6 +247,15 @@ impl LoraAdapter {
             read.pairs.insert(module, pair);
         }
         Ok(read)
+    }
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
     }
 }
 

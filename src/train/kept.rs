@@ -85,6 +85,17 @@ impl<'a> Kept<'a> {
         }
     }
 
+    /// The most triplets that a weight has.
+    pub fn largest_rank(&self) -> usize {
+        match self {
+            Self::Adapter { artifact, .. } => {
+                let ranks = artifact.svd.modules.values().map(|record| record.q);
+                ranks.max().unwrap_or_default()
+            }
+            Self::Lora { .. } => usize::MAX,
+        }
+    }
+
     /// The plain model that is needed to use it.
     pub fn standing(&self) -> Option<Standing> {
         match self {

@@ -20,6 +20,8 @@ pub struct Run<'a> {
     pub optimizer: AdamW,
     /// One for each step done.
     pub losses: Vec<f32>,
+    /// That these steps took, in all runs of them.
+    pub seconds: f64,
     /// Those that share each step.
     pub group: Arc<dyn Group>,
     /// What the last checked step had only zeros for: weights of zeros around it let no gradient through.
@@ -42,6 +44,7 @@ impl<'a> Run<'a> {
             recompute: options.recompute,
             optimizer: AdamW::new(options.weight_decay),
             losses: Vec::new(),
+            seconds: 0.0,
             group: options.group.clone(),
             silent: Vec::new(),
         }

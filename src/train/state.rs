@@ -11,6 +11,7 @@ use crate::workspace::Workspace;
 pub(super) const STATE_FILE: &str = "training.safetensors";
 /// Its last tensor: the BLAKE3 of the bytes of all others, in hex.
 const STATE_SUM: &str = "blake3";
+const SECONDS: &str = "seconds";
 
 impl Run<'_> {
     /// The state as tensors: values, moments, losses, and a sum of all these. What `resume` reads.
@@ -26,6 +27,7 @@ impl Run<'_> {
             }
         }
         names.push(("losses".into(), vec![self.losses.len()]));
+        names.push((SECONDS.into(), vec![1]));
         let tensors = names.iter();
         let tensors = tensors.map(|(name, shape)| (name.as_str(), Dtype::F32, shape.as_slice()));
         let header = Header::compose(tensors.chain([(STATE_SUM, Dtype::U8, &[64][..])]))?;
@@ -46,6 +48,9 @@ impl Run<'_> {
         let losses = Elements::from_f32(&[self.losses.len()], &self.losses);
         sum.update(&losses.bytes);
         writer.put("losses", &losses.bytes)?;
+        let seconds = Elements::from_f32(&[1], &[self.seconds as f32]);
+        sum.update(&seconds.bytes);
+        writer.put(SECONDS, &seconds.bytes)?;
         writer.put(STATE_SUM, sum.finish().as_bytes())?;
         writer.finish().map(drop)
     }
@@ -75,6 +80,10 @@ impl Run<'_> {
         }
         self.losses = read("losses")?;
         // earlier builds wrote none
+        if state.inventory.contains(SECONDS) {
+            self.seconds = read(SECONDS)?.first().map_or(0.0, |&s| f64::from(s));
+        }
+        // nor a sum
         if state.inventory.contains(STATE_SUM) {
             let expected = state.read(STATE_SUM)?.bytes;
             let expected = String::from_utf8_lossy(&expected).into_owned();

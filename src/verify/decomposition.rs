@@ -1,6 +1,10 @@
 //! What a decomposition must be.
 
+use std::collections::BTreeSet;
 use std::path::Path;
+
+use ndarray::Array2;
+use sha2::{Digest, Sha256};
 
 use super::Facts;
 use super::sums::{check_seal, compare_file, compare_sum, compare_sums};
@@ -8,10 +12,10 @@ use crate::artifact::Artifact;
 use crate::base::{self, Base};
 use crate::error::{IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
-use crate::format::{ArtifactLayout, ModuleRecord};
-use crate::linalg::certify;
-use crate::sum::sha256_hex;
-use crate::weights::Layout;
+use crate::format::{ArtifactLayout, BASE_CONFIG, ModuleRecord};
+use crate::linalg::{Certificate, certify};
+use crate::sum::{hex, sha256_hex};
+use crate::weights::{Elements, Layout};
 use crate::{json, report, workers};
 
 pub fn decomposition(
@@ -40,6 +44,12 @@ pub fn decomposition(
 
     for (file, expected) in &sums.files {
         compare_file(dir, file, expected, facts)?;
+    }
+    let shards = inventory.files.iter().map(|file| file.name.as_str());
+    for file in shards.chain(["config.json", BASE_CONFIG]) {
+        if !sums.files.contains_key(file) {
+            facts.problem(file, None, "a sum in the index", "none");
+        }
     }
     let mut total = 0;
     for (file, entry) in inventory.entries() {
@@ -131,83 +141,163 @@ fn check_index_form(artifact: &Artifact, facts: &mut Facts) -> Result<()> {
     Ok(())
 }
 
-/// σ descends, the triplets belong to M, and M comes back byte for byte.
+/// Something of the base that comes back.
+enum Item {
+    /// A tensor of a file of the base, by their numbers.
+    InFile(usize, usize),
+    /// A weight that the base does not store, or keeps itself.
+    Alone(String),
+}
+
+/// What was seen of one module.
+struct Seen {
+    sum: String,
+    certificate: Certificate,
+    descending: bool,
+    /// Of σ.
+    ends: [f32; 2],
+}
+
+/// σ descends, the triplets belong to M, and M comes back byte for byte; of a residual, so do all files of the base.
 fn modules(artifact: &Artifact, observer: &dyn Observer, facts: &mut Facts) -> Result<()> {
-    let modules: Vec<_> = artifact.svd.modules.iter().collect();
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let headers = match artifact.svd.layout {
+        ArtifactLayout::Residual => artifact.base_headers()?,
+        // of a sidecar they were compared by their sums
+        ArtifactLayout::Sidecar => Vec::new(),
+    };
+    let mut items = Vec::new();
+    let mut alone: BTreeSet<&str> = artifact.svd.modules.keys().map(String::as_str).collect();
+    for (file, (name, header)) in headers.iter().enumerate() {
+        if header.entries.is_empty() {
+            let expected = &artifact.svd.base.sha256[name];
+            compare_sum(name, None, expected, &sha256_hex(&header.prefix), facts);
+        }
+        for (number, entry) in header.entries.iter().enumerate() {
+            if let Some((module, _)) = artifact.module_of(&entry.name) {
+                alone.remove(module);
+            }
+            items.push(Item::InFile(file, number));
+        }
+    }
+    items.extend(alone.into_iter().map(|module| Item::Alone(module.into())));
+    let tensor = |item: &Item| match item {
+        Item::InFile(file, number) => headers[*file].1.entries[*number].name.clone(),
+        Item::Alone(module) => format!("{module}.weight"),
+    };
     let elements = |record: &ModuleRecord| (record.shape[0] * record.shape[1]) as u64;
-    let total = modules
-        .iter()
-        .map(|(_, record)| elements(record))
-        .sum::<u64>();
+    let total: u64 = artifact.svd.modules.values().map(elements).sum();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut hash: Option<Sha256> = None;
     observer.start(Stage::Verify, 4 * total, Unit::Bytes);
     workers::in_order(
-        &modules,
+        &items,
         threads,
-        |(module, record)| {
-            let factors = artifact.factors(module)?;
-            let matrix = artifact.restore(module, record, &factors)?;
-            let values = ndarray::Array2::from_shape_vec(
-                (record.shape[0], record.shape[1]),
-                matrix.to_f32(),
-            )
-            .expect("restored in the shape of its record");
-            let certificate = certify(values.view(), &factors.u, &factors.sigma, &factors.v, 1)?;
-            let descending = factors
-                .sigma
-                .windows(2)
-                .into_iter()
-                .all(|pair| pair[0] >= pair[1]);
-            Ok((sha256_hex(&matrix.bytes), certificate, descending))
+        |item| {
+            let tensor = tensor(item);
+            match artifact.module_of(&tensor) {
+                Some((module, record)) => {
+                    let (seen, matrix) = looked_at(artifact, module, record)?;
+                    Ok((Some((module.to_string(), record, seen)), matrix))
+                }
+                None => Ok((None, artifact.stored(&tensor)?)),
+            }
         },
-        |(module, record), (sum, certificate, descending)| {
-            let file = artifact.checkpoint.path_of(&format!("{module}.u"));
-            let file = file
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned();
-            observer.advance(Stage::Verify, 4 * elements(record), module);
-            if sum != record.sha256 {
-                facts.problem(
-                    &file,
-                    Some(module),
-                    format!("M with sha256 {}", record.sha256),
-                    format!("M with sha256 {sum}"),
-                );
+        |item, (module, matrix)| {
+            if let Some((module, record, seen)) = module {
+                observer.advance(Stage::Verify, 4 * elements(record), &module);
+                judge(artifact, &module, record, &seen, facts);
             }
-            if !descending {
-                facts.problem(
-                    &file,
-                    Some(&format!("{module}.sigma")),
-                    "descending singular values",
-                    "others",
-                );
-            }
-            let tolerance = artifact.svd.algorithm.tolerance;
-            if !artifact.svd.accepts(&certificate) {
-                facts.problem(
-                    &file,
-                    Some(module),
-                    format!("singular triplets of M to {tolerance:.0e}"),
-                    format!(
-                        "residual {:.1e}, orthogonality {:.1e}, ‖M′‖ {:.4} × the last value",
-                        certificate.residual,
-                        certificate.orthogonality,
-                        certificate.tail.unwrap_or(f64::NAN),
-                    ),
-                );
+            let Item::InFile(file, number) = item else {
+                return Ok(());
+            };
+            let (name, header) = &headers[*file];
+            let hash = match number {
+                0 => hash.insert(Sha256::new_with_prefix(&header.prefix)),
+                _ => hash.as_mut().expect("a file begins with its first tensor"),
+            };
+            hash.update(&matrix.bytes);
+            if number + 1 == header.entries.len() {
+                let found = hex(&hash.finalize_reset());
+                let expected = &artifact.svd.base.sha256[name];
+                compare_sum(name, None, expected, &found, facts);
             }
             Ok(())
         },
     )?;
     observer.finish(Stage::Verify);
+    if !headers.is_empty() {
+        let check = "the files of the base come back, by their pinned sha256";
+        facts.checks.push(check.into());
+    }
     facts.checks.push(format!(
         "M = M′ + uᵀ·diag(σ)·v restores all {} weights byte for byte",
-        modules.len()
+        artifact.svd.modules.len()
     ));
     facts
         .checks
         .push("σ descends, u and v are orthonormal triplets of M (random probes)".into());
     Ok(())
+}
+
+/// M of a module, and what there is to say of its triplets.
+fn looked_at(artifact: &Artifact, module: &str, record: &ModuleRecord) -> Result<(Seen, Elements)> {
+    let factors = artifact.factors(module)?;
+    let matrix = artifact.restore(module, record, &factors)?;
+    let [m, n] = record.shape;
+    let values = Array2::from_shape_vec((m, n), matrix.to_f32())
+        .expect("restored in the shape of its record");
+    let sigma = &factors.sigma;
+    let seen = Seen {
+        sum: sha256_hex(&matrix.bytes),
+        certificate: certify(values.view(), &factors.u, sigma, &factors.v, 1)?,
+        descending: sigma.windows(2).into_iter().all(|pair| pair[0] >= pair[1]),
+        ends: [sigma[0], sigma[sigma.len() - 1]],
+    };
+    Ok((seen, matrix))
+}
+
+fn judge(artifact: &Artifact, module: &str, record: &ModuleRecord, seen: &Seen, facts: &mut Facts) {
+    let file = artifact.checkpoint.path_of(&format!("{module}.u"));
+    let file = file.file_name().unwrap_or_default().to_string_lossy();
+    if seen.sum != record.sha256 {
+        facts.problem(
+            &file,
+            Some(module),
+            format!("M with sha256 {}", record.sha256),
+            format!("M with sha256 {}", seen.sum),
+        );
+    }
+    let sigma = format!("{module}.sigma");
+    if !seen.descending {
+        facts.problem(&file, Some(&sigma), "descending singular values", "others");
+    }
+    let stated = [record.sigma_max, record.sigma_min];
+    if stated != seen.ends {
+        let [max, min] = seen.ends;
+        let expected = format!(
+            "from {:e} to {:e}, as config.json says",
+            stated[0], stated[1]
+        );
+        facts.problem(
+            &file,
+            Some(&sigma),
+            expected,
+            format!("from {max:e} to {min:e}"),
+        );
+    }
+    let tolerance = artifact.svd.algorithm.tolerance;
+    let certificate = &seen.certificate;
+    if !artifact.svd.accepts(certificate) {
+        facts.problem(
+            &file,
+            Some(module),
+            format!("singular triplets of M to {tolerance:.0e}"),
+            format!(
+                "residual {:.1e}, orthogonality {:.1e}, ‖M′‖ {:.4} × the last value",
+                certificate.residual,
+                certificate.orthogonality,
+                certificate.tail.unwrap_or(f64::NAN),
+            ),
+        );
+    }
 }

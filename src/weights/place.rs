@@ -12,17 +12,7 @@ use crate::error::{Error, IoContext, Result};
 pub fn refuse_links_outside(dir: &Path) -> Result<()> {
     let home = Home::of(dir)?;
     for entry in std::fs::read_dir(dir).context("list", dir)? {
-        let path = entry.context("list", dir)?.path();
-        if !path.is_symlink() {
-            continue;
-        }
-        // a link to nothing is a missing file, and says so where it is opened; below a folder nothing is read
-        let Ok(target) = std::fs::canonicalize(&path) else {
-            continue;
-        };
-        if !home.holds(&target) && !target.is_dir() {
-            return Err(Error::LinkOutside { path, target });
-        }
+        home.refuse_outside(&entry.context("list", dir)?.path())?;
     }
     Ok(())
 }
@@ -38,6 +28,21 @@ impl Home {
         let dir = std::fs::canonicalize(dir).context("find", dir)?;
         let blobs = blobs_of(&dir);
         Ok(Self { dir, blobs })
+    }
+
+    /// Refuses a link that leads out of it.
+    pub fn refuse_outside(&self, path: &Path) -> Result<()> {
+        if !path.is_symlink() {
+            return Ok(());
+        }
+        // a link to nothing is a missing file, and says so where it is opened; below a folder nothing is read
+        match std::fs::canonicalize(path) {
+            Ok(target) if !self.holds(&target) && !target.is_dir() => Err(Error::LinkOutside {
+                path: path.into(),
+                target,
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Whether the canonical path `target` lies in the directory, or among the blobs beside a snapshot.

@@ -505,6 +505,164 @@ fn impossible_configs_are_refused_without_being_built() {
 }
 
 #[test]
+fn links_of_a_plain_model_take_nobodys_files_along() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let secret = world.path("secret");
+    std::fs::write(&secret, "hf_secret").expect("writes");
+    std::os::unix::fs::symlink(&secret, base.join("notes.json")).expect("links");
+    let out = world.path("svd");
+    let decompose = ["decompose", arg(&base), "--out", arg(&out)];
+    world
+        .run(&decompose)
+        .refuses(&["base/notes.json", "secret"]);
+    assert!(!out.join("notes.json").exists());
+}
+
+#[test]
+fn what_is_not_an_adapter_of_peft_to_the_letter_is_refused() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let (lora, data) = (world.path("lora"), fixture("eighty-train.txt"));
+    let train = [
+        "train",
+        arg(&base),
+        "--method",
+        "lora",
+        "--steps",
+        "1",
+        "--length",
+        "32",
+    ];
+    let more = ["--data", arg(&data), "--out", arg(&lora)];
+    world.run(&[&train[..], &more].concat()).succeeds();
+    let config = lora.join("adapter_config.json");
+    let good = std::fs::read(&config).expect("reads");
+    let evaluate = [
+        "evaluate",
+        arg(&base),
+        "--adapter",
+        arg(&lora),
+        "--data",
+        arg(&data),
+    ];
+    for (key, value, word) in [
+        ("r", json!(16), "`r`"),
+        ("r", json!("x"), "`r`"),
+        ("target_modules", json!(["q_proj"]), "target_modules"),
+        ("exclude_modules", json!(["q_proj"]), "exclude_modules"),
+        ("layers_to_transform", json!([0]), "layers_to_transform"),
+    ] {
+        std::fs::write(&config, &good).expect("writes");
+        edit_json(&config, |c| c[key] = value);
+        world
+            .run(&evaluate)
+            .refuses(&["adapter_model.safetensors", word]);
+    }
+    std::fs::write(&config, &good).expect("writes");
+    edit_json(&config, |c| {
+        c["layers_to_transform"] = json!((0..6).collect::<Vec<_>>())
+    });
+    world.run(&evaluate).succeeds();
+}
+
+#[test]
+fn a_lora_is_not_said_to_be_better_on_a_model_it_was_not_trained_on() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let other = world.model("other", Dtype::F32, u64::MAX);
+    let (lora, data) = (world.path("lora"), fixture("eighty-train.txt"));
+    let train = [
+        "train",
+        arg(&base),
+        "--method",
+        "lora",
+        "--steps",
+        "1",
+        "--length",
+        "32",
+    ];
+    let more = ["--data", arg(&data), "--out", arg(&lora)];
+    world.run(&[&train[..], &more].concat()).succeeds();
+    let recorded = || crate::world::json_file(&lora.join("report.json"))["evaluate"].clone();
+    let evaluate = |model: &Path, data: &Path| {
+        let arguments = [
+            "evaluate",
+            arg(model),
+            "--adapter",
+            arg(&lora),
+            "--data",
+            arg(data),
+        ];
+        world.run(&arguments).succeeds().stderr
+    };
+    let said = evaluate(&other, &data);
+    assert!(
+        said.contains("another model") && recorded().is_null(),
+        "{said}"
+    );
+    evaluate(&base, &data);
+    assert_eq!(recorded().as_array().map(Vec::len), Some(1));
+    // another text of the same name does not take its place, and is told apart on the card
+    let namesake = world.path("eighty-train.txt");
+    std::fs::write(
+        &namesake,
+        "Another text, of which the name is all they share.",
+    )
+    .expect("writes");
+    evaluate(&base, &namesake);
+    evaluate(&base, &data);
+    assert_eq!(recorded().as_array().map(Vec::len), Some(2));
+    world
+        .run(&["publish", arg(&lora), "org/lora", "--dry-run"])
+        .succeeds();
+    let card = std::fs::read_to_string(lora.join("README.md")).expect("a card");
+    assert_eq!(
+        card.matches("| eighty-train.txt (sha256 ").count(),
+        2,
+        "{card}"
+    );
+}
+
+#[test]
+fn what_is_given_in_the_wrong_place_is_told_where_it_belongs() {
+    let world = World::new();
+    let split = decomposed(&world, &[]);
+    let (data, adapter) = (fixture("eighty-train.txt"), world.path("adapter"));
+    let train = [
+        "train",
+        arg(&split),
+        "--steps",
+        "1",
+        "--length",
+        "32",
+        "--data",
+        arg(&data),
+    ];
+    world
+        .run(&[&train[..], &["--out", arg(&adapter)]].concat())
+        .succeeds();
+    for verb in [
+        &["evaluate", arg(&adapter), "--data", arg(&data)][..],
+        &["plan", arg(&adapter)],
+    ] {
+        world.run(verb).refuses(&["it is an adapter", "--adapter"]);
+    }
+    world
+        .run(&["decompose", arg(&split), "--out", "x"])
+        .refuses(&["it is a decomposition"]);
+    let table = world.path("texts.json");
+    std::fs::write(&table, "[]").expect("writes");
+    world
+        .run(&["evaluate", arg(&split), "--data", arg(&table)])
+        .refuses(&["texts.json", ".jsonl"]);
+    let other = ["--method", "full", "--resume", "--out", arg(&adapter)];
+    world
+        .run(&[&train[..], &other].concat())
+        .refuses(&["method was Sigma"]);
+}
+
+#[test]
 fn promises_that_hold_for_anything_are_none() {
     let world = World::new();
     let split = decomposed(&world, &[]);

@@ -1,12 +1,11 @@
 //! From a Hub and back to it.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde_json::json;
 use svdhub::event::{Event, Observer, Stage};
 use svdhub::hub::server::{Effect, ServerOptions};
-use svdhub::hub::{Hub, HubOptions, PushOptions, Token};
+use svdhub::hub::{Claims, Hub, HubOptions, PushOptions, Token};
 use svdhub::weights::Dtype;
 
 use crate::world::{TOKEN, World, answer, arg, files, fixture};
@@ -198,7 +197,7 @@ fn progress_begins_where_a_transfer_goes_on_and_counts_no_byte_twice() {
     world.fault("PUT /parts/", 2, Effect::StatusAfter { status: 500 });
     let up = Tally::default();
     let options = PushOptions::default();
-    hub.push(&base, "org/base", &BTreeMap::new(), &options, &up)
+    hub.push(&base, "org/base", &Claims::default(), &options, &up)
         .expect("arrives");
     let size = weights.len() as u64;
     let (total, moved) = (up.total.into_inner(), up.moved.into_inner());
@@ -447,6 +446,14 @@ fn a_download_replaces_what_a_download_brought_and_nothing_else() {
         .run(&fetch)
         .refuses(&["fetched/config.json is there already", "as it is"]);
     std::fs::write(&config, &text).expect("writes");
+    let weights = world.path("fetched/model.safetensors");
+    let brought = std::fs::read(&weights).expect("reads");
+    std::fs::write(&weights, "tuned").expect("writes");
+    world
+        .run(&fetch)
+        .refuses(&["fetched/model.safetensors is there already"]);
+    assert_eq!(std::fs::read(&weights).expect("reads"), b"tuned");
+    std::fs::write(&weights, brought).expect("writes");
     world.run(&fetch).succeeds();
 }
 

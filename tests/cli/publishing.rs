@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use svdhub::hub::server::{Effect, ServerOptions};
 
-use crate::world::{self, Run, TOKEN, World, arg, peak_bytes, wait_until};
+use crate::world::{self, Run, TOKEN, World, arg, files, peak_bytes, wait_until};
 
 /// A directory with files of these names and sizes, whose bytes differ.
 fn folder(world: &World, name: &str, files: &[(&str, usize)]) -> PathBuf {
@@ -452,6 +452,103 @@ fn a_tag_names_one_commit_for_good() {
 }
 
 #[test]
+fn weights_that_a_loader_would_take_for_these_are_refused_or_replaced() {
+    let world = World::with_hub();
+    let one = folder(
+        &world,
+        "one",
+        &[("config.json", 9), ("model.safetensors", 999)],
+    );
+    let shards = [
+        ("config.json", 9),
+        ("model.safetensors.index.json", 50),
+        ("model-00001-of-00002.safetensors", 600),
+        ("model-00002-of-00002.safetensors", 700),
+    ];
+    let two = folder(&world, "two", &shards);
+    world.run(&["publish", arg(&one), "org/model"]).succeeds();
+    let publish = ["publish", arg(&two), "org/model"];
+    world.run(&publish).refuses(&[
+        "`org/model` holds other weights: model.safetensors",
+        "--replace",
+    ]);
+    let replace = [&publish[..], &["--replace"]].concat();
+    // the answer is lost: what has landed is found, its deletions too
+    world.fault("/commit/", 1, Effect::StatusAfter { status: 504 });
+    world.run(&replace).succeeds();
+    arrives_as(&world, "org/model", &two);
+    assert_eq!(titles(&world, "org/model", "main").len(), 2);
+    // back again, where every file of it is there already but for what must go
+    let both = folder(&world, "both", &[("README.md", 5)]);
+    for (name, _) in shards {
+        std::fs::copy(two.join(name), both.join(name)).expect("copies");
+    }
+    std::fs::remove_file(both.join("README.md")).expect("removes");
+    std::fs::remove_file(both.join(shards[3].0)).expect("removes");
+    world
+        .run(&["publish", arg(&both), "org/model"])
+        .refuses(&["model-00002-of-00002"]);
+    world
+        .run(&["publish", arg(&both), "org/model", "--replace"])
+        .succeeds();
+    arrives_as(&world, "org/model", &both);
+    // what no loader takes for a model's weights stays
+    let lora = folder(
+        &world,
+        "lora",
+        &[
+            ("adapter_config.json", 9),
+            ("adapter_model.safetensors", 99),
+        ],
+    );
+    world.run(&["publish", arg(&lora), "org/model"]).succeeds();
+    let pull_request = ["publish", arg(&one), "org/model", "--pr", "--replace"];
+    world.run(&pull_request).succeeds();
+    world
+        .run(&[
+            "hub",
+            "download",
+            "org/model@refs/pr/1",
+            "--out",
+            "proposed",
+        ])
+        .succeeds();
+    let proposed = files(&world.path("proposed"));
+    let weights: Vec<&String> = proposed
+        .keys()
+        .filter(|name| name.ends_with("safetensors"))
+        .collect();
+    assert_eq!(weights, ["adapter_model.safetensors", "model.safetensors"]);
+    assert!(!proposed.contains_key("model.safetensors.index.json"));
+}
+
+#[test]
+fn what_has_lost_its_weights_is_not_published() {
+    let world = World::with_hub();
+    let base = world.model("base", svdhub::weights::Dtype::BF16, u64::MAX);
+    let (split, merged) = (world.path("svd"), world.path("merged"));
+    world
+        .run(&["decompose", arg(&base), "--out", arg(&split)])
+        .succeeds();
+    world
+        .run(&["merge", arg(&split), "--out", arg(&merged)])
+        .succeeds();
+    for (dir, file) in [
+        (&merged, "model.safetensors"),
+        (&split, "svd-00001-of-00001.safetensors"),
+        (&split, "svd.safetensors.index.json"),
+    ] {
+        let (there, away) = (dir.join(file), world.path("away"));
+        std::fs::rename(&there, &away).expect("moves");
+        world
+            .run(&["publish", arg(dir), "org/less"])
+            .refuses(&[file, "is gone"]);
+        std::fs::rename(&away, &there).expect("moves");
+    }
+    world.run(&["publish", arg(&split), "org/svd"]).succeeds();
+}
+
+#[test]
 fn folders_and_links_arrive_and_secrets_do_not() {
     let world = World::with_hub();
     let files = [
@@ -530,7 +627,8 @@ fn what_arrived_otherwise_is_named() {
         headers: vec![],
         body: listing.into(),
     };
-    world.fault("/tree/", 1, effect);
+    // when it is looked for other weights, and in the end
+    world.fault("/tree/", 2, effect);
     world
         .run(&["publish", arg(&dir), "org/model"])
         .refuses(&["differs from the local files: LICENSE, config.json"]);

@@ -206,6 +206,83 @@ fn a_foreign_lora_without_a_report_is_read_as_far_as_it_speaks_for_itself() {
     assert!(found[0].expected.contains("one rank"), "{found:?}");
 }
 
+/// Changes the section of a decomposition, and seals it as its author would.
+fn reseal(dir: &Path, edit: impl FnOnce(&mut Value)) {
+    let config = dir.join("config.json");
+    let mut value: Value =
+        serde_json::from_slice(&std::fs::read(&config).expect("reads")).expect("JSON");
+    edit(&mut value);
+    let bytes = serde_json::to_vec_pretty(&value).expect("serialises");
+    std::fs::write(&config, &bytes).expect("writes");
+    let index = dir.join("svd.safetensors.index.json");
+    let mut value: Value =
+        serde_json::from_slice(&std::fs::read(&index).expect("reads")).expect("JSON");
+    value["metadata"]["sha256"]["files"]["config.json"] = svdhub::sum::sha256_hex(&bytes).into();
+    std::fs::write(
+        &index,
+        serde_json::to_vec_pretty(&value).expect("serialises"),
+    )
+    .expect("writes");
+}
+
+#[test]
+fn what_its_author_sealed_must_be_a_decomposition_all_the_same() {
+    let world = World::new();
+    let base = small_base(&world);
+    let whole = world.path("whole");
+    world
+        .run(&["decompose", arg(&base), "--out", arg(&whole)])
+        .succeeds();
+    let check = |name: &str, edit: fn(&mut Value)| {
+        let dir = world.path(name);
+        std::fs::create_dir(&dir).expect("creates");
+        for (name, bytes) in files(&whole) {
+            std::fs::write(dir.join(name), bytes).expect("writes");
+        }
+        reseal(&dir, edit);
+        problems(&dir)
+    };
+    assert!(check("same", |_| {}).is_empty());
+    let found = check("none", |config| config["svd"]["modules"] = json!({}));
+    assert!(!found.is_empty(), "no weight comes back");
+    let found = check("sigma", |config| {
+        let modules = config["svd"]["modules"].as_object_mut().expect("modules");
+        modules.values_mut().next().expect("one")["sigma_max"] = json!(1e9);
+    });
+    assert!(
+        found.iter().any(|it| it.expected.contains("1e9")),
+        "{found:?}"
+    );
+    let found = check("pin", |config| {
+        let sums = config["svd"]["base"]["sha256"]
+            .as_object_mut()
+            .expect("sums");
+        *sums.values_mut().next().expect("one") = "0".repeat(64).into();
+    });
+    assert!(
+        found.iter().any(|it| it.file.starts_with("model")),
+        "{found:?}"
+    );
+    let dir = world.path("files");
+    std::fs::create_dir(&dir).expect("creates");
+    for (name, bytes) in files(&whole) {
+        std::fs::write(dir.join(name), bytes).expect("writes");
+    }
+    let index = dir.join("svd.safetensors.index.json");
+    let mut value: Value =
+        serde_json::from_slice(&std::fs::read(&index).expect("reads")).expect("JSON");
+    value["metadata"]["sha256"]["files"] = json!({});
+    std::fs::write(
+        &index,
+        serde_json::to_vec_pretty(&value).expect("serialises"),
+    )
+    .expect("writes");
+    assert!(
+        problems(&dir).iter().any(|it| it.file == "config.json"),
+        "no sum of any file"
+    );
+}
+
 #[test]
 fn an_index_in_another_form_or_with_more_in_it_is_found() {
     let world = World::new();

@@ -16,14 +16,20 @@ pub fn attention(
 ) -> Result<Vec<Attention>> {
     let json = key.json;
     let switched = json["use_sliding_window"].as_bool().unwrap_or(false);
+    let listed = match &family.windows {
+        Windows::Nowhere => None,
+        _ => key.layer_types(layers)?,
+    };
     let window = match (&family.windows, json.get("sliding_window")) {
         (Windows::Nowhere, _) => None,
-        (Windows::Later | Windows::WithoutRope, _) if !switched => None,
+        (Windows::Later, _) if !switched => None,
+        // there, the switch only decides which layers are listed
+        (Windows::WithoutRope, _) if !switched && listed.is_none() => None,
         (_, None) => family.window,
         (_, Some(_)) => key.optional("sliding_window")?,
     };
     let turned = turned(key, family, layers)?;
-    let windowed: Vec<bool> = match (&family.windows, key.layer_types(layers)?) {
+    let windowed: Vec<bool> = match (&family.windows, listed) {
         (Windows::Nowhere, _) => vec![false; layers],
         (Windows::Everywhere, _) => vec![true; layers],
         (_, Some(types)) => types,
@@ -82,14 +88,33 @@ pub fn ropes(
     positions_max: usize,
 ) -> Result<Vec<Rope>> {
     let json = key.json;
-    // transformers 5 keeps theta and scaling together in `rope_parameters`, once for each kind of layer where they differ
-    let (all, windows) = match &json["rope_parameters"] {
-        Value::Null => (&json["rope_scaling"], &Value::Null),
-        kinds if kinds["full_attention"].is_object() => {
-            (&kinds["full_attention"], &kinds["sliding_attention"])
-        }
-        one => (one, &Value::Null),
+    // transformers 5 keeps theta and scaling together in `rope_parameters`, once for each kind of layer where they differ; a
+    // `rope_scaling` that somebody adds to what it wrote takes their place, to it and to transformers 4
+    let added = match &json["rope_scaling"] {
+        Value::Object(scaling) if !scaling.is_empty() => Some(&json["rope_scaling"]),
+        _ => None,
     };
+    let kinds = &json["rope_parameters"];
+    let (written, windows) = if ["full_attention", "sliding_attention"]
+        .iter()
+        .any(|kind| kinds[kind].is_object())
+    {
+        (&kinds["full_attention"], &kinds["sliding_attention"])
+    } else if family.rope_of_windows.is_some() && !kinds.is_null() {
+        let reason = "does not tell the ropes of layers with and without a window apart";
+        return Err(key.refuse("rope_parameters", reason));
+    } else {
+        (kinds, &Value::Null)
+    };
+    let all = added.unwrap_or(written);
+    if let (Some(_), Some(theta)) = (added, written["rope_theta"].as_f64()) {
+        let (spelled, usual) = family.rope_theta;
+        let read = all["rope_theta"].as_f64().or(json[spelled].as_f64());
+        if read.unwrap_or(usual) != theta {
+            let reason = "stands beside `rope_parameters` with another rope_theta: write both into `rope_parameters`";
+            return Err(key.refuse("rope_scaling", reason));
+        }
+    }
     let theta = |parameters: &Value, (spelled, usual): (&str, f64)| {
         let theta = parameters["rope_theta"].as_f64();
         let theta = theta.or(json[spelled].as_f64()).unwrap_or(usual);
@@ -124,7 +149,7 @@ fn rope(
     positions_max: usize,
 ) -> Result<Rope> {
     let json = key.json;
-    let (spelled, usual) = family.rope_share;
+    let (spelled, usual) = family.rope_share.unwrap_or(("partial_rotary_factor", 1.0));
     let share = scaling["partial_rotary_factor"]
         .as_f64()
         .or(json[spelled].as_f64())
@@ -141,6 +166,29 @@ fn rope(
         .as_str()
         .or(scaling["type"].as_str())
         .unwrap_or("default");
+    let unsupported = |reason: String| {
+        Ok(Rope {
+            theta,
+            dim,
+            scaling: Scaling::Unsupported(reason),
+        })
+    };
+    // Phi-3 once called it `su`, and `yarn`
+    let is_long = |kind| match family.model_type {
+        "phi3" => ["longrope", "su", "yarn"].contains(&kind),
+        _ => ["longrope", "su"].contains(&kind),
+    };
+    if let (Some(one), Some(other)) = (scaling["rope_type"].as_str(), scaling["type"].as_str())
+        && one != other
+        && !(is_long(one) && is_long(other))
+    {
+        return unsupported(format!("{one} (rope_type) and {other} (type)"));
+    }
+    if family.rope_share.is_none() && share != 1.0 {
+        return unsupported(format!(
+            "{kind} of {share} of each head, which this family has not"
+        ));
+    }
     let number = |name: &str| {
         let number = scaling[name].as_f64().filter(|&x| x > 0.0);
         number.ok_or_else(|| {
@@ -177,8 +225,7 @@ fn rope(
             high: number("high_freq_factor")?,
             original: number("original_max_position_embeddings")?,
         },
-        // Phi-3 once called it `su`, and `yarn`
-        "longrope" | "su" | "yarn" if kind != "yarn" || family.model_type == "phi3" => {
+        kind if is_long(kind) => {
             let known = json["original_max_position_embeddings"].as_u64();
             let known = known.or(scaling["original_max_position_embeddings"].as_u64());
             let known = known.or(family.positions_first);
@@ -188,10 +235,16 @@ fn rope(
                 return Err(key.refuse("original_max_position_embeddings", &reason));
             }
             // without it the config says itself how far it is stretched
+            let there_is = positions_max as f64 / original as f64;
             let stretch = match known {
-                Some(_) => positions_max as f64 / original as f64,
+                Some(_) => there_is,
                 None => number_or("factor", 1.0)?,
             };
+            // transformers 4 reads the first length of the whole config only, 5 that of the scaling
+            let is_nested = known.is_some() && json["original_max_position_embeddings"].is_null();
+            if is_nested && number_or("factor", there_is)? != there_is {
+                return unsupported(format!("{kind} with a first length and another factor"));
+            }
             let attention = scaling["attention_factor"].as_f64().unwrap_or_else(|| {
                 if stretch <= 1.0 {
                     1.0
@@ -235,10 +288,9 @@ fn rope(
         other => Scaling::Unsupported(other.into()),
     };
     // pairs turn
-    let scaling = match dim % 2 {
-        0 => scaling,
-        _ => Scaling::Unsupported(format!("{kind} of {dim} elements, an odd number")),
-    };
+    if dim % 2 != 0 {
+        return unsupported(format!("{kind} of {dim} elements, an odd number"));
+    }
     Ok(Rope {
         theta,
         dim,

@@ -72,9 +72,13 @@ impl Keys<'_> {
             );
             return Err(self.refuse(key, &reason));
         }
-        if json["use_bidirectional_attention"].as_bool() == Some(true) {
-            let reason = "is set: the model looks ahead, and predicts no next token";
-            return Err(self.refuse("use_bidirectional_attention", reason));
+        let ahead = [("use_bidirectional_attention", true), ("is_causal", false)];
+        for (key, looks) in ahead {
+            if json[key].as_bool() == Some(looks) {
+                let reason =
+                    format!("is {looks}: the model looks ahead, and predicts no next token");
+                return Err(self.refuse(key, &reason));
+            }
         }
         Ok(())
     }
