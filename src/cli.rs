@@ -81,6 +81,7 @@ enum Verb {
 /// Parses the arguments, runs the verb, and explains what went wrong.
 pub fn run() -> ExitCode {
     env::let_waiting_threads_sleep();
+    say_nothing_of_patterns();
     let cli = Cli::parse();
     env::start_logging();
     let session = Session::new(&cli.global);
@@ -107,6 +108,20 @@ pub fn run() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The engine of regular expressions panics at one that takes it too long; `text::encode` makes an error of that, which
+/// says the same.
+fn say_nothing_of_patterns() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let is_pattern = panic
+            .location()
+            .is_some_and(|at| at.file().contains("/onig-"));
+        if !is_pattern {
+            usual(panic);
+        }
+    }));
 }
 
 #[cfg(test)]

@@ -476,3 +476,24 @@ fn batch<'a>(windows: &[&'a [u32]], step: usize, options: &Options) -> Vec<&'a [
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration as Time;
+
+    #[test]
+    fn a_kill_costs_a_minute_and_saving_a_twentieth_at_most() {
+        let ago = |seconds, took| {
+            let at = Instant::now().checked_sub(Time::from_secs(seconds));
+            let saved = Saved {
+                at: at.expect("this machine has run so long"),
+                took: Time::from_secs(took),
+            };
+            saved.is_long_ago()
+        };
+        assert!(!Saved::now().is_long_ago());
+        assert!(!ago(50, 0) && ago(61, 0) && ago(61, 3));
+        assert!(!ago(61, 4) && ago(81, 4));
+    }
+}

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use svdhub::weights::{Checkpoint, Dtype, Layout};
 
-use crate::world::{World, arg, fixture};
+use crate::world::{Run, World, arg, fixture};
 
 struct Broken {
     world: World,
@@ -392,7 +392,8 @@ fn a_disk_without_room() {
     // known before the work begins
     let (no_split, no_model) = (mount.join("svd"), mount.join("merged"));
     let decomposed = world.run(&["decompose", base, "--out", arg(&no_split)]);
-    let merged = world.run(&["merge", arg(&split), "--out", arg(&no_model)]);
+    let merge = ["merge", arg(&split), "--out", arg(&no_model)];
+    let (merged, again) = (world.run(&merge), world.run(&merge));
     // found out in the middle: the last block is gone
     let stuffing = std::fs::File::create(mount.join("stuffing")).expect("creates");
     while std::io::Write::write_all(&mut &stuffing, &[1; 4096]).is_ok() {}
@@ -414,6 +415,12 @@ fn a_disk_without_room() {
     drop(stuffing);
     let _ = std::process::Command::new("umount").arg(&mount).status();
     decomposed.refuses(&["needs", "free", "choose another disk"]);
+    let needs = |run: &Run| {
+        let mut words = run.stderr.split("needs ").nth(1).expect("said").split(' ');
+        words.next().map(String::from)
+    };
+    // nothing is there that a second try would have to keep
+    assert_eq!(needs(&merged), needs(&again));
     merged.refuses(&["needs", "free"]);
     trained.refuses(&["no space left", "adapter", "free some space"]);
     assert!(nothing);

@@ -258,6 +258,73 @@ fn a_tokenizer_that_truncates_does_not_shorten_the_text() {
 }
 
 #[test]
+fn a_tokenizer_that_gives_up_is_an_error() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    edit_json(&base.join("tokenizer.json"), |t| {
+        t["normalizer"] = Value::Null;
+        t["pre_tokenizer"] = json!({"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": false});
+    });
+    let data = world.path("data.txt");
+    std::fs::write(&data, "a".repeat(50) + "!").expect("writes");
+    world
+        .run(&["evaluate", arg(&base), "--data", arg(&data)])
+        .refuses(&["tokenizer.json failed", "retry-limit"]);
+}
+
+#[test]
+fn documents_end_in_one_end_token_wherever_the_model_names_it() {
+    let world = World::new();
+    let base = world.model("base", Dtype::BF16, u64::MAX);
+    let data = world.path("data.jsonl");
+    std::fs::write(&data, "{\"text\": \"one\"}\n{\"text\": \"two\"}\n").expect("writes");
+    let evaluated = || {
+        let run = world
+            .run(&["evaluate", arg(&base), "--data", arg(&data), "--json"])
+            .succeeds();
+        let facts: Value = serde_json::from_str(&run.stdout).expect("JSON");
+        (facts["tokens"].as_u64().expect("a count"), run.stderr)
+    };
+    let (tokens, _) = evaluated();
+    // one that the tokenizer adds is not added again
+    let end = crate::world::json_file(&base.join("config.json"))["eos_token_id"].as_u64();
+    let end = end.expect("the fixture names its end");
+    let sound = std::fs::read(base.join("tokenizer.json")).expect("reads");
+    edit_json(&base.join("tokenizer.json"), |t| {
+        let tokens = t["added_tokens"].as_array().expect("a list");
+        let token = tokens
+            .iter()
+            .find(|token| token["id"].as_u64() == Some(end));
+        let token = token.expect("the end is a token")["content"].clone();
+        let (text, special) = (
+            json!({"Sequence": {"id": "A", "type_id": 0}}),
+            json!({"SpecialToken": {"id": token, "type_id": 0}}),
+        );
+        let name = token.as_str().expect("a text").to_string();
+        t["post_processor"] = json!({"type": "TemplateProcessing", "single": [text, special], "pair": [],
+            "special_tokens": {name: {"id": token, "ids": [end], "tokens": [token]}}});
+    });
+    assert_eq!(evaluated().0, tokens);
+    std::fs::write(base.join("tokenizer.json"), sound).expect("writes");
+    // the settings of its texts name it too, and where nothing does, that is said
+    edit_json(&base.join("config.json"), |config| {
+        config
+            .as_object_mut()
+            .expect("an object")
+            .remove("eos_token_id");
+    });
+    let settings = base.join("generation_config.json");
+    std::fs::write(&settings, format!("{{\"eos_token_id\": [{end}]}}")).expect("writes");
+    assert_eq!(evaluated().0, tokens);
+    std::fs::remove_file(&settings).expect("removes");
+    let (without, said) = evaluated();
+    assert!(
+        without == tokens - 2 && said.contains("run into each other"),
+        "{said}"
+    );
+}
+
+#[test]
 fn unfinished_work_is_not_passed_on() {
     let world = World::new();
     let split = decomposed(&world, &[]);

@@ -562,6 +562,12 @@ fn killed_training_resumes_to_the_same_numbers() {
         "{}",
         resumed.stderr
     );
+    let report = |dir: &Path| crate::world::json_file(&dir.join("report.json"))["train"].clone();
+    let facts = report(&out);
+    let number = |key: &str| facts[key].as_f64().expect("a number");
+    // of both runs together
+    let tokens = number("seconds") * number("tokens_per_s");
+    assert!((tokens - 120.0 * 2.0 * 16.0).abs() < 1.0, "{tokens}");
     let adapter =
         |dir: &std::path::Path| std::fs::read(dir.join("adapter.safetensors")).expect("an adapter");
     assert!(
