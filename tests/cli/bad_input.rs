@@ -394,10 +394,16 @@ fn a_disk_without_room() {
     let decomposed = world.run(&["decompose", base, "--out", arg(&no_split)]);
     let merge = ["merge", arg(&split), "--out", arg(&no_model)];
     let (merged, again) = (world.run(&merge), world.run(&merge));
+    let (data, no_adapter) = (fixture("eighty-train.txt"), mount.join("full"));
+    let full = [
+        "--method", "full", "--steps", "1", "--length", "16", "--out",
+    ];
+    let train = ["train", arg(&split), "--data", arg(&data)];
+    let moved = world.run(&[&train[..], &full, &[arg(&no_adapter)]].concat());
     // found out in the middle: the last block is gone
     let stuffing = std::fs::File::create(mount.join("stuffing")).expect("creates");
     while std::io::Write::write_all(&mut &stuffing, &[1; 4096]).is_ok() {}
-    let (data, adapter) = (fixture("eighty-train.txt"), mount.join("adapter"));
+    let adapter = mount.join("adapter");
     let train = [
         "train",
         arg(&split),
@@ -419,11 +425,27 @@ fn a_disk_without_room() {
         let mut words = run.stderr.split("needs ").nth(1).expect("said").split(' ');
         words.next().map(String::from)
     };
+    moved.refuses(&["needs", "free"]);
     // nothing is there that a second try would have to keep
     assert_eq!(needs(&merged), needs(&again));
     merged.refuses(&["needs", "free"]);
     trained.refuses(&["no space left", "adapter", "free some space"]);
     assert!(nothing);
+}
+
+#[test]
+fn a_file_that_may_not_grow_is_an_error() {
+    let broken = Broken::new(u64::MAX);
+    let (world, out) = (&broken.world, broken.world.path("svd"));
+    let decompose = ["decompose", arg(&broken.base), "--out", arg(&out)];
+    let mut limited = std::process::Command::new("sh");
+    let program = env!("CARGO_BIN_EXE_svdhub");
+    limited
+        .args(["-c", r#"ulimit -f 100; exec "$@""#, "sh", program])
+        .args(decompose);
+    limited.env_clear().env("HOME", world.path("home"));
+    Run::of(limited.output().expect("runs")).refuses(&["svd", "File too large"]);
+    world.run(&decompose).succeeds();
 }
 
 #[test]
