@@ -248,7 +248,7 @@ pub fn advice(error: &Error) -> Option<String> {
             "text needs a fast tokenizer: put the model's tokenizer.json there"
         }
         Error::Architecture { .. } => {
-            "a model of another family cannot be trained by this version; `svdhub --version` tells yours"
+            "this version takes no model of another family, neither to decompose nor to train it"
         }
         _ => return None,
     };

@@ -88,10 +88,10 @@ impl Command {
             return session.print(&record, || show_share(&record, &shown(&self.out)));
         }
         let hub = self.passing.hub(session)?;
-        let outlet = self.passing.outlet(hub.as_ref(), session)?;
+        let outlet = self.passing.outlet(hub, session)?;
         let outlet = outlet.as_ref().map(|outlet| outlet as &dyn Outlet);
         let facts = decompose::run_to(&base, &self.out, outlet, &options, session.observer())?;
-        let pushed = self.passing.publish(hub.as_ref(), &self.out, session)?;
+        let pushed = self.passing.publish(hub, &self.out, session)?;
         session.print(&with_push(&facts, pushed.as_ref()), || {
             show(&facts, &shown(&self.out)) + &told(pushed.as_ref())
         })

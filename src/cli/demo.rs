@@ -189,7 +189,7 @@ impl Walk<'_> {
         })?;
         let (source_hub, repo, revision) = match &self.command.model {
             Some(ModelRef::Repo { id, revision }) => {
-                (&self.session.hub()?, id.clone(), revision.clone())
+                (&**self.session.hub()?, id.clone(), revision.clone())
             }
             other => {
                 let (dir, name) = self.local_model(other.as_ref())?;
@@ -205,7 +205,7 @@ impl Walk<'_> {
             }
         };
         let target_hub = match &self.command.namespace {
-            Some(_) => &self.session.hub()?,
+            Some(_) => self.session.hub()?,
             None => &own_hub,
         };
         let (data, heldout) = self.texts()?;

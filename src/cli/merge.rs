@@ -86,11 +86,11 @@ impl Command {
             ..Options::default()
         };
         let hub = self.passing.hub(session)?;
-        let outlet = self.passing.outlet(hub.as_ref(), session)?;
+        let outlet = self.passing.outlet(hub, session)?;
         let outlet = outlet.as_ref().map(|outlet| outlet as &dyn Outlet);
         let observer = session.observer();
         let facts = merge::run_to(&artifact, &mixture, &self.out, outlet, &options, observer)?;
-        let pushed = self.passing.publish(hub.as_ref(), &self.out, session)?;
+        let pushed = self.passing.publish(hub, &self.out, session)?;
         session.print(&with_push(&facts, pushed.as_ref()), || {
             show(&facts, &shown(&self.out)) + &told(pushed.as_ref())
         })

@@ -53,8 +53,11 @@ impl Passing {
     }
 
     /// The Hub, where it is needed.
-    pub fn hub(&self, session: &Session) -> Result<Option<Hub>> {
-        self.push.as_ref().map(|_| session.hub()).transpose()
+    pub fn hub<'a>(&self, session: &'a Session) -> Result<Option<&'a Hub>> {
+        match self.push {
+            Some(_) => Ok(Some(session.hub()?)),
+            None => Ok(None),
+        }
     }
 
     /// Where finished files go, if not only to the output directory.

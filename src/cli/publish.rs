@@ -74,7 +74,7 @@ impl Command {
             replace: self.replace,
         };
         let pushed = publish::run(
-            &session.hub()?,
+            session.hub()?,
             &self.dir,
             &self.repo,
             &options,

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::Device;
 use serde::Serialize;
@@ -30,6 +30,7 @@ pub struct Session {
     pub json: bool,
     progress: Progress,
     endpoint: Option<String>,
+    hub: OnceLock<Arc<Hub>>,
 }
 
 impl Session {
@@ -38,6 +39,7 @@ impl Session {
             json: global.json,
             progress: Progress::new(global.quiet),
             endpoint: global.endpoint.clone(),
+            hub: OnceLock::new(),
         }
     }
 
@@ -45,9 +47,13 @@ impl Session {
         &self.progress
     }
 
-    /// The Hub of this session.
-    pub fn hub(&self) -> Result<Hub> {
-        Hub::new(env::hub_options(self.endpoint.as_deref())?)
+    /// The Hub of this session: a job signs in to it once.
+    pub fn hub(&self) -> Result<&Arc<Hub>> {
+        if let Some(hub) = self.hub.get() {
+            return Ok(hub);
+        }
+        let hub = Hub::new(env::hub_options(self.endpoint.as_deref())?)?;
+        Ok(self.hub.get_or_init(|| Arc::new(hub)))
     }
 
     /// Prints facts: as JSON where that was asked for, else through `show`.
@@ -116,9 +122,9 @@ impl Session {
     pub fn base_in_place(&self, model: &ModelRef) -> Result<Base> {
         match model {
             ModelRef::Repo { id, revision } if !self.hub()?.options.offline => {
-                let hub = Arc::new(self.hub()?);
                 let layout = Layout::Model;
-                let (found, checkpoint) = hub.remote(id, revision, layout, self.observer())?;
+                let (found, checkpoint) =
+                    self.hub()?.remote(id, revision, layout, self.observer())?;
                 Ok(Base {
                     dir: found.dir,
                     checkpoint,
@@ -136,7 +142,10 @@ impl Session {
         model: &ModelRef,
         base: Option<&ModelRef>,
     ) -> Result<(Artifact, Origin)> {
-        let found = self.locate(model)?;
+        self.artifact_at(&self.locate(model)?, base)
+    }
+
+    fn artifact_at(&self, found: &Snapshot, base: Option<&ModelRef>) -> Result<(Artifact, Origin)> {
         let mut artifact = Artifact::open(&found.dir, None)?;
         artifact.check_small_files()?;
         if artifact.svd.layout == ArtifactLayout::Sidecar {
@@ -144,7 +153,7 @@ impl Session {
             artifact = Artifact::open(&found.dir, Some(base))?;
             artifact.check_base(self.observer())?;
         }
-        let origin = origin(&found, &artifact);
+        let origin = origin(found, &artifact);
         Ok((artifact, origin))
     }
 
@@ -178,9 +187,8 @@ impl Session {
     pub fn artifact_in_place(&self, model: &ModelRef) -> Result<(Artifact, Origin)> {
         let (found, artifact) = match model {
             ModelRef::Repo { id, revision } if !self.hub()?.options.offline => {
-                let hub = Arc::new(self.hub()?);
                 let layout = Layout::Decomposition;
-                let (found, weights) = hub.remote(id, revision, layout, self.observer())?;
+                let (found, weights) = self.hub()?.remote(id, revision, layout, self.observer())?;
                 let artifact = Artifact::open_stored(&found.dir, weights, None)?;
                 (found, artifact)
             }
@@ -215,21 +223,23 @@ impl Session {
 
     /// Opens adapters of a decomposition, each `ADAPTER` or `ADAPTER*WEIGHT`.
     pub fn mixture(&self, artifact: &Artifact, adapters: &[Weighted]) -> Result<Mixture> {
-        let parts = adapters
+        let located = self.located(adapters)?;
+        if let Some((path, _)) = located.iter().find(|(dir, _)| Kind::of(dir) == Kind::Lora) {
+            return Err(Error::Adapter {
+                path: path.clone(),
+                reason: "is a LoRA of PEFT, which only `evaluate` and `generate` take; PEFT's merge_and_unload() merges it"
+                    .into(),
+            });
+        }
+        mixture_of(artifact, &located)
+    }
+
+    /// Where adapters are, each with its factor.
+    fn located(&self, adapters: &[Weighted]) -> Result<Vec<(PathBuf, f64)>> {
+        let located = adapters
             .iter()
-            .map(|adapter| {
-                let found = self.locate(&adapter.adapter)?;
-                if Kind::of(&found.dir) == Kind::Lora {
-                    return Err(Error::Adapter {
-                        path: found.dir,
-                        reason: "is a LoRA of PEFT, which only `evaluate` and `generate` take; PEFT's merge_and_unload() merges it"
-                            .into(),
-                    });
-                }
-                Ok((Adapter::open(&found.dir, artifact)?, adapter.weight))
-            })
-            .collect::<Result<_>>()?;
-        Ok(Mixture { parts })
+            .map(|adapter| Ok((self.locate(&adapter.adapter)?.dir, adapter.weight)));
+        located.collect()
     }
 
     /// Opens whatever can be run: a plain model, or a decomposition with adapters.
@@ -250,17 +260,12 @@ impl Session {
         base: Option<&ModelRef>,
     ) -> Result<(Source, Option<Origin>)> {
         let found = self.locate(model)?;
-        let (mut loras, mut others) = (Vec::new(), Vec::new());
-        for adapter in adapters {
-            let dir = self.locate(&adapter.adapter)?.dir;
-            match Kind::of(&dir) {
-                Kind::Lora => loras.push((dir, adapter.weight)),
-                _ => others.push(adapter.clone()),
-            }
-        }
+        let located = self.located(adapters)?.into_iter();
+        let (loras, others): (Vec<_>, Vec<_>) =
+            located.partition(|(dir, _)| Kind::of(dir) == Kind::Lora);
         let (mut source, origin) = if is_artifact(&found.dir) {
-            let (artifact, origin) = self.artifact(model, base)?;
-            let mixture = self.mixture(&artifact, &others)?;
+            let (artifact, origin) = self.artifact_at(&found, base)?;
+            let mixture = mixture_of(&artifact, &others)?;
             (Source::Decomposition { artifact, mixture }, Some(origin))
         } else if others.is_empty() {
             let base = Base::open(&found.dir, found.repo, found.commit)?;
@@ -273,6 +278,14 @@ impl Session {
         }
         Ok((source, origin))
     }
+}
+
+fn mixture_of(artifact: &Artifact, adapters: &[(PathBuf, f64)]) -> Result<Mixture> {
+    let opened = adapters
+        .iter()
+        .map(|(dir, weight)| Ok((Adapter::open(dir, artifact)?, *weight)));
+    let parts = opened.collect::<Result<_>>()?;
+    Ok(Mixture { parts })
 }
 
 fn origin(found: &Snapshot, artifact: &Artifact) -> Origin {
