@@ -19,7 +19,7 @@ use crate::format::{
     Rank, Storing, is_base_header,
 };
 use crate::join::{self, Facts, Frame, Item, Join, PARTS};
-use crate::linalg::{self, Certificate, certify, orthogonality};
+use crate::linalg::{self, Certificate, PROBE_SEED, certify, orthogonality};
 use crate::part::{self, Part};
 use crate::split::Factors;
 use crate::weights::Elements;
@@ -44,7 +44,7 @@ impl Default for Options {
             factors: None,
             rank: None,
             shard_bytes_max: crate::job::Options::default().shard_bytes_max,
-            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            threads: workers::cores(),
         }
     }
 }
@@ -383,7 +383,7 @@ impl Conversion<'_> {
         let names = ModuleTensors::of(module);
         let u = self.artifact.rows(&names.u, k)?;
         let v = self.artifact.rows(&names.v, k)?;
-        let found = orthogonality(&u, &v, 1);
+        let found = orthogonality(&u, &v, PROBE_SEED);
         if !self.artifact.svd.are_orthonormal(found) {
             return Err(Error::NotOrthonormal {
                 tensor: names.u,
@@ -415,7 +415,7 @@ impl Conversion<'_> {
                 let values = matrix.to_f32();
                 let view = ArrayView2::from_shape((m, n), &values)
                     .expect("restored in the shape of its record");
-                certify(view, &factors.u, &factors.sigma, &factors.v, 1)?
+                certify(view, &factors.u, &factors.sigma, &factors.v, PROBE_SEED)?
             }
             None => nested(&before.certificate, sigma, factors),
         };
@@ -488,7 +488,7 @@ fn nested(before: &Certificate, sigma: &[f32], factors: &Factors) -> Certificate
     Certificate {
         residual: before.residual * wider,
         link: before.link.map(|link| link * wider),
-        orthogonality: orthogonality(&factors.u, &factors.v, 1),
+        orthogonality: orthogonality(&factors.u, &factors.v, PROBE_SEED),
         tail,
     }
 }

@@ -17,7 +17,7 @@ use crate::format::{ArtifactLayout, FactorsDtype, ModuleRecord, Pin, Rank};
 use crate::job::{Job, MATRICES, Share, ShareRecord};
 use crate::join::{self, Frame, Join, PARTS};
 use crate::json::Tool;
-use crate::linalg::{self, Backend, Wanted, certify};
+use crate::linalg::{self, Backend, PROBE_SEED, Wanted, certify};
 use crate::model::ModelConfig;
 use crate::outlet::Outlet;
 use crate::part::{self, Part};
@@ -456,7 +456,7 @@ impl Compute<'_> {
             let certificate = match dtype_of_factors {
                 FactorsDtype::F32 => svd.certificate,
                 // of what is stored
-                FactorsDtype::Bf16 => certify(matrix, &u, &sigma, &v, 1)?,
+                FactorsDtype::Bf16 => certify(matrix, &u, &sigma, &v, PROBE_SEED)?,
             };
             let record = ModuleRecord {
                 q,

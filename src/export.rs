@@ -21,7 +21,7 @@ use crate::peft::Naming;
 use crate::sum::Sum;
 use crate::weights::Checkpoint;
 use crate::workspace::{Claim, Workspace};
-use crate::{linalg, report};
+use crate::{linalg, report, workers};
 
 pub use lora::{LoraFacts, LoraModule};
 pub use svd_training::SvdTrainingFacts;
@@ -55,7 +55,7 @@ impl Options {
     pub fn to(target: Target) -> Self {
         Self {
             target,
-            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            threads: workers::cores(),
         }
     }
 }

@@ -13,6 +13,7 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::json::Tool;
 use crate::linalg::{Algorithm, Certificate, Route, TOLERANCES};
+use crate::sum::is_hex;
 use crate::weights::checkpoint::is_plain_file_name;
 use crate::weights::{Dtype, Elements};
 
@@ -466,10 +467,6 @@ fn check_origin(origin: &Origin) -> Result<(), String> {
         Some(repo) if !is_repo_id(repo) => Err(format!("is nested in `{repo}`")),
         _ => Ok(()),
     }
-}
-
-fn is_hex(text: &str, digits: usize) -> bool {
-    text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
 /// A file name without any path in it.

@@ -20,7 +20,7 @@ mod tiles;
 mod twisted;
 
 pub use algorithm::{Algorithm, Refused, Route, Svd, TOLERANCES, Wanted};
-pub use certificate::{Certificate, certify, orthogonality};
+pub use certificate::{Certificate, PROBE_SEED, certify, orthogonality};
 pub use exact::ExactSum;
 pub use lapack::single_threaded_blas;
 pub use operand::Backend;

@@ -43,7 +43,7 @@ impl Default for Options {
         Self {
             dtype: None,
             rounding: Rounding::default(),
-            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            threads: workers::cores(),
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::format::{FactorsDtype, Rank, Storing};
 use crate::model::ModelConfig;
 use crate::model::memory::{self, Matrix, Part, Step, Training};
 use crate::weights::Inventory;
-use crate::workers::Limits;
+use crate::workers::{Limits, cores};
 use choice::{planned, untied_head};
 use fits::refuse_taken_names;
 pub use fits::{check_shapes, expected_inventory};
@@ -38,10 +38,6 @@ pub struct PlanOptions {
     /// Bytes of memory that the whole process may take, as far as it is planned.
     #[serde(skip)]
     pub memory: Option<u64>,
-}
-
-fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 impl PlanOptions {

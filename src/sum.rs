@@ -7,6 +7,11 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{IoContext, Result};
 
+/// Whether a text is a number of so many hexadecimal digits: 40 of a commit, 64 of a sha256.
+pub fn is_hex(text: &str, digits: usize) -> bool {
+    text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
 /// Bytes as lower-case hex.
 pub fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;

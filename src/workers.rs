@@ -58,6 +58,11 @@ pub fn for_each<T: Sync>(
     run(items, Limits::threads(threads), nothing, work, drain)
 }
 
+/// Threads that this machine, or its container, runs at once.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// Runs `work` on every item within the limits, and `consume` beside it on the results as they come.
 ///
 /// Items start in the order given, each as soon as its cost fits beside what is there. The first error, of `work` or of

@@ -19,6 +19,7 @@ use super::refusal::{unreachable, wait_asked, without};
 use super::sender::Sender;
 use super::xet::Engine;
 use crate::error::{Error, Result};
+use crate::sum::is_hex;
 use crate::weights::header::HEADER_BYTES_MAX;
 use crate::workspace::STATE_DIR;
 
@@ -211,9 +212,7 @@ impl Hub {
         }
         let info = self.info(repo, revision)?;
         match info["sha"].as_str() {
-            Some(sha) if sha.len() == 40 && sha.bytes().all(|b| b.is_ascii_hexdigit()) => {
-                Ok(sha.into())
-            }
+            Some(sha) if is_hex(sha, 40) => Ok(sha.into()),
             _ => Err(Error::HubStatus {
                 status: 200,
                 request: READ.into(),
@@ -265,7 +264,7 @@ impl Hub {
                 let oid = entry.lfs.as_ref().map_or(&entry.oid, |lfs| &lfs.oid);
                 // it names the file's contents in the cache
                 let digits = if entry.lfs.is_some() { 64 } else { 40 };
-                if oid.len() != digits || !oid.bytes().all(|b| b.is_ascii_hexdigit()) {
+                if !is_hex(oid, digits) {
                     return Err(Error::HostilePath {
                         repo: repo.into(),
                         name: self.without_token(oid.clone()),

@@ -149,7 +149,7 @@ pub(super) fn local_files(dir: &Path, observer: &dyn Observer) -> Result<Vec<Loc
     let names = published_files(dir)?;
     let size = |name: &String| std::fs::metadata(dir.join(name)).map_or(0, |m| m.len());
     observer.start(Stage::Hash, names.iter().map(size).sum(), Unit::Bytes);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = workers::cores();
     let mut files = Vec::new();
     workers::in_order(
         &names,

@@ -402,7 +402,6 @@ async fn content(content: Content) -> io::Result<Body> {
 mod tests {
     use super::*;
     use serde_json::{Value, json};
-    use sha2::{Digest, Sha256};
     use std::io::{Read, Write};
     use std::net::TcpStream;
 
@@ -455,7 +454,7 @@ mod tests {
         assert_eq!(post(&server, "/api/repos/create", &create).0, 200);
 
         let weights: Vec<u8> = (0..1000u32).map(|i| (i * i % 251) as u8).collect();
-        let oid = repo::hex(&Sha256::digest(&weights));
+        let oid = crate::sum::sha256_hex(&weights);
         let objects = json!([{"oid": oid, "size": 1000}]);
         let batch = json!({"operation": "upload", "transfers": ["new"], "objects": objects});
         let offer = || {
@@ -578,7 +577,7 @@ mod tests {
             200
         );
         let weights: Vec<u8> = (0..1000u32).map(|i| (i * i % 251) as u8).collect();
-        let oid = repo::hex(&Sha256::digest(&weights));
+        let oid = crate::sum::sha256_hex(&weights);
         let batch = |transfers: &[&str]| {
             let objects = json!([{"oid": oid, "size": 1000}]);
             let asked = json!({"operation": "upload", "transfers": transfers, "objects": objects});

@@ -51,6 +51,9 @@ impl Certificate {
     }
 }
 
+/// Of the probes that look at what is stored: whoever repeats a look sees the same.
+pub const PROBE_SEED: u64 = 1;
+
 /// Looks at the triplets of `matrix` (m, n): u (q, m), sigma (q,), v (q, n).
 pub fn certify(
     matrix: ArrayView2<f32>,

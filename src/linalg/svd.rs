@@ -522,7 +522,7 @@ mod tests {
         let svd = assert_triplets(&many, 130, &lowered());
         let refused = svd.refused.expect("single precision was tried");
         assert!(
-            !refused.route.is_single() || refused.kappa > 20.0,
+            refused.route.is_single() && refused.kappa > 20.0,
             "{refused:?}"
         );
         assert_eq!(

@@ -13,7 +13,7 @@ use crate::base::{self, Base};
 use crate::error::{IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{ArtifactLayout, BASE_CONFIG, ModuleRecord};
-use crate::linalg::{Certificate, certify};
+use crate::linalg::{Certificate, PROBE_SEED, certify};
 use crate::sum::{hex, sha256_hex};
 use crate::weights::{Elements, Layout};
 use crate::{json, report, workers};
@@ -186,7 +186,7 @@ fn modules(artifact: &Artifact, observer: &dyn Observer, facts: &mut Facts) -> R
     };
     let elements = |record: &ModuleRecord| (record.shape[0] * record.shape[1]) as u64;
     let total: u64 = artifact.svd.modules.values().map(elements).sum();
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = workers::cores();
     let mut hash: Option<Sha256> = None;
     observer.start(Stage::Verify, 4 * total, Unit::Bytes);
     workers::in_order(
@@ -249,7 +249,7 @@ fn looked_at(artifact: &Artifact, module: &str, record: &ModuleRecord) -> Result
     let sigma = &factors.sigma;
     let seen = Seen {
         sum: sha256_hex(&matrix.bytes),
-        certificate: certify(values.view(), &factors.u, sigma, &factors.v, 1)?,
+        certificate: certify(values.view(), &factors.u, sigma, &factors.v, PROBE_SEED)?,
         descending: sigma.windows(2).into_iter().all(|pair| pair[0] >= pair[1]),
         ends: [sigma[0], sigma[sigma.len() - 1]],
     };

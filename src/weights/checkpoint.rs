@@ -14,7 +14,7 @@ use super::header::{Entry, Header};
 use crate::contents::Section;
 use crate::error::{Error, IoContext, Result, Summed};
 use crate::json;
-use crate::sum::{Sum, both, sha256_file, sha256_hex};
+use crate::sum::{Sum, both, is_hex, sha256_file, sha256_hex};
 
 /// How the files of a checkpoint are called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -195,8 +195,7 @@ impl Storage for Disk {
     fn stated_sha256(&self, file: &str) -> Option<String> {
         let blob = std::fs::read_link(self.0.join(file)).ok()?;
         let name = blob.file_name()?.to_str()?;
-        let is_sum = name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit());
-        (is_sum && blob.parent()?.ends_with("blobs")).then(|| name.into())
+        (is_hex(name, 64) && blob.parent()?.ends_with("blobs")).then(|| name.into())
     }
 }
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, IoContext, Result};
+use crate::sum::is_hex;
 
 /// Refuses a directory in which a file is a link that leads out of it.
 ///
@@ -55,7 +56,7 @@ impl Home {
 /// Of `<repository>/snapshots/<commit>`: `<repository>/blobs`.
 fn blobs_of(home: &Path) -> Option<PathBuf> {
     let commit = home.file_name()?.to_str()?;
-    let is_commit = commit.len() == 40 && commit.bytes().all(|b| b.is_ascii_hexdigit());
+    let is_commit = is_hex(commit, 40);
     let snapshots = home.parent().filter(|_| is_commit)?;
     let is_cache = snapshots.file_name()? == "snapshots";
     Some(snapshots.parent().filter(|_| is_cache)?.join("blobs"))

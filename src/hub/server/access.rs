@@ -10,9 +10,10 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::reply::{Call, Refusal, Reply, refuse, text};
-use super::repo::{RepoId, RepoKind, hex};
+use super::repo::{RepoId, RepoKind};
 use super::routes::{Hub, USER};
 use crate::error::Error;
+use crate::sum::hex;
 
 /// A token, and what it opens.
 #[derive(Clone, Debug, PartialEq, Eq)]

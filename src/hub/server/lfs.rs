@@ -6,9 +6,10 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::reply::{Call, Refusal, Reply, header_text, list, refuse, text};
-use super::repo::{Refused, hex};
+use super::repo::Refused;
 use super::routes::{Hub, Visit};
 use super::xet::Right;
+use crate::sum::hex;
 
 /// The bytes that an address on the CDN permits to send.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use sha1::{Digest, Sha1};
 
 use super::discuss::Discussion;
+use crate::sum::hex;
 
 /// The largest file that may travel inside a commit; the public Hub asks for LFS above it.
 pub const INLINE_BYTES_MAX: u64 = 10_000_000;
@@ -284,10 +285,6 @@ pub fn git_id(kind: &str, content: &[u8]) -> String {
     digest.update(format!("{kind} {}\0", content.len()));
     digest.update(content);
     hex(&digest.finalize())
-}
-
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 pub fn is_hex(text: &str) -> bool {

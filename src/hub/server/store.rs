@@ -26,8 +26,9 @@ use sha2::{Digest, Sha256};
 use super::discuss::Discussion;
 use super::repo::{
     Change, Commit, Draft, Entry, EntryKind, INLINE_BYTES_MAX, Refused, Repo, RepoId, RepoKind, To,
-    check_folders, check_path, git_id, hex, is_hex, lfs_pointer, now,
+    check_folders, check_path, git_id, is_hex, lfs_pointer, now,
 };
+use crate::sum::hex;
 
 /// What a new repository sends to LFS.
 const LFS_PATTERNS: [&str; 9] = [

@@ -288,7 +288,7 @@ fn rope(
         other => Scaling::Unsupported(other.into()),
     };
     // pairs turn
-    if dim % 2 != 0 {
+    if !dim.is_multiple_of(2) {
         return unsupported(format!("{kind} of {dim} elements, an odd number"));
     }
     Ok(Rope {

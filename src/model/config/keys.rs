@@ -199,9 +199,7 @@ impl Keys<'_> {
 
     pub fn not_negative(&self, key: &str) -> Result<Option<f64>> {
         match self.number(key)? {
-            Some(number) if number < 0.0 => {
-                Err(self.refuse(key, &format!("is {number}, not a positive number")))
-            }
+            Some(number) if number < 0.0 => Err(self.refuse(key, &format!("is {number}, below 0"))),
             number => Ok(number),
         }
     }
