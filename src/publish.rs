@@ -93,31 +93,33 @@ pub fn run(
 /// What a loader would take for weights beside those of `dir`: a model in one file hides its successor in shards, and one
 /// beside a decomposition is loaded where transformers should stop.
 fn weights_like(dir: &Path) -> Result<fn(&str) -> bool> {
-    fn any(name: &str) -> bool {
-        const BEGIN: [&str; 3] = ["model", "svd", "pytorch_model"];
-        const END: [&str; 4] = [
-            ".safetensors",
-            ".safetensors.index.json",
-            ".bin",
-            ".bin.index.json",
-        ];
-        !name.contains('/')
-            && BEGIN.iter().any(|begin| name.starts_with(begin))
-            && END.iter().any(|end| name.ends_with(end))
-    }
     Ok(match Kind::of(dir) {
-        Kind::Model => any,
+        Kind::Model => are_weights,
         Kind::Decomposition => {
             let config: Value = json::read(&dir.join("config.json"))?;
             // a sidecar may stand beside its base
             match config["svd"]["layout"] == "sidecar" {
-                true => |name| name.starts_with("svd") && any(name),
-                false => any,
+                true => |name| name.starts_with("svd") && are_weights(name),
+                false => are_weights,
             }
         }
         // each has names of its own, and one file
         Kind::Adapter | Kind::Lora | Kind::StateDict => |_| false,
     })
+}
+
+/// Whether a loader takes a file of that name for weights of a model, or of a decomposition.
+pub fn are_weights(name: &str) -> bool {
+    const BEGIN: [&str; 3] = ["model", "svd", "pytorch_model"];
+    const END: [&str; 4] = [
+        ".safetensors",
+        ".safetensors.index.json",
+        ".bin",
+        ".bin.index.json",
+    ];
+    !name.contains('/')
+        && BEGIN.iter().any(|begin| name.starts_with(begin))
+        && END.iter().any(|end| name.ends_with(end))
 }
 
 /// The sha256 of each file of weights, as the directory says itself: what was damaged since is not published.

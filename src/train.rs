@@ -24,7 +24,7 @@ use crate::report;
 use crate::source::{Source, load};
 use crate::sum::sha256_hex;
 use crate::text::{Corpus, shuffled};
-use crate::workspace::{Claim, Workspace, bytes_in, check_free_space};
+use crate::workspace::{Claim, Workspace, check_free_space};
 use kept::Kept;
 use optimizer::Schedule;
 use room::{refuse_too_large, with_plan};
@@ -217,11 +217,16 @@ pub fn run(
     run.agree()?;
     let parameters = decoder.variables.values().map(|v| v.elem_count() as u64);
     let parameters: u64 = parameters.sum();
-    // the adapter, and beside it values and two moments
-    check_free_space(
-        out,
-        (4 * NUMBER_BYTES * parameters).saturating_sub(bytes_in(out)),
-    )?;
+    // of the state, values and two moments, the old one is there until the new one is whole
+    let state_bytes = 3 * NUMBER_BYTES * parameters;
+    let saves = steps > options.save_every;
+    let needed = if saves {
+        2 * state_bytes
+    } else {
+        NUMBER_BYTES * parameters
+    };
+    let there = std::fs::metadata(workspace.state(STATE_FILE)).map_or(0, |state| state.len());
+    check_free_space(out, needed.saturating_sub(there))?;
     let (started, before) = (Instant::now(), run.seconds);
     let mut saved = Saved::now();
     let mut tokens = 0;
@@ -248,12 +253,15 @@ pub fn run(
         run.seconds = before + started.elapsed().as_secs_f64();
         let is_due = (step + 1) % options.save_every.max(1) == 0 || saved.is_long_ago();
         // the last one too, where it took long to come there: a full disk may stand before the adapter
-        if is_due && (step + 1 < steps || saved.is_long_ago()) {
+        let has_room = saves || check_free_space(out, state_bytes).is_ok();
+        if is_due && has_room && (step + 1 < steps || saved.is_long_ago()) {
             saved = Saved::by(|| run.save(&workspace))?;
         }
     }
     observer.finish(Stage::Train);
     let seconds = run.seconds;
+    // an earlier build kept no time of its steps
+    let timed = if before > 0.0 { steps } else { steps - first };
 
     run.refuse_overflown()?;
     let (weights, adapter_sha256, sums) = kept.save(&run, out, options, observer)?;
@@ -295,7 +303,7 @@ pub fn run(
         device: device_name(&options.device),
         processes: options.group.size(),
         losses: run.losses.clone(),
-        tokens_per_s: (steps * options.batch * length) as f64 / seconds.max(1e-9),
+        tokens_per_s: (timed * options.batch * length) as f64 / seconds.max(1e-9),
         seconds,
         adapter_sha256,
         adapter_bytes: std::fs::metadata(&weights).context("read", &weights)?.len(),

@@ -6,11 +6,12 @@ use std::process::ExitCode;
 use clap::Args;
 use svdhub::card::{bytes, thousands};
 use svdhub::decompose::{self, Facts, Options};
+use svdhub::format::ArtifactLayout;
 use svdhub::hub::ModelRef;
 use svdhub::job::{Share, ShareRecord};
 use svdhub::linalg::{Algorithm, Backend, TOLERANCES};
 use svdhub::outlet::Outlet;
-use svdhub::{Error, Result};
+use svdhub::{Error, Result, publish};
 
 use super::passing::{Passing, told, with_push};
 use super::plan::PlanArgs;
@@ -88,7 +89,11 @@ impl Command {
             return session.print(&record, || show_share(&record, &shown(&self.out)));
         }
         let hub = self.passing.hub(session)?;
-        let outlet = self.passing.outlet(hub, session)?;
+        // a sidecar may stand beside its base
+        let is_whole = options.plan.storing.layout == ArtifactLayout::Residual;
+        let foreign =
+            |name: &str| is_whole && publish::are_weights(name) && !name.starts_with("svd");
+        let outlet = self.passing.outlet(hub, session, &foreign)?;
         let outlet = outlet.as_ref().map(|outlet| outlet as &dyn Outlet);
         let facts = decompose::run_to(&base, &self.out, outlet, &options, session.observer())?;
         let pushed = self.passing.publish(hub, &self.out, session)?;

@@ -80,7 +80,7 @@ fn stands_elsewhere(lora: &Path, source: &Source, observer: &dyn Observer) -> Re
         return Ok(false);
     };
     let found = match source {
-        Source::Model(base) => base.hash(observer)?,
+        Source::Model(base) => base.sums(observer)?,
         Source::Decomposition { artifact, .. } => artifact.svd.base.sha256.clone(),
         Source::WithLoras { .. } => return Ok(false),
     };
@@ -101,20 +101,20 @@ pub fn record(source: &Source, facts: &Facts, observer: &dyn Observer) -> Result
             (Source::Decomposition { mixture, .. }, _) if !mixture.parts.is_empty() => {
                 return Ok(());
             }
-            (source, [(lora, 1.0)]) => {
-                if stands_elsewhere(&lora.dir, source, observer)? {
-                    observer
-                        .warn("the LoRA was trained on another model: this is in no report".into());
-                    return Ok(());
-                }
-                (&lora.dir, "trained")
-            }
+            (_, [(lora, 1.0)]) => (&lora.dir, "trained"),
             _ => return Ok(()),
         },
     };
     // a directory in the Hub's cache is a link farm that is shared with others
     let ours = dir.join(svdhub::workspace::STATE_DIR).is_dir() && dir.join(report::FILE).is_file();
     if !ours {
+        return Ok(());
+    }
+    if let Source::WithLoras { source, .. } = source
+        && stands_elsewhere(dir, source, observer)?
+    {
+        let said = "the LoRA was trained on other weight files: this is in no report";
+        observer.warn(said.into());
         return Ok(());
     }
     let mut entry = json!(facts);

@@ -8,8 +8,8 @@ use svdhub::card::bytes;
 use svdhub::hub::ModelRef;
 use svdhub::merge::{self, Facts, Options};
 use svdhub::outlet::Outlet;
-use svdhub::weights::{Dtype, Rounding};
-use svdhub::{Error, Result};
+use svdhub::weights::{Dtype, Layout, Rounding};
+use svdhub::{Error, Result, publish};
 
 use super::passing::{Passing, told, with_push};
 use super::progress::clock;
@@ -86,7 +86,11 @@ impl Command {
             ..Options::default()
         };
         let hub = self.passing.hub(session)?;
-        let outlet = self.passing.outlet(hub, session)?;
+        let of_base = &artifact.svd.base.sha256;
+        let index = Layout::Model.index_file();
+        let foreign =
+            |name: &str| publish::are_weights(name) && !of_base.contains_key(name) && name != index;
+        let outlet = self.passing.outlet(hub, session, &foreign)?;
         let outlet = outlet.as_ref().map(|outlet| outlet as &dyn Outlet);
         let observer = session.observer();
         let facts = merge::run_to(&artifact, &mixture, &self.out, outlet, &options, observer)?;

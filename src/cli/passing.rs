@@ -60,18 +60,20 @@ impl Passing {
         }
     }
 
-    /// Where finished files go, if not only to the output directory.
+    /// Where finished files go, if not only to the output directory; weights there that cannot be ours are `foreign`.
     pub fn outlet<'a>(
         &self,
         hub: Option<&'a Hub>,
         session: &'a Session,
+        foreign: &dyn Fn(&str) -> bool,
     ) -> Result<Option<HubOutlet<'a>>> {
         let (Some(repo), Some(hub)) = (&self.push, hub) else {
             return Ok(None);
         };
         publish::refuse_no_repo(repo)?;
         let observer = session.observer();
-        let outlet = hub.outlet(repo, &self.options(), self.keep, self.disk, observer)?;
+        let (options, keep, room) = (self.options(), self.keep, self.disk);
+        let outlet = hub.outlet(repo, &options, keep, room, foreign, observer)?;
         Ok(Some(outlet))
     }
 

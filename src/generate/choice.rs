@@ -93,7 +93,7 @@ impl Choice {
         }
         let sensible = |key: &str| match (key, config[key].as_f64()) {
             (_, None) => config[key].is_null(),
-            ("top_k", Some(count)) => count >= 0.0 && count.fract() == 0.0,
+            ("top_k", Some(_)) => config[key].is_u64(),
             ("top_p", Some(share)) => share > 0.0 && share <= 1.0,
             (_, Some(factor)) => factor > 0.0,
         };

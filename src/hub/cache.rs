@@ -86,12 +86,13 @@ impl Place {
             return Ok(());
         }
         let name = name_in_state(&file.path);
-        let found = digest(&path, file.lfs)?;
+        let found = [digest(&path, false)?, digest(&path, true)?];
         let state = std::fs::read_dir(dir.join(STATE)).into_iter().flatten();
         let is_ours = state.flatten().any(|entry| {
             let entry = entry.file_name();
             let rest = entry.to_str().and_then(|entry| entry.strip_prefix(&name));
-            rest.is_some_and(|rest| rest == format!("-{found}.lock"))
+            let sum = rest.and_then(|rest| rest.strip_prefix('-')?.strip_suffix(".lock"));
+            sum.is_some_and(|sum| found.iter().any(|found| found == sum))
         });
         match is_ours {
             true => Ok(()),

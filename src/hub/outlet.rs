@@ -25,16 +25,17 @@ pub struct HubOutlet<'a> {
 
 impl Hub {
     /// An outlet to a repository, which is made if it is not there. With `keeps`, files stay on this machine too; without,
-    /// what is on its way takes at most `room` bytes of it.
+    /// what is on its way takes at most `room` bytes of it. Weights there that cannot be ours are `foreign`.
     ///
     /// # Errors
-    /// Now, rather than after hours of work: a token that may not write there, no network.
+    /// Now, rather than after hours of work: a token that may not write there, no network, weights there that are foreign.
     pub fn outlet<'a>(
         &'a self,
         repo: &str,
         options: &PushOptions,
         keeps: bool,
         room: Option<u64>,
+        foreign: &dyn Fn(&str) -> bool,
         observer: &'a dyn Observer,
     ) -> Result<HubOutlet<'a>> {
         if self.options.offline {
@@ -42,6 +43,15 @@ impl Hub {
         }
         let branch = options.branch.clone().unwrap_or_else(|| "main".into());
         self.prepare(&self.api()?, repo, &branch, options)?;
+        if !options.replace {
+            let there = self.files(repo, &self.commit_of(repo, &branch)?)?;
+            let there = there.into_iter().map(|file| file.path);
+            let files: Vec<String> = there.filter(|name| foreign(name)).collect();
+            if !files.is_empty() {
+                let repo = repo.into();
+                return Err(Error::OtherWeights { repo, files });
+            }
+        }
         Ok(HubOutlet {
             hub: self,
             repo: repo.into(),

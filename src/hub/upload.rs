@@ -157,10 +157,17 @@ impl Hub {
         let mut head = self.commit_of(repo, &branch)?;
         let away = Away::of(dir)?.files;
         let ours = |name: &str| away.contains_key(name) || files.iter().any(|f| f.name == name);
-        let there = self.files(repo, &head)?.into_iter().map(|file| file.path);
-        let stale: Vec<String> = there
-            .filter(|name| (claims.is_weights)(name) && !ours(name))
-            .collect();
+        let names = away.keys().chain(files.iter().map(|file| &file.name));
+        // a directory without weights of its own says nothing of others
+        let stale: Vec<String> = match names.into_iter().any(|name| (claims.is_weights)(name)) {
+            true => {
+                let there = self.files(repo, &head)?.into_iter().map(|file| file.path);
+                there
+                    .filter(|name| (claims.is_weights)(name) && !ours(name))
+                    .collect()
+            }
+            false => Vec::new(),
+        };
         if !(stale.is_empty() || options.replace) {
             return Err(Error::OtherWeights {
                 repo: repo.into(),
@@ -194,7 +201,8 @@ impl Hub {
         let first = (batches.len() > 1).then(|| title(1));
         let mut held = BTreeSet::new();
         if !batches.is_empty()
-            && let Some(there) = push.waiting_pull_request(&files, &head, first.as_deref())?
+            && let Some(there) =
+                push.waiting_pull_request(&files, &stale, &head, first.as_deref())?
         {
             push.revision = format!("{PULL_REQUESTS}{}", there.number);
             pull_request_url = Some(push.discussion_url(there.number));
@@ -499,11 +507,12 @@ impl Push<'_> {
 
     /// An open pull request that proposes just these files, or some of them: a run that was killed has left it.
     ///
-    /// One that holds some is ours if it has the title of the `first` of several commits, if we opened it, and if it changes
-    /// nothing else at `head`.
+    /// One that holds all, and none of the `gone`, is as good as ours. One that holds some is ours if it has the title of the
+    /// `first` of several commits, if we opened it, and if it changes nothing else at `head`.
     fn waiting_pull_request(
         &self,
         files: &[LocalFile],
+        gone: &[String],
         head: &str,
         first: Option<&str>,
     ) -> Result<Option<Waiting>> {
@@ -534,10 +543,12 @@ impl Push<'_> {
                 .filter(|file| !differing.contains(&file.name))
                 .map(|file| file.name.clone())
                 .collect();
-            let is_ours = differing.is_empty()
+            let touched: BTreeSet<String> = held.iter().chain(gone).cloned().collect();
+            let is_whole = differing.is_empty() && !self.hub.has_any(self.repo, &commit, gone)?;
+            let is_ours = is_whole
                 || first.is_some_and(|title| it["title"] == title)
                     && self.have_opened(it)
-                    && self.differs_in(head, &commit, &held)?;
+                    && self.differs_in(head, &commit, &touched)?;
             if is_ours {
                 return Ok(Some(Waiting {
                     number,

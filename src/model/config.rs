@@ -393,8 +393,11 @@ mod tests {
             .clone();
         assert_eq!(rope.scaling, Scaling::Linear { factor: 4.0 });
         let other = json!({"rope_type": "default", "rope_theta": 5e5});
-        let refused = scaled("llama", linear.clone(), other).expect_err("two thetas");
-        assert!(refused.to_string().contains("rope_theta"), "{refused}");
+        let rope = scaled("llama", linear.clone(), other)
+            .expect("two thetas")
+            .ropes[0]
+            .clone();
+        assert!(matches!(rope.scaling, Scaling::Unsupported(why) if why.contains("rope_theta")));
         // of two kinds of layers, those without a window
         let both = json!({"sliding_attention": {"rope_theta": 77.0}});
         let mut gemma = llama();
@@ -404,8 +407,16 @@ mod tests {
         let ropes = parse(gemma.clone()).expect("parses").ropes;
         assert_eq!(ropes[0].scaling, Scaling::Linear { factor: 4.0 });
         assert_eq!((ropes[0].theta, ropes[1].theta), (1e6, 77.0));
+        // one for two kinds of layers is told from none
+        gemma["rope_scaling"] = Value::Null;
         gemma["rope_parameters"] = kept;
-        assert!(parse(gemma).is_err(), "one rope for two kinds of layers");
+        let ropes = parse(gemma.clone()).expect("can be decomposed").ropes;
+        assert!(matches!(ropes[1].scaling, Scaling::Unsupported(_)));
+        gemma["rope_parameters"] = json!({});
+        assert_eq!(
+            parse(gemma).expect("parses").ropes[1].scaling,
+            Scaling::None
+        );
     }
 
     #[test]
@@ -420,7 +431,7 @@ mod tests {
             (
                 "llama",
                 "rope_scaling",
-                json!({"rope_type": "longrope", "factor": 4.0, "short_factor": [1, 1, 1, 1],
+                json!({"rope_type": "longrope", "short_factor": [1, 1, 1, 1],
                 "long_factor": [2, 2, 2, 2], "original_max_position_embeddings": 32}),
             ),
         ] {
@@ -760,7 +771,7 @@ mod tests {
             ("attention_bias", json!("no"), "not true or false"),
             ("tie_word_embeddings", json!("yes"), "not true or false"),
             ("eos_token_id", json!("x"), "not a token"),
-            ("rms_norm_eps", json!(-1), "not a positive number"),
+            ("rms_norm_eps", json!(-1), "below 0"),
             ("quantization_config", json!({"bits": 4}), "quantised"),
             ("num_experts", json!(64), "mixture of experts"),
             ("num_local_experts", json!(8), "mixture of experts"),

@@ -120,6 +120,7 @@ impl Config {
             rest.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
         };
         let targets = names(&self.target_modules);
+        let is_named = targets.iter().any(|target| target == module);
         if !targets.is_empty() && !targets.iter().any(ends_in) {
             return Some("is none of `target_modules`".into());
         }
@@ -135,7 +136,8 @@ impl Config {
         };
         let layer = module.split('.').find_map(|part| part.parse().ok());
         match (layers, layer) {
-            (Some(layers), Some(layer)) if !layers.contains(&layer) => Some(format!(
+            // what is named whole is taken of whatever layer
+            (Some(layers), Some(layer)) if !is_named && !layers.contains(&layer) => Some(format!(
                 "is of layer {layer}, which `layers_to_transform` leaves out"
             )),
             _ => None,
@@ -180,13 +182,21 @@ impl LoraAdapter {
             reason: format!("`{tensor}` {reason}"),
         };
         let mut halves: BTreeMap<String, [Option<Elements>; 2]> = BTreeMap::new();
+        // what the model calls it, which PEFT's config speaks of
+        let mut called: BTreeMap<String, String> = BTreeMap::new();
         for (_, entry) in checkpoint.inventory.entries() {
             let elements = numbers(&checkpoint, entry, &path)?;
             let Some(name) = entry.name.strip_prefix(PREFIX) else {
                 return Err(refuse(&entry.name, format!("does not begin with {PREFIX}")));
             };
+            let in_model = name;
             let name = naming.in_checkpoint(name);
             let half = [".lora_A.weight", ".lora_B.weight"].map(|side| name.strip_suffix(side));
+            if let [Some(module), _] | [_, Some(module)] = half {
+                let sides = [".lora_A.weight", ".lora_B.weight"];
+                let own = sides.iter().find_map(|side| in_model.strip_suffix(side));
+                called.insert(module.into(), own.unwrap_or(module).into());
+            }
             match half {
                 [Some(module), _] => halves.entry(module.into()).or_default()[0] = Some(elements),
                 [_, Some(module)] => halves.entry(module.into()).or_default()[1] = Some(elements),
@@ -235,7 +245,7 @@ impl LoraAdapter {
                 );
                 return Err(refuse(&module, reason));
             }
-            if let Some(reason) = config.contradicts(&module, a.shape[0]) {
+            if let Some(reason) = config.contradicts(&called[&module], a.shape[0]) {
                 return Err(refuse(&module, reason));
             }
             let scale = config.scale(a.shape[0]);

@@ -446,6 +446,15 @@ fn a_download_replaces_what_a_download_brought_and_nothing_else() {
         .run(&fetch)
         .refuses(&["fetched/config.json is there already", "as it is"]);
     std::fs::write(&config, &text).expect("writes");
+    // one that grows so much that it travels as a large file is a download's all the same
+    let notes = base.join("notes.txt");
+    for bytes in [10, 11_000_000] {
+        std::fs::write(&notes, vec![b'a'; bytes]).expect("writes");
+        world.run(&["publish", arg(&base), "org/base"]).succeeds();
+        world.run(&fetch).succeeds();
+        let fetched = std::fs::metadata(world.path("fetched/notes.txt")).expect("is there");
+        assert_eq!(fetched.len(), bytes as u64);
+    }
     let weights = world.path("fetched/model.safetensors");
     let brought = std::fs::read(&weights).expect("reads");
     std::fs::write(&weights, "tuned").expect("writes");

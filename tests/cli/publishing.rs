@@ -523,6 +523,71 @@ fn weights_that_a_loader_would_take_for_these_are_refused_or_replaced() {
 }
 
 #[test]
+fn nobodys_proposal_is_taken_for_ours_because_it_changes_nothing_of_ours() {
+    let world = World::with_hub();
+    let shard = "model-00001-of-00001.safetensors";
+    let all = [("config.json", 9), ("model.safetensors", 99), (shard, 77)];
+    let dir = folder(&world, "model", &all);
+    world.run(&["publish", arg(&dir), "org/model"]).succeeds();
+    let idea = folder(&world, "idea", &[("notes.txt", 5)]);
+    let pull_request =
+        |dir: &Path| world.json(&["publish", arg(dir), "org/model", "--pr", "--replace"]);
+    let theirs = pull_request(&idea)["pull_request_url"].clone();
+    std::fs::remove_file(dir.join(shard)).expect("removes");
+    let ours = pull_request(&dir)["pull_request_url"].clone();
+    assert_ne!(ours, theirs);
+    // what it proposes is there: it is not proposed twice
+    assert_eq!(pull_request(&dir)["pull_request_url"], ours);
+    for (number, is_there) in [(1, true), (2, false)] {
+        let (out, from) = (
+            format!("pr-{number}"),
+            format!("org/model@refs/pr/{number}"),
+        );
+        world
+            .run(&["hub", "download", &from, "--out", &out])
+            .succeeds();
+        assert_eq!(world.path(&out).join(shard).exists(), is_there, "{number}");
+    }
+}
+
+#[test]
+fn what_cannot_be_pushed_beside_what_is_there_is_not_begun() {
+    let world = World::with_hub();
+    let base = world.model("base", svdhub::weights::Dtype::BF16, u64::MAX);
+    world.run(&["publish", arg(&base), "org/base"]).succeeds();
+    let decompose = [
+        "decompose",
+        arg(&base),
+        "--push",
+        "org/base",
+        "--out",
+        "svd",
+    ];
+    world
+        .run(&decompose)
+        .refuses(&["holds other weights: model.safetensors", "--replace"]);
+    assert!(!world.path("svd").exists(), "not begun");
+    // a sidecar may stand beside its base
+    world
+        .run(&[&decompose[..], &["--layout", "sidecar"]].concat())
+        .succeeds();
+    let split = world.path("split");
+    world
+        .run(&["decompose", arg(&base), "--out", arg(&split)])
+        .succeeds();
+    let merge = [
+        "merge",
+        arg(&split),
+        "--push",
+        "org/base",
+        "--out",
+        "merged",
+    ];
+    world.run(&merge).refuses(&["holds other weights: svd-"]);
+    world.run(&[&merge[..], &["--replace"]].concat()).succeeds();
+}
+
+#[test]
 fn what_has_lost_its_weights_is_not_published() {
     let world = World::with_hub();
     let base = world.model("base", svdhub::weights::Dtype::BF16, u64::MAX);
@@ -627,8 +692,7 @@ fn what_arrived_otherwise_is_named() {
         headers: vec![],
         body: listing.into(),
     };
-    // when it is looked for other weights, and in the end
-    world.fault("/tree/", 2, effect);
+    world.fault("/tree/", 1, effect);
     world
         .run(&["publish", arg(&dir), "org/model"])
         .refuses(&["differs from the local files: LICENSE, config.json"]);

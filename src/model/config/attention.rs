@@ -100,20 +100,20 @@ pub fn ropes(
         .any(|kind| kinds[kind].is_object())
     {
         (&kinds["full_attention"], &kinds["sliding_attention"])
-    } else if family.rope_of_windows.is_some() && !kinds.is_null() {
-        let reason = "does not tell the ropes of layers with and without a window apart";
-        return Err(key.refuse("rope_parameters", reason));
     } else {
         (kinds, &Value::Null)
     };
+    let is_one_for_two = family.rope_of_windows.is_some()
+        && windows.is_null()
+        && written.as_object().is_some_and(|object| !object.is_empty())
+        && !kinds["full_attention"].is_object();
     let all = added.unwrap_or(written);
+    let mut doubt = None;
     if let (Some(_), Some(theta)) = (added, written["rope_theta"].as_f64()) {
         let (spelled, usual) = family.rope_theta;
         let read = all["rope_theta"].as_f64().or(json[spelled].as_f64());
-        if read.unwrap_or(usual) != theta {
-            let reason = "stands beside `rope_parameters` with another rope_theta: write both into `rope_parameters`";
-            return Err(key.refuse("rope_scaling", reason));
-        }
+        doubt = (read.unwrap_or(usual) != theta)
+            .then_some("rope_scaling beside rope_parameters with another rope_theta");
     }
     let theta = |parameters: &Value, (spelled, usual): (&str, f64)| {
         let theta = parameters["rope_theta"].as_f64();
@@ -135,6 +135,15 @@ pub fn ropes(
     if let Some(usual) = family.rope_of_windows {
         let theta = theta(windows, usual)?;
         ropes.push(rope(key, family, windows, theta, head_dim, positions_max)?);
+    }
+    if is_one_for_two {
+        // releases of transformers 5 differ in what one means where there are two
+        doubt = Some("one rope_parameters for two kinds of layers");
+    }
+    if let Some(doubt) = doubt {
+        for rope in &mut ropes {
+            rope.scaling = Scaling::Unsupported(doubt.into());
+        }
     }
     Ok(ropes)
 }
@@ -241,9 +250,10 @@ fn rope(
                 None => number_or("factor", 1.0)?,
             };
             // transformers 4 reads the first length of the whole config only, 5 that of the scaling
-            let is_nested = known.is_some() && json["original_max_position_embeddings"].is_null();
-            if is_nested && number_or("factor", there_is)? != there_is {
-                return unsupported(format!("{kind} with a first length and another factor"));
+            let nested = scaling["original_max_position_embeddings"].as_u64();
+            let is_whole = !json["original_max_position_embeddings"].is_null();
+            if !is_whole && nested.is_some() && nested != family.positions_first {
+                return unsupported(format!("{kind} whose first length stands in it alone"));
             }
             let attention = scaling["attention_factor"].as_f64().unwrap_or_else(|| {
                 if stretch <= 1.0 {
