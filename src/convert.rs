@@ -362,8 +362,9 @@ impl Conversion<'_> {
             let whole = self.artifact.factors(module)?;
             let matrix = self.artifact.restore(module, record, &whole)?;
             (leading(whole, k), Some(matrix))
-        } else if k == record.q {
-            (self.artifact.factors(module)?, None)
+        } else if k == record.q || !self.artifact.checkpoint.is_remote() {
+            // whole, where that is near: only then there is a sum of it
+            (leading(self.artifact.factors(module)?, k), None)
         } else {
             (self.prefix(module, k)?, None)
         };

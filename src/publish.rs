@@ -1,6 +1,6 @@
 //! `publish`: renders the card, pushes a directory to the Hub, and makes sure that it arrived.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde_json::Value;
@@ -9,9 +9,10 @@ use crate::adapter::{self, Adapter};
 use crate::error::{Error, IoContext, Result};
 use crate::event::Observer;
 use crate::format::{Sums, is_repo_id};
-use crate::hub::{Claims, Hub, PushOptions, Pushed};
+use crate::hub::{Claims, Hub, PushOptions, Pushed, published_files};
 use crate::kind::Kind;
 use crate::weights::Layout;
+use crate::weights::checkpoint::Index;
 use crate::weights::place::refuse_links_outside;
 use crate::weights::shard::write_atomically;
 use crate::workspace::refuse_unfinished;
@@ -85,9 +86,32 @@ pub fn run(
     write_card(dir, repo, observer)?;
     let claims = Claims {
         sha256: stated(dir)?,
+        needed: needed(dir)?,
         is_weights: weights_like(dir)?,
     };
     hub.push(dir, repo, &claims, options, observer)
+}
+
+/// What a model's index names, and the index itself where there are shards.
+fn needed(dir: &Path) -> Result<BTreeSet<String>> {
+    let index = Layout::Model.index_file();
+    let path = dir.join(&index);
+    let mut needed = BTreeSet::new();
+    // a model in one file is read as that, whatever else lies there
+    if Kind::of(dir) != Kind::Model || dir.join(Layout::Model.single_file()).exists() {
+        return Ok(needed);
+    }
+    if path.exists() {
+        let bytes = std::fs::read(&path).context("read", &path)?;
+        needed.extend(Index::parse(&path, &bytes)?.files());
+    } else if published_files(dir)?.iter().any(|name| is_shard(name)) {
+        needed.insert(index);
+    }
+    Ok(needed)
+}
+
+fn is_shard(name: &str) -> bool {
+    name.starts_with("model-") && name.contains("-of-") && name.ends_with(".safetensors")
 }
 
 /// What a loader would take for weights beside those of `dir`: a model in one file hides its successor in shards, and one

@@ -183,6 +183,12 @@ impl Hub {
                 revision: revision.into(),
                 file: path,
             },
+            // what it found instead may be what was sent
+            HFError::Request { source, .. } if source.is_decode() => Error::HubStatus {
+                status: 200,
+                request: action.into(),
+                detail: "its answer is not what was asked for".into(),
+            },
             HFError::Request { source, .. } => unreachable(self.endpoint(), source),
             other => Error::HubStatus {
                 status: 0,

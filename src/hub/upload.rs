@@ -40,6 +40,8 @@ pub struct PushOptions {
 pub struct Claims {
     /// The sha256 of some: what was damaged since is not pushed.
     pub sha256: BTreeMap<String, String>,
+    /// Files that it cannot be without.
+    pub needed: BTreeSet<String>,
     /// Whether a loader would take a file of that name for weights of what is pushed.
     pub is_weights: fn(&str) -> bool,
 }
@@ -48,6 +50,7 @@ impl Default for Claims {
     fn default() -> Self {
         Self {
             sha256: BTreeMap::new(),
+            needed: BTreeSet::new(),
             is_weights: |_| false,
         }
     }
@@ -174,7 +177,12 @@ impl Hub {
                 files: stale,
             });
         }
-        if let Some(missing) = claims.sha256.keys().find(|name| !ours(name)) {
+        if let Some(missing) = claims
+            .sha256
+            .keys()
+            .chain(&claims.needed)
+            .find(|name| !ours(name))
+        {
             return Err(Error::Lost {
                 path: dir.join(missing),
             });

@@ -13,7 +13,7 @@ use crate::base::{self, Base};
 use crate::error::{IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::format::{ArtifactLayout, BASE_CONFIG, ModuleRecord};
-use crate::linalg::{Certificate, PROBE_SEED, certify};
+use crate::linalg::{Certificate, PROBE_SEED, certify, orthogonality};
 use crate::sum::{hex, sha256_hex};
 use crate::weights::{Elements, Layout};
 use crate::{json, report, workers};
@@ -100,7 +100,7 @@ pub fn decomposition(
             facts.checks.push(format!(
                 "not checked: M itself, the base {base} is not here"
             ));
-            return Ok(());
+            return vectors(&artifact, facts);
         }
         return modules(&artifact, observer, facts);
     };
@@ -153,9 +153,7 @@ enum Item {
 struct Seen {
     sum: String,
     certificate: Certificate,
-    descending: bool,
-    /// Of σ.
-    ends: [f32; 2],
+    sigma: Vec<f32>,
 }
 
 /// σ descends, the triplets belong to M, and M comes back byte for byte; of a residual, so do all files of the base.
@@ -250,15 +248,58 @@ fn looked_at(artifact: &Artifact, module: &str, record: &ModuleRecord) -> Result
     let seen = Seen {
         sum: sha256_hex(&matrix.bytes),
         certificate: certify(values.view(), &factors.u, sigma, &factors.v, PROBE_SEED)?,
-        descending: sigma.windows(2).into_iter().all(|pair| pair[0] >= pair[1]),
-        ends: [sigma[0], sigma[sigma.len() - 1]],
+        sigma: sigma.to_vec(),
     };
     Ok((seen, matrix))
 }
 
-fn judge(artifact: &Artifact, module: &str, record: &ModuleRecord, seen: &Seen, facts: &mut Facts) {
+/// What there is to say of vectors where M is not here.
+fn vectors(artifact: &Artifact, facts: &mut Facts) -> Result<()> {
+    for (module, record) in &artifact.svd.modules {
+        let factors = artifact.factors(module)?;
+        judge_sigma(artifact, module, record, &factors.sigma.to_vec(), facts);
+        let found = orthogonality(&factors.u, &factors.v, PROBE_SEED);
+        if !artifact.svd.are_orthonormal(found) {
+            let file = file_of(artifact, module);
+            let found = format!("orthogonality {found:.1e}");
+            facts.problem(&file, Some(module), "orthonormal vectors", found);
+        }
+    }
+    let check = "σ descends, u and v are orthonormal (random probes)";
+    facts.checks.push(check.into());
+    Ok(())
+}
+
+fn file_of(artifact: &Artifact, module: &str) -> String {
     let file = artifact.checkpoint.path_of(&format!("{module}.u"));
-    let file = file.file_name().unwrap_or_default().to_string_lossy();
+    let name = file.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}
+
+/// σ descends, from one end that the record states to the other.
+fn judge_sigma(
+    artifact: &Artifact,
+    module: &str,
+    record: &ModuleRecord,
+    found: &[f32],
+    facts: &mut Facts,
+) {
+    let (file, sigma) = (file_of(artifact, module), format!("{module}.sigma"));
+    if !found.is_sorted_by(|one, next| one >= next) {
+        facts.problem(&file, Some(&sigma), "descending singular values", "others");
+    }
+    // a rank is above 0
+    let (max, min) = (found[0], found[found.len() - 1]);
+    let [first, last] = [record.sigma_max, record.sigma_min];
+    if [first, last] != [max, min] {
+        let expected = format!("from {first:e} to {last:e}, as config.json says");
+        let found = format!("from {max:e} to {min:e}");
+        facts.problem(&file, Some(&sigma), expected, found);
+    }
+}
+
+fn judge(artifact: &Artifact, module: &str, record: &ModuleRecord, seen: &Seen, facts: &mut Facts) {
+    let file = file_of(artifact, module);
     if seen.sum != record.sha256 {
         facts.problem(
             &file,
@@ -267,24 +308,7 @@ fn judge(artifact: &Artifact, module: &str, record: &ModuleRecord, seen: &Seen, 
             format!("M with sha256 {}", seen.sum),
         );
     }
-    let sigma = format!("{module}.sigma");
-    if !seen.descending {
-        facts.problem(&file, Some(&sigma), "descending singular values", "others");
-    }
-    let stated = [record.sigma_max, record.sigma_min];
-    if stated != seen.ends {
-        let [max, min] = seen.ends;
-        let expected = format!(
-            "from {:e} to {:e}, as config.json says",
-            stated[0], stated[1]
-        );
-        facts.problem(
-            &file,
-            Some(&sigma),
-            expected,
-            format!("from {max:e} to {min:e}"),
-        );
-    }
+    judge_sigma(artifact, module, record, &seen.sigma, facts);
     let tolerance = artifact.svd.algorithm.tolerance;
     let certificate = &seen.certificate;
     if !artifact.svd.accepts(certificate) {

@@ -425,6 +425,8 @@ fn an_exported_lora_on_the_base_answers_like_the_adapter_it_was_made_of() {
         ("outer", &outer, &[][..], true),
         ("untied", &outer, &["--untie-head"], false),
         ("inner", &inner, &[], true),
+        // of some layers only: their names are written whole
+        ("some", &inner, &["--exclude", "layers.0"], false),
     ] {
         let path = |what: &str| world.path(&format!("{name}-{what}"));
         let split = decomposed(&world, base, &format!("{name}-svd"), options);

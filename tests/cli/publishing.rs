@@ -20,6 +20,10 @@ fn folder(world: &World, name: &str, files: &[(&str, usize)]) -> PathBuf {
         let bytes: Vec<u8> = (0..*size)
             .map(|i| ((i * i + seed * i) % 251) as u8)
             .collect();
+        let bytes = match file.ends_with(".index.json") {
+            true => br#"{"metadata": {}, "weight_map": {}}"#.to_vec(),
+            false => bytes,
+        };
         std::fs::write(path, bytes).expect("writes");
     }
     dir
@@ -611,6 +615,18 @@ fn what_has_lost_its_weights_is_not_published() {
         std::fs::rename(&away, &there).expect("moves");
     }
     world.run(&["publish", arg(&split), "org/svd"]).succeeds();
+    // nor a plain model that its own index, or the names of its shards, tell to be less than whole
+    let sharded = world.model("sharded", svdhub::weights::Dtype::BF16, 700_000);
+    let mut shards = files(&sharded).into_keys();
+    let shard = shards.find(|name| name.contains("-of-")).expect("a shard");
+    for file in [&shard[..], "model.safetensors.index.json"] {
+        let (there, away) = (sharded.join(file), world.path("away"));
+        std::fs::rename(&there, &away).expect("moves");
+        world
+            .run(&["publish", arg(&sharded), "org/less"])
+            .refuses(&[file, "is gone"]);
+        std::fs::rename(&away, &there).expect("moves");
+    }
 }
 
 #[test]

@@ -429,6 +429,16 @@ fn changed_bytes_of_an_adapter_or_of_its_vectors_are_used_by_nobody() {
     let train = ["train", arg(&sidecar), "--data", arg(&data), "--out"];
     world.run(&[&train[..], &more].concat()).succeeds();
     flip_vector(&sidecar.join("svd-00001-of-00001.safetensors"));
+    let to_convert = world.path("c");
+    let convert = [
+        "convert",
+        arg(&sidecar),
+        "--rank",
+        "1",
+        "--out",
+        arg(&to_convert),
+    ];
+    world.run(&convert).refuses(&[vector, "sha256"]);
     let [to_merge, to_export, to_train] = ["m", "e", "t"].map(|name| world.path(name));
     let text = ["--data", arg(&data)];
     for (verb, more) in [

@@ -263,6 +263,23 @@ fn what_its_author_sealed_must_be_a_decomposition_all_the_same() {
         found.iter().any(|it| it.file.starts_with("model")),
         "{found:?}"
     );
+    // σ of a sidecar is held to what is said of it, its base gone
+    let sidecar = world.path("sidecar");
+    let decompose = ["decompose", arg(&base), "--layout", "sidecar", "--out"];
+    world
+        .run(&[&decompose[..], &[arg(&sidecar)]].concat())
+        .succeeds();
+    std::fs::remove_dir_all(sidecar.join(".svdhub")).expect("removes");
+    assert!(problems(&sidecar).is_empty());
+    reseal(&sidecar, |config| {
+        let modules = config["svd"]["modules"].as_object_mut().expect("modules");
+        modules.values_mut().next().expect("one")["sigma_min"] = json!(1e-9);
+    });
+    assert!(
+        problems(&sidecar)
+            .iter()
+            .any(|it| it.expected.contains("1e-9"))
+    );
     let dir = world.path("files");
     std::fs::create_dir(&dir).expect("creates");
     for (name, bytes) in files(&whole) {
