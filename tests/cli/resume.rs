@@ -8,7 +8,7 @@ use serde_json::Value;
 use svdhub::base::Base;
 use svdhub::decompose;
 use svdhub::event::{Event, Observer, Silent, Stage};
-use svdhub::weights::{Dtype, Header};
+use svdhub::weights::{Checkpoint, Dtype, Header};
 
 use crate::parts::assert_same;
 use crate::world::{Run, World, arg, files, fixture};
@@ -561,6 +561,11 @@ fn killed_training_resumes_to_the_same_numbers() {
     )
     .refuses(&["the state", "is not what was written", "begin anew"]);
     std::fs::write(&state, whole).expect("writes");
+    let saved = Checkpoint::single(&out.join(".svdhub"), "training.safetensors").expect("opens");
+    let taken = saved
+        .read("seconds")
+        .expect("the time of its steps")
+        .to_f32()[0];
     let resumed = Run::of(
         command(&train(arg(&out), &["--resume"]))
             .output()
@@ -576,6 +581,10 @@ fn killed_training_resumes_to_the_same_numbers() {
     let facts = report(&out);
     let number = |key: &str| facts[key].as_f64().expect("a number");
     // of both runs together
+    assert!(
+        taken > 0.0 && number("seconds") > f64::from(taken),
+        "{facts}"
+    );
     let tokens = number("seconds") * number("tokens_per_s");
     assert!((tokens - 120.0 * 2.0 * 16.0).abs() < 1.0, "{tokens}");
     let adapter =
