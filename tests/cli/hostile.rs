@@ -586,23 +586,20 @@ fn links_of_a_plain_model_take_nobodys_files_along() {
     assert!(!out.join("notes.json").exists());
 }
 
+/// A LoRA of a plain model, trained for a step.
+fn lora_on(world: &World, base: &Path) -> PathBuf {
+    let (lora, data) = (world.path("lora"), fixture("eighty-train.txt"));
+    let train = ["train", arg(base), "--method", "lora", "--steps", "1"];
+    let more = ["--length", "32", "--data", arg(&data), "--out", arg(&lora)];
+    world.run(&[&train[..], &more].concat()).succeeds();
+    lora
+}
+
 #[test]
 fn what_is_not_an_adapter_of_peft_to_the_letter_is_refused() {
     let world = World::new();
     let base = world.model("base", Dtype::BF16, u64::MAX);
-    let (lora, data) = (world.path("lora"), fixture("eighty-train.txt"));
-    let train = [
-        "train",
-        arg(&base),
-        "--method",
-        "lora",
-        "--steps",
-        "1",
-        "--length",
-        "32",
-    ];
-    let more = ["--data", arg(&data), "--out", arg(&lora)];
-    world.run(&[&train[..], &more].concat()).succeeds();
+    let (lora, data) = (lora_on(&world, &base), fixture("eighty-train.txt"));
     let config = lora.join("adapter_config.json");
     let good = std::fs::read(&config).expect("reads");
     let evaluate = [
@@ -638,19 +635,7 @@ fn a_lora_is_not_said_to_be_better_on_a_model_it_was_not_trained_on() {
     let world = World::new();
     let base = world.model("base", Dtype::BF16, u64::MAX);
     let other = world.model("other", Dtype::F32, u64::MAX);
-    let (lora, data) = (world.path("lora"), fixture("eighty-train.txt"));
-    let train = [
-        "train",
-        arg(&base),
-        "--method",
-        "lora",
-        "--steps",
-        "1",
-        "--length",
-        "32",
-    ];
-    let more = ["--data", arg(&data), "--out", arg(&lora)];
-    world.run(&[&train[..], &more].concat()).succeeds();
+    let (lora, data) = (lora_on(&world, &base), fixture("eighty-train.txt"));
     let recorded = || crate::world::json_file(&lora.join("report.json"))["evaluate"].clone();
     let evaluate = |model: &Path, data: &Path| {
         let arguments = [
