@@ -257,6 +257,27 @@ mod tests {
     }
 
     #[test]
+    fn what_was_learnt_and_measured_of_answers_is_told() {
+        let mut report = report();
+        let card = render(Kind::Model, "me/tuned", &report).expect("renders");
+        assert!(
+            !card.contains("learnt") && !card.contains("each row"),
+            "{card}"
+        );
+        report["train"]["learnt_tokens"] = 400.into();
+        report["evaluate"][1]["loss_on"] = "answers".into();
+        let card = render(Kind::Model, "me/tuned", &report).expect("renders");
+        for fact in [
+            "1,000 tokens, 400 of them learnt",
+            "| base | h.txt | 256",
+            "| merged | h.txt, its answers | 256",
+            "each row is read by itself",
+        ] {
+            assert!(card.contains(fact), "{fact} is missing from\n{card}");
+        }
+    }
+
+    #[test]
     fn a_card_tells_whether_it_was_changed_and_whose_it_is() {
         let card = render(Kind::Model, "me/tuned", &report()).expect("renders");
         assert_eq!(state(&card), State::Rendered);

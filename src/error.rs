@@ -284,12 +284,24 @@ pub enum Error {
         line: usize,
         source: serde_json::Error,
     },
-    #[error("{} line {line}: expected an object with a text field `text`, found {found}", path.display())]
+    #[error("{} {place}: expected one of the known rows, found {found}", path.display())]
     DataField {
         path: PathBuf,
-        line: usize,
+        place: Place,
         found: String,
     },
+    #[error("{} {place} cannot be read as the model reads", path.display())]
+    DataRow {
+        path: PathBuf,
+        place: Place,
+        source: Box<Error>,
+    },
+    #[error("{} holds no chat template, which conversations need", path.display())]
+    NoTemplateForChats { path: PathBuf },
+    #[error("the chat template rewrites what comes before message {message} once that is there")]
+    AnswerUnplaced { message: usize },
+    #[error("{} holds no answer within {window} tokens", path.display())]
+    NothingLearnt { path: PathBuf, window: usize },
     #[error("{} is not UTF-8 text (byte {offset})", path.display())]
     DataEncoding { path: PathBuf, offset: usize },
     #[error("{} has {found} tokens, at least {needed} are needed", path.display())]
@@ -423,6 +435,23 @@ pub enum Error {
         name: String,
         source: minijinja::Error,
     },
+}
+
+/// Where a row stands in a file of data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    Line(usize),
+    /// Of a list.
+    Item(usize),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Line(number) => write!(f, "line {number}"),
+            Self::Item(number) => write!(f, "item {number}"),
+        }
+    }
 }
 
 /// What a sum was taken of.

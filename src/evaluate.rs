@@ -11,7 +11,7 @@ use crate::event::{Observer, Stage, Unit};
 use crate::model::{Trained, stacked};
 use crate::source::{Source, load};
 use crate::sum::sha256_file;
-use crate::text::Corpus;
+use crate::text::{Corpus, LossOn, Window, segments};
 
 /// How to evaluate.
 #[derive(Debug, Clone)]
@@ -20,6 +20,7 @@ pub struct Options {
     pub batch: usize,
     /// Tokens per window.
     pub length: usize,
+    pub loss_on: LossOn,
     pub device: Device,
 }
 
@@ -28,6 +29,7 @@ impl Default for Options {
         Self {
             batch: 4,
             length: 256,
+            loss_on: LossOn::default(),
             device: Device::Cpu,
         }
     }
@@ -47,11 +49,15 @@ pub struct Facts {
     #[serde(default)]
     pub data_sha256: String,
     pub length: usize,
+    /// What was measured, where the data have answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_on: Option<LossOn>,
     pub seconds: f64,
     pub tokens_per_s: f64,
 }
 
-/// Evaluates `source` on the text at `data`, in consecutive windows that share no context.
+/// Evaluates `source` on the data at `data`: a text in consecutive windows that share no context, answers each behind what
+/// they answer.
 pub fn run(
     source: &Source,
     data: &Path,
@@ -59,18 +65,20 @@ pub fn run(
     observer: &dyn Observer,
 ) -> Result<Facts> {
     let config = source.config()?;
-    let corpus = Corpus::read(data, source.dir(), &config, options.length)?;
+    let corpus = Corpus::read(data, source.dir(), &config, options.length, options.loss_on)?;
     corpus.warn(&config, observer);
     let decoder = load(source, Trained::default(), &options.device, observer)?;
     let started = Instant::now();
-    let windows: Vec<&[u32]> = corpus.windows().collect();
-    let total: usize = windows.iter().map(|w| w.len() - 1).sum();
+    let windows = corpus.windows();
+    let total: usize = windows.iter().map(Window::predicted).sum();
     observer.start(Stage::Evaluate, total as u64, Unit::Tokens);
     let (mut loss, mut tokens) = (0f64, 0usize);
     // the last window may be shorter and then makes a batch of its own
-    for batch in windows.chunk_by(|a, b| a.len() == b.len()) {
+    for batch in windows.chunk_by(|a, b| a.ids.len() == b.ids.len()) {
         for batch in batch.chunks(options.batch.max(1)) {
-            let (sum, predicted) = decoder.loss(&stacked(batch, &options.device)?)?;
+            let rows: Vec<&[u32]> = batch.iter().map(|window| window.ids).collect();
+            let ids = stacked(&rows, &options.device)?;
+            let (sum, predicted) = decoder.loss_of(&ids, &segments(batch))?;
             loss += f64::from(sum.flatten_all()?.to_vec1::<f32>()?[0]);
             tokens += predicted;
             observer.advance(Stage::Evaluate, predicted as u64, "");
@@ -93,6 +101,7 @@ pub fn run(
             .into_owned(),
         data_sha256: sha256_file(data, |_| {})?,
         length: options.length,
+        loss_on: corpus.learnt().map(|_| options.loss_on),
         seconds,
         tokens_per_s: tokens as f64 / seconds.max(1e-9),
     })

@@ -1,6 +1,5 @@
 //! `generate`: what a model, or a decomposition with adapters, makes of a prompt.
 
-pub mod chat;
 pub mod choice;
 mod spelling;
 
@@ -11,13 +10,13 @@ use candle_core::{Device, Tensor};
 use chrono::NaiveDateTime;
 use serde::{Deserialize, Serialize};
 
+use crate::chat::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::event::Observer;
 use crate::model::{Cache, Decoder, Trained};
 use crate::random::SplitMix;
 use crate::source::{Source, load};
 use crate::text::{encode, tokenizer};
-use chat::ChatTemplate;
 use choice::{Choice, likeliest};
 use spelling::Spelling;
 
@@ -104,7 +103,7 @@ pub fn run(
     let path = dir.join("tokenizer.json");
     // a template writes the special tokens itself
     let (text, adds_tokens) = match &template {
-        Some(template) => (template.render(prompt, options.now)?, false),
+        Some(template) => (template.ready(options.now)?.opened_by(prompt)?, false),
         None => (prompt.to_string(), true),
     };
     let read = &encode(&tokenizer, &path, &text, adds_tokens)?[..];

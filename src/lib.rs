@@ -17,6 +17,7 @@ pub mod artifact;
 pub mod assemble;
 pub mod base;
 pub mod card;
+pub mod chat;
 pub mod contents;
 pub mod convert;
 pub mod decompose;

@@ -78,7 +78,7 @@ pub fn add(
     match (sections.get_mut(section), facts) {
         (Some(Value::Array(gathered)), Value::Array(new)) => {
             let same = |a: &Value, b: &Value| {
-                let mut keys = ["subject", "data", "length"].into_iter();
+                let mut keys = ["subject", "data", "length", "loss_on"].into_iter();
                 // earlier builds kept no sum of the text
                 let (one, other) = (&a["data_sha256"], &b["data_sha256"]);
                 keys.all(|key| a[key] == b[key])

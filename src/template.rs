@@ -34,16 +34,40 @@ pub fn page(
 /// Instructions that a chat template may take: some hundred times what a long conversation needs.
 const FUEL: u64 = 10_000_000;
 
-/// Renders a chat template as transformers does (`_compile_jinja_template` of 4.57): Jinja with its blocks trimmed,
-/// Python's methods and way to print, and four functions. `now` is what it takes for the present.
-///
-/// `name` stands for the template in errors.
-pub fn chat(
-    name: &str,
-    template: &str,
-    variables: &serde_json::Value,
-    now: NaiveDateTime,
-) -> Result<String> {
+/// A chat template as transformers compiles one (`_compile_jinja_template` of 4.57): Jinja with its blocks trimmed, Python's
+/// methods and way to print, and four functions.
+pub struct Jinja {
+    environment: Environment<'static>,
+    /// What stands for the template in errors.
+    name: String,
+}
+
+const CHAT: &str = "chat";
+
+impl Jinja {
+    /// Reads the template; `now` is what it takes for the present.
+    pub fn new(name: &str, template: &str, now: NaiveDateTime) -> Result<Self> {
+        let mut environment = chat_environment(now);
+        let added = environment.add_template_owned(CHAT, without_tracking(template));
+        added.map_err(|source| Error::Template {
+            name: name.into(),
+            source,
+        })?;
+        let name = name.into();
+        Ok(Self { environment, name })
+    }
+
+    pub fn render(&self, variables: &serde_json::Value) -> Result<String> {
+        let template = self.environment.get_template(CHAT);
+        let rendered = template.and_then(|template| template.render(Serde(variables)));
+        rendered.map_err(|source| Error::Template {
+            name: self.name.clone(),
+            source,
+        })
+    }
+}
+
+fn chat_environment(now: NaiveDateTime) -> Environment<'static> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder()
         .trim_blocks(true)
@@ -87,14 +111,7 @@ pub fn chat(
             }
         }
     });
-    let template = without_tracking(template);
-    let rendered = environment
-        .template_from_named_str("chat", &template)
-        .and_then(|template| template.render(Serde(variables)));
-    rendered.map_err(|source| Error::Template {
-        name: name.into(),
-        source,
-    })
+    environment
 }
 
 /// `{% generation %}` marks what an assistant said, for training; here it is a block like another.
@@ -198,7 +215,8 @@ mod tests {
             .expect("a date");
         let variables =
             json!({"messages": [{"role": "user", "content": "a <b> \"é\" 😀"}], "tools": null});
-        chat("model/chat_template.jinja", template, &variables, now)
+        let chat = Jinja::new("model/chat_template.jinja", template, now)?;
+        chat.render(&variables)
     }
 
     #[test]
@@ -213,10 +231,9 @@ mod tests {
             for case in made["cases"].as_array().expect("cases") {
                 let variables = json!({"messages": case["messages"], "tools": case["tools"], "documents": null,
                     "bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": true});
-                match (
-                    chat("golden", template, &variables, NaiveDateTime::default()),
-                    case["refused"].as_str(),
-                ) {
+                let chat = Jinja::new("golden", template, NaiveDateTime::default());
+                let rendered = chat.and_then(|chat| chat.render(&variables));
+                match (rendered, case["refused"].as_str()) {
                     (Ok(rendered), None) => assert_eq!(rendered, case["rendered"], "{template}"),
                     (Err(error), Some(words)) => {
                         assert!(chain(&error).contains(words), "{}", chain(&error))

@@ -1,35 +1,124 @@
-//! Text in, windows of token ids out.
+//! Data in, windows of token ids out.
+
+mod answers;
+mod packing;
+mod rows;
 
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokenizers::Tokenizer;
+use tokenizers::{Encoding, Tokenizer};
 
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
 use crate::event::Observer;
 use crate::json;
-use crate::model::ModelConfig;
+use crate::model::{ModelConfig, Segment, Segments};
 use crate::random::SplitMix;
+use crate::sum::sha256_hex;
+use answers::Reader;
+use packing::Packed;
+use rows::Row;
 
-/// A text as one stream of token ids, cut into windows.
+/// What a model learns from, or is measured on: token ids, cut into windows.
 #[derive(Debug, Clone)]
 pub struct Corpus {
     pub path: PathBuf,
+    /// Of all windows, one after the other, with what fills them.
     pub ids: Vec<u32>,
     pub window: usize,
     pub documents: usize,
     /// What ends a document where there are several.
     pub end: Option<u32>,
+    /// Where documents have answers: each is a sequence by itself.
+    packed: Option<Packed>,
 }
+
+/// Which tokens of a document with answers are learnt, and measured.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LossOn {
+    #[default]
+    Answers,
+    All,
+}
+
+impl FromStr for LossOn {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "answers" => Ok(Self::Answers),
+            "all" => Ok(Self::All),
+            _ => Err(Error::Parse {
+                what: "what is learnt",
+                value: text.into(),
+                reason: "expected answers or all".into(),
+            }),
+        }
+    }
+}
+
+/// A window of token ids.
+#[derive(Debug, Clone, Copy)]
+pub struct Window<'a> {
+    pub ids: &'a [u32],
+    packed: Option<packing::Row<'a>>,
+}
+
+impl<'a> From<&'a [u32]> for Window<'a> {
+    /// One sequence, each token of which is learnt.
+    fn from(ids: &'a [u32]) -> Self {
+        Self { ids, packed: None }
+    }
+}
+
+impl Window<'_> {
+    /// Tokens that are read.
+    pub fn tokens(&self) -> usize {
+        match &self.packed {
+            None => self.ids.len(),
+            Some(row) => row.sequences.iter().sum(),
+        }
+    }
+
+    /// Tokens that are predicted, and count in the loss.
+    pub fn predicted(&self) -> usize {
+        match &self.packed {
+            None => self.ids.len() - 1,
+            Some(row) => row.predicted(),
+        }
+    }
+}
+
+/// How windows of equal length divide into sequences, and what of them is learnt.
+pub fn segments(windows: &[Window]) -> Segments {
+    let length = windows[0].ids.len();
+    let rows = windows.iter().map(|window| match &window.packed {
+        None => vec![Segment::Sequence(length)],
+        Some(row) => row.segments(),
+    });
+    let segments = Segments::new(rows.collect());
+    if windows.iter().all(|window| window.packed.is_none()) {
+        return segments;
+    }
+    let learnt = windows.iter().flat_map(|window| match &window.packed {
+        None => vec![true; length],
+        Some(row) => row.learnt.to_vec(),
+    });
+    segments.learning(learnt.collect())
+}
+
+const TOKENIZER: &str = "tokenizer.json";
 
 /// The tokenizer that came with a model.
 pub fn tokenizer(dir: &Path) -> Result<Tokenizer> {
-    let path = dir.join("tokenizer.json");
+    let path = dir.join(TOKENIZER);
     if !path.exists() {
         return Err(Error::NotAModel {
             path: dir.into(),
-            missing: "tokenizer.json".into(),
+            missing: TOKENIZER.into(),
         });
     }
     let refuse = |e: tokenizers::Error| Error::Tokenizer {
@@ -54,13 +143,18 @@ pub fn encode(
     text: &str,
     adds_tokens: bool,
 ) -> Result<Vec<u32>> {
+    let encoding = attempt(path, || tokenizer.encode_fast(text, adds_tokens))?;
+    Ok(encoding.get_ids().to_vec())
+}
+
+/// The encoding that the tokenizer at `path` makes, if it does.
+fn attempt(path: &Path, encode: impl FnOnce() -> tokenizers::Result<Encoding>) -> Result<Encoding> {
     let failed = |reason: String| Error::Tokenizer {
         path: path.into(),
         reason,
     };
-    let encode = AssertUnwindSafe(|| tokenizer.encode_fast(text, adds_tokens));
-    match std::panic::catch_unwind(encode) {
-        Ok(Ok(encoded)) => Ok(encoded.get_ids().to_vec()),
+    match std::panic::catch_unwind(AssertUnwindSafe(encode)) {
+        Ok(Ok(encoded)) => Ok(encoded),
         Ok(Err(error)) => Err(failed(error.to_string())),
         Err(panic) => {
             let said = panic.downcast_ref::<String>().map(String::as_str);
@@ -71,27 +165,55 @@ pub fn encode(
 }
 
 impl Corpus {
-    /// Reads a text file as one document, or a `.jsonl` (or `.ndjson`) file as one document per line (its `text` field).
+    /// Reads a data file: a text, or rows of texts, of conversations, or of prompts with what completes them.
     ///
-    /// Documents get the special tokens the tokenizer adds, and where there are several, each ends in the model's end token.
-    pub fn read(path: &Path, model: &Path, config: &ModelConfig, window: usize) -> Result<Self> {
+    /// Texts are one stream: they get the special tokens that the tokenizer adds, and where there are several, each ends in
+    /// the model's end token. Conversations go through the model's chat template, and stand, like completed prompts, each
+    /// by itself in a window that it may share with others; with [`LossOn::Answers`] only what is answered there is learnt.
+    pub fn read(
+        path: &Path,
+        model: &Path,
+        config: &ModelConfig,
+        window: usize,
+        loss_on: LossOn,
+    ) -> Result<Self> {
         let tokenizer = tokenizer(model)?;
-        let file = model.join("tokenizer.json");
-        let documents = documents(path)?;
-        let mut ids = Vec::new();
-        let several = documents.len() > 1;
+        let rows = rows::read(path)?;
+        let documents = rows.len();
         let end = end_of_documents(model, config);
-        for document in &documents {
-            ids.extend(encode(&tokenizer, &file, document, true)?);
-            if let (true, Some(end)) = (several, end)
-                && ids.last() != Some(&end)
-            {
-                ids.push(end);
+        let (ids, packed) = match rows.first() {
+            Some((_, Row::Text(_))) | None => {
+                let texts = rows.iter().filter_map(|(_, row)| match row {
+                    Row::Text(text) => Some(text.as_str()),
+                    Row::Pair { .. } | Row::Chat(_) => None,
+                });
+                let end = end.filter(|_| documents > 1);
+                (stream(texts, &tokenizer, model, end)?, None)
             }
-        }
+            Some(_) => {
+                let reader = Reader::new(model, &tokenizer, end, loss_on)?;
+                let mut sequences = Vec::new();
+                for (place, row) in &rows {
+                    let read = reader.sequences(row).map_err(|source| Error::DataRow {
+                        path: path.into(),
+                        place: *place,
+                        source: Box::new(source),
+                    })?;
+                    sequences.extend(read);
+                }
+                let (ids, packed) = Packed::of(sequences, window);
+                if packed.is_empty() {
+                    return Err(Error::NothingLearnt {
+                        path: path.into(),
+                        window,
+                    });
+                }
+                (ids, Some(packed))
+            }
+        };
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= config.vocabulary) {
             return Err(Error::TokenOutside {
-                path: model.join("tokenizer.json"),
+                path: model.join(TOKENIZER),
                 id,
                 vocabulary: config.vocabulary,
             });
@@ -107,20 +229,63 @@ impl Corpus {
             path: path.into(),
             ids,
             window,
-            documents: documents.len(),
+            documents,
             end,
+            packed,
         })
     }
 
-    /// Tells of documents that nothing separates, and of windows longer than what the model was made for.
+    /// Tokens that are read, without what fills windows.
+    pub fn tokens(&self) -> usize {
+        match &self.packed {
+            None => self.ids.len(),
+            Some(packed) => packed.tokens(),
+        }
+    }
+
+    /// Of documents with answers, the tokens that are learnt.
+    pub fn learnt(&self) -> Option<usize> {
+        let packed = self.packed.as_ref()?;
+        Some(packed.rows().map(|row| row.predicted()).sum())
+    }
+
+    /// The sum of all ids, and of how they are divided.
+    pub fn sha256(&self) -> String {
+        let mut bytes: Vec<u8> = self.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+        if let Some(packed) = &self.packed {
+            for row in packed.rows() {
+                bytes.extend(row.sequences.iter().flat_map(|n| n.to_le_bytes()));
+                bytes.extend(row.learnt.iter().map(|&learnt| u8::from(learnt)));
+            }
+        }
+        sha256_hex(&bytes)
+    }
+
+    /// Tells of documents that nothing separates or ends, of those that are cut or left out, and of windows longer than what
+    /// the model was made for.
     pub fn warn(&self, config: &ModelConfig, observer: &dyn Observer) {
-        if self.documents > 1 && self.end.is_none() {
-            observer.warn(format!(
-                "the {} documents of {} run into each other: neither config.json nor generation_config.json names an \
+        let path = self.path.display();
+        match &self.packed {
+            None if self.documents > 1 && self.end.is_none() => observer.warn(format!(
+                "the {} documents of {path} run into each other: neither config.json nor generation_config.json names an \
                  eos_token_id",
                 self.documents,
-                self.path.display()
-            ));
+            )),
+            None => {}
+            Some(packed) => {
+                if packed.cut > 0 {
+                    observer.warn(format!(
+                        "{} of {} examples of {path} are longer than {} tokens, and cut there: --length takes more",
+                        packed.cut, packed.examples, self.window
+                    ));
+                }
+                if packed.left_out > 0 {
+                    observer.warn(format!(
+                        "{} of {} examples of {path} are left out: they hold no answer within {} tokens",
+                        packed.left_out, packed.examples, self.window
+                    ));
+                }
+            }
         }
         if self.window > config.positions_max {
             observer.warn(format!(
@@ -131,14 +296,20 @@ impl Corpus {
     }
 
     /// All windows in order; the last may be shorter, and is dropped if it predicts nothing.
-    pub fn windows(&self) -> impl Iterator<Item = &[u32]> {
-        self.ids.chunks(self.window).filter(|w| w.len() >= 2)
+    pub fn windows(&self) -> Vec<Window<'_>> {
+        match &self.packed {
+            Some(packed) => packed.windows(&self.ids),
+            None => {
+                let windows = self.ids.chunks(self.window).filter(|ids| ids.len() >= 2);
+                windows.map(Window::from).collect()
+            }
+        }
     }
 
     /// Tells how much of the text fills no window of full length, if it is not little.
     pub fn note_rest(&self, observer: &dyn Observer) {
         let (all, rest) = (self.ids.len(), self.ids.len() % self.window);
-        if all > self.window && rest * 100 > all {
+        if self.packed.is_none() && all > self.window && rest * 100 > all {
             observer.note(format!(
                 "the last {rest} of {all} tokens fill no window of {} and are left out",
                 self.window
@@ -147,14 +318,41 @@ impl Corpus {
     }
 
     /// Windows of full length; a text shorter than one window is one window of its own length.
-    pub fn full_windows(&self) -> Vec<&[u32]> {
-        let full: Vec<&[u32]> = self.ids.chunks_exact(self.window).collect();
+    pub fn full_windows(&self) -> Vec<Window<'_>> {
+        if self.packed.is_some() {
+            return self.windows();
+        }
+        let full: Vec<Window> = self
+            .ids
+            .chunks_exact(self.window)
+            .map(Window::from)
+            .collect();
         if full.is_empty() {
-            vec![&self.ids]
+            vec![Window::from(&self.ids[..])]
         } else {
             full
         }
     }
+}
+
+/// Texts one after the other, each with what the tokenizer adds, and ended if there is an `end`.
+fn stream<'a>(
+    texts: impl Iterator<Item = &'a str>,
+    tokenizer: &Tokenizer,
+    model: &Path,
+    end: Option<u32>,
+) -> Result<Vec<u32>> {
+    let file = model.join(TOKENIZER);
+    let mut ids = Vec::new();
+    for text in texts {
+        ids.extend(encode(tokenizer, &file, text, true)?);
+        if let Some(end) = end
+            && ids.last() != Some(&end)
+        {
+            ids.push(end);
+        }
+    }
+    Ok(ids)
 }
 
 /// The model's end token, or that of its texts.
@@ -166,62 +364,6 @@ fn end_of_documents(model: &Path, config: &ModelConfig) -> Option<u32> {
         let id = ids.as_u64().or_else(|| ids[0].as_u64())?;
         u32::try_from(id).ok()
     })
-}
-
-fn documents(path: &Path) -> Result<Vec<String>> {
-    let ending = path.extension().unwrap_or_default().to_ascii_lowercase();
-    if ["json", "csv", "tsv", "parquet", "arrow"]
-        .iter()
-        .any(|it| ending == *it)
-    {
-        return Err(Error::DataFormat { path: path.into() });
-    }
-    let bytes = std::fs::read(path).context("read", path)?;
-    let text = String::from_utf8(bytes).map_err(|e| Error::DataEncoding {
-        path: path.into(),
-        offset: e.utf8_error().valid_up_to(),
-    })?;
-    // editors of Windows begin texts with a mark that is none of their letters
-    let text = match text.strip_prefix('\u{feff}') {
-        Some(rest) => rest.to_string(),
-        None => text,
-    };
-    if ending != "jsonl" && ending != "ndjson" {
-        return Ok(vec![text]);
-    }
-    text.lines()
-        .enumerate()
-        .filter(|(_, line)| !line.trim().is_empty())
-        .map(|(number, line)| {
-            let line_number = number + 1;
-            let value: Value = serde_json::from_str(line).map_err(|source| Error::DataLine {
-                path: path.into(),
-                line: line_number,
-                source,
-            })?;
-            match value["text"].as_str() {
-                Some(text) => Ok(text.to_string()),
-                None => Err(Error::DataField {
-                    path: path.into(),
-                    line: line_number,
-                    found: found_instead(&value),
-                }),
-            }
-        })
-        .collect()
-}
-
-fn found_instead(value: &Value) -> String {
-    match value {
-        Value::Object(map) if map.contains_key("text") => format!("`text`: {}", map["text"]),
-        Value::Object(map) => {
-            let keys: Vec<&str> = map.keys().map(String::as_str).collect();
-            format!("the fields {}", keys.join(", "))
-        }
-        Value::Array(_) => "a list".into(),
-        Value::String(_) => "a string".into(),
-        other => other.to_string(),
-    }
 }
 
 /// A shuffled order of `n` items, the same for the same seed and epoch (Fisher & Yates).
@@ -245,41 +387,5 @@ mod tests {
         let mut order = shuffled(50, 1, 7);
         order.sort_unstable();
         assert_eq!(order, (0..50).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn broken_lines_are_named() {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let path = dir.path().join("d.jsonl");
-        std::fs::write(
-            &path,
-            "{\"text\": \"a\"}\n\n{\"prompt\": \"b\", \"answer\": \"c\"}\n",
-        )
-        .expect("writes");
-        let error = documents(&path).expect_err("no text field").to_string();
-        assert!(
-            error.contains("line 3") && error.contains("prompt, answer"),
-            "{error}"
-        );
-        std::fs::write(&path, "{\"text\": \"a\"}\nnot json\n").expect("writes");
-        assert!(
-            documents(&path)
-                .expect_err("not JSON")
-                .to_string()
-                .contains("line 2")
-        );
-        for ending in ["json", "CSV", "parquet"] {
-            let table = dir.path().join(format!("d.{ending}"));
-            std::fs::write(&table, "[]").expect("writes");
-            assert!(matches!(documents(&table), Err(Error::DataFormat { .. })));
-        }
-        let text = dir.path().join("d.txt");
-        std::fs::write(&text, [b'a', 0xff]).expect("writes");
-        assert!(
-            documents(&text)
-                .expect_err("not UTF-8")
-                .to_string()
-                .contains("byte 1")
-        );
     }
 }

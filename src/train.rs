@@ -22,8 +22,7 @@ use crate::model::{Lora, Method, Parametrisation, Trained};
 use crate::parallel::{Alone, Group, refuse_uneven};
 use crate::report;
 use crate::source::{Source, load};
-use crate::sum::sha256_hex;
-use crate::text::{Corpus, shuffled};
+use crate::text::{Corpus, LossOn, Window, shuffled};
 use crate::workspace::{Claim, Workspace, check_free_space};
 use kept::Kept;
 use optimizer::Schedule;
@@ -59,6 +58,8 @@ pub struct Options {
     /// Whether the embedding moves too, and a head that is tied to it along.
     pub embeddings: bool,
     pub seed: u64,
+    /// Of data with answers.
+    pub loss_on: LossOn,
     /// Keep only what each block reads, and compute the rest again for the backward pass: the same numbers, slower, in
     /// less memory.
     pub recompute: bool,
@@ -85,6 +86,7 @@ impl Default for Options {
             norms: false,
             embeddings: false,
             seed: 0,
+            loss_on: LossOn::default(),
             recompute: false,
             resume: false,
             save_every: 50,
@@ -126,6 +128,9 @@ pub struct Facts {
     pub parameters: u64,
     pub data: String,
     pub data_tokens: usize,
+    /// Those of answers, where the data have any: the loss is theirs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learnt_tokens: Option<usize>,
     pub steps: usize,
     pub batch: usize,
     pub length: usize,
@@ -184,12 +189,12 @@ pub fn run(
     refuse_uneven(options.batch, &*options.group)?;
     let kept = Kept::of(source, pin, options, observer)?;
     let config = source.config()?;
-    let corpus = Corpus::read(data, source.dir(), &config, options.length)?;
+    let corpus = Corpus::read(data, source.dir(), &config, options.length, options.loss_on)?;
     corpus.warn(&config, observer);
     corpus.note_rest(observer);
     let windows = corpus.full_windows();
-    // all are as long as asked for, unless the text is shorter than one
-    let length = windows[0].len();
+    // all are as long as asked for, unless there is less text than that
+    let length = windows[0].ids.len();
     refuse_too_large(source, options, length)?;
     let steps = steps(&windows, options);
     let (mut workspace, claim) =
@@ -241,7 +246,7 @@ pub fn run(
         if is_checked(step, first) && (!is_checked(step + 1, first) || step + 1 == steps) {
             warn_of_silence(&run.silent, observer);
         }
-        tokens += batch.iter().map(|window| window.len()).sum::<usize>();
+        tokens += batch.iter().map(Window::tokens).sum::<usize>();
         observer.event(&Event::Stepped {
             step: step + 1,
             steps,
@@ -290,7 +295,8 @@ pub fn run(
             .unwrap_or_default()
             .to_string_lossy()
             .into_owned(),
-        data_tokens: corpus.ids.len(),
+        data_tokens: corpus.tokens(),
+        learnt_tokens: corpus.learnt(),
         steps,
         batch: options.batch,
         length,
@@ -303,7 +309,7 @@ pub fn run(
         device: device_name(&options.device),
         processes: options.group.size(),
         losses: run.losses.clone(),
-        tokens_per_s: (timed * options.batch * length) as f64 / seconds.max(1e-9),
+        tokens_per_s: timed as f64 * tokens_a_step(&windows, options) / seconds.max(1e-9),
         seconds,
         adapter_sha256,
         adapter_bytes: std::fs::metadata(&weights).context("read", &weights)?.len(),
@@ -326,7 +332,7 @@ pub fn assist(
     observer: &dyn Observer,
 ) -> Result<()> {
     let config = source.config()?;
-    let corpus = Corpus::read(data, source.dir(), &config, options.length)?;
+    let corpus = Corpus::read(data, source.dir(), &config, options.length, options.loss_on)?;
     let windows = corpus.full_windows();
     let steps = steps(&windows, options);
     let decoder = load(source, trained(options), &options.device, observer)
@@ -378,7 +384,13 @@ impl Saved {
     }
 }
 
-fn steps(windows: &[&[u32]], options: &Options) -> usize {
+/// On average.
+fn tokens_a_step(windows: &[Window], options: &Options) -> f64 {
+    let tokens: usize = windows.iter().map(Window::tokens).sum();
+    tokens as f64 / windows.len() as f64 * options.batch as f64
+}
+
+fn steps(windows: &[Window], options: &Options) -> usize {
     match options.duration {
         Duration::Steps(steps) => steps,
         Duration::Epochs(epochs) => {
@@ -444,7 +456,6 @@ fn settings(
     steps: usize,
     options: &Options,
 ) -> BTreeMap<String, String> {
-    let ids: Vec<u8> = corpus.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
     let (what, content) = match kept {
         Kept::Adapter { artifact, .. } => ("decomposition", artifact.content_sha256.clone()),
         Kept::Lora { base, .. } => ("base", format!("{:?}", base.sha256)),
@@ -452,7 +463,7 @@ fn settings(
     BTreeMap::from([
         (what.into(), content),
         ("method".into(), format!("{:?}", options.method)),
-        ("data".into(), sha256_hex(&ids)),
+        ("data".into(), corpus.sha256()),
         ("steps".into(), steps.to_string()),
         ("batch".into(), options.batch.to_string()),
         ("length".into(), options.length.to_string()),
@@ -470,7 +481,7 @@ fn settings(
 }
 
 /// The windows of one step: each epoch is a new shuffle, and a step depends on nothing but its number.
-fn batch<'a>(windows: &[&'a [u32]], step: usize, options: &Options) -> Vec<&'a [u32]> {
+fn batch<'a>(windows: &[Window<'a>], step: usize, options: &Options) -> Vec<Window<'a>> {
     let (start, n) = (step * options.batch, windows.len());
     let mut order: Option<(u64, Vec<usize>)> = None;
     (start..start + options.batch)

@@ -12,6 +12,7 @@ use svdhub::base::Base;
 use svdhub::event::Silent;
 use svdhub::model::{Decoder, Method, Trained, stacked};
 use svdhub::source::{Source, load};
+use svdhub::text::Window;
 use svdhub::train::{Options, Run};
 use svdhub::{decompose, evaluate};
 
@@ -164,6 +165,7 @@ fn first_ten_steps_match_pytorch() {
                 assert!(off < 1e-4, "the gradient of {module} is {off:.1e} off");
             }
         }
+        let windows: Vec<Window> = windows.into_iter().map(Window::from).collect();
         run.step(&windows, learning_rate, step == 0).expect("steps");
         assert!(run.silent.is_empty(), "every one receives a gradient");
     }
@@ -205,6 +207,7 @@ fn ten_steps(source: &Source, batches: &Value, device: &Device, dtype: DType) ->
             .collect();
         let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
         let learning_rate = golden["lr"].as_f64().expect("lr");
+        let windows: Vec<Window> = windows.into_iter().map(Window::from).collect();
         run.step(&windows, learning_rate, step == 0).expect("steps");
         assert!(run.silent.is_empty(), "every one receives a gradient");
     }

@@ -136,7 +136,19 @@ pub fn advice(error: &Error) -> Option<String> {
             "the numbers left the range of f32: check the weights with `svdhub verify`"
         }
         Error::NameTaken { .. } => "rename the tensor, or leave it out of the checkpoint",
-        Error::DataField { .. } => "each line needs the form {\"text\": \"…\"}",
+        Error::DataField { .. } => {
+            "rows have a `text`, or `messages` of `role` and `content`, or `prompt` and `completion`, or `instruction`, `input` \
+             and `output`"
+        }
+        Error::DataRow { source, .. } if matches!(**source, Error::NoTemplateForChats { .. }) => {
+            "put a chat_template.jinja beside the model's tokenizer, or give rows of `prompt` and `completion`, which need none"
+        }
+        Error::DataRow { source, .. } if matches!(**source, Error::AnswerUnplaced { .. }) => {
+            "with --loss-on all, everything in the conversations is learnt"
+        }
+        Error::NothingLearnt { .. } => {
+            "answers are the messages of the assistant, or completions: give a larger --length if they come late"
+        }
         Error::DataLine { .. } => {
             "each line must be one JSON object; a plain text needs another ending than .jsonl"
         }
@@ -219,7 +231,8 @@ pub fn advice(error: &Error) -> Option<String> {
             }
         }
         Error::DataFormat { .. } => {
-            "give plain text, or .jsonl with a `text` field in each line; `jq -c '.[] | {text: …}'` makes one of a JSON list"
+            "give plain text, .jsonl with a row in each line, or .json with a list of rows: `to_json` of Hugging Face's datasets \
+             writes the second"
         }
         Error::RemoteDiffers { .. } => "run the same command again: it sends what differs",
         Error::Device { .. } => "use --device cpu",

@@ -11,6 +11,7 @@ use svdhub::evaluate::{self, Facts, Options};
 use svdhub::event::Observer;
 use svdhub::hub::ModelRef;
 use svdhub::source::Source;
+use svdhub::text::LossOn;
 use svdhub::{Result, heap, report};
 
 use super::session::{DeviceChoice, Session, Weighted};
@@ -28,9 +29,12 @@ pub struct Command {
     /// An adapter of the decomposition, or a LoRA of PEFT, with a factor if wanted; may be repeated
     #[arg(long, value_name = "DIR[*WEIGHT]")]
     adapter: Vec<Weighted>,
-    /// A text, or a .jsonl file with a `text` field in every line
+    /// A text, or a .jsonl or .json file of rows, as `svdhub train` takes them
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
+    /// What is measured of rows with answers: answers, or all
+    #[arg(long, value_name = "PART", default_value = "answers")]
+    loss_on: LossOn,
     /// Windows at a time
     #[arg(long, value_name = "N", value_parser = count, default_value_t = NonZeroUsize::new(Options::default().batch).expect("the default is positive"))]
     batch: NonZeroUsize,
@@ -52,6 +56,7 @@ impl Command {
         let options = Options {
             batch: self.batch.get(),
             length: self.length,
+            loss_on: self.loss_on,
             device: session.device(self.device)?,
         };
         let facts = evaluate::run(&source, &self.data, &options, session.observer())?;

@@ -9,6 +9,7 @@ use svdhub::card::{bytes, thousands};
 use svdhub::event::Silent;
 use svdhub::hub::ModelRef;
 use svdhub::model::{Method, Parametrisation};
+use svdhub::text::LossOn;
 use svdhub::train::optimizer::Schedule;
 use svdhub::train::{self, Duration, Facts, Options};
 use svdhub::{Error, Result, heap};
@@ -26,9 +27,13 @@ use super::size::count;
 pub struct Command {
     /// A decomposition, or with --method lora any model: a Hub id or a directory
     model: ModelRef,
-    /// A text, or a .jsonl file with a `text` field in every line
+    /// A text; or a .jsonl or .json file with rows of `text`, of `messages`, of `prompt` and `completion`, or of
+    /// `instruction`, `input` and `output`
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
+    /// What is learnt of rows with answers: answers, or all
+    #[arg(long, value_name = "PART", default_value = "answers")]
+    loss_on: LossOn,
     /// Where to write the adapter
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -237,6 +242,7 @@ impl Command {
             norms: self.train.contains(&Group::Norms),
             embeddings: self.train.contains(&Group::Embeddings),
             seed: self.seed,
+            loss_on: self.loss_on,
             recompute: self.recompute,
             resume: self.resume,
             device,

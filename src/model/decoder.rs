@@ -318,7 +318,7 @@ impl Decoder {
         segments: &Segments,
     ) -> candle_core::Result<(Tensor, Tensor)> {
         let (b, t) = ids.dims2()?;
-        if segments.is_whole() {
+        if segments.counts_whole() {
             let hidden = ops::split(hidden, 1, &[t - 1, 1])?.remove(0);
             let targets = ids.narrow(1, 1, t - 1)?.contiguous()?.flatten_all()?;
             let rows = (b * (t - 1), self.config.hidden);

@@ -21,13 +21,18 @@ pub struct Segments {
     starts: Vec<usize>,
     /// Tokens in a row.
     length: usize,
+    /// Whether each token is to be predicted; if nothing is said, all are that have one before them.
+    learnt: Option<Vec<bool>>,
 }
 
 impl Segments {
     /// Every one of `rows` rows is one sequence of `length` tokens.
     pub fn whole(rows: usize, length: usize) -> Self {
-        let starts = vec![0; rows * length];
-        Self { starts, length }
+        Self {
+            starts: vec![0; rows * length],
+            length,
+            learnt: None,
+        }
     }
 
     /// Rows as they are described, from left to right.
@@ -57,12 +62,32 @@ impl Segments {
         Self {
             starts,
             length: length.unwrap_or(0),
+            learnt: None,
         }
+    }
+
+    /// The same, of which only these tokens count in the loss, row by row.
+    ///
+    /// # Panics
+    /// If there are not as many.
+    pub fn learning(mut self, learnt: Vec<bool>) -> Self {
+        assert_eq!(
+            learnt.len(),
+            self.starts.len(),
+            "each token is learnt or not"
+        );
+        self.learnt = Some(learnt);
+        self
     }
 
     /// Whether every row is one sequence.
     pub fn is_whole(&self) -> bool {
         self.starts.iter().all(|&start| start == 0)
+    }
+
+    /// Whether every row is one sequence, and all of it counts in the loss.
+    pub(super) fn counts_whole(&self) -> bool {
+        self.learnt.is_none() && self.is_whole()
     }
 
     /// Each token's place in its row, and where its sequence starts.
@@ -94,10 +119,11 @@ impl Segments {
         }
     }
 
-    /// The tokens that have a next one in their sequence, counted through all rows.
+    /// The tokens that have a next one in their sequence, which is learnt, counted through all rows.
     pub(super) fn predicting(&self) -> Vec<u32> {
+        let is_learnt = |token: usize| self.learnt.as_ref().is_none_or(|learnt| learnt[token]);
         let follows = |token: usize, at: usize, start: usize| {
-            at + 1 < self.length && self.starts[token + 1] == start
+            at + 1 < self.length && self.starts[token + 1] == start && is_learnt(token + 1)
         };
         let tokens = self.places().enumerate();
         tokens
@@ -219,5 +245,7 @@ mod tests {
         assert_eq!(drawn(&segments, None), [first, second].concat());
         assert_eq!(drawn(&segments, Some(2))[2], ".xx..");
         assert_eq!(segments.predicting(), [0, 1, 3, 7]);
+        let learnt = [true, false, true, true, false, true, true, true, true, true];
+        assert_eq!(segments.learning(learnt.into()).predicting(), [1, 7]);
     }
 }

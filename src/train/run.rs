@@ -9,6 +9,7 @@ use super::optimizer::{AdamW, Moments};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, Gradients, Method, gpu, stacked};
 use crate::parallel::{Group, share};
+use crate::text::{Window, segments};
 
 /// A training run between two steps.
 pub struct Run<'a> {
@@ -116,13 +117,20 @@ impl<'a> Run<'a> {
     /// update.
     ///
     /// `check` refuses tensors that no gradient reaches, and notes those that only zeros do.
-    pub fn step(&mut self, batch: &[&[u32]], learning_rate: f64, check: bool) -> Result<f32> {
+    pub fn step(&mut self, batch: &[Window], learning_rate: f64, check: bool) -> Result<f32> {
         let group = self.group.clone();
         let mine = share(batch, &*group)?;
-        let ids = stacked(mine, &self.decoder.device)?;
-        let Gradients { loss, mut tensors } = self.decoder.gradients(&ids, self.recompute)?;
+        let rows: Vec<&[u32]> = mine.iter().map(|window| window.ids).collect();
+        let ids = stacked(&rows, &self.decoder.device)?;
+        let segments = segments(mine);
+        let Gradients { loss, mut tensors } =
+            (self.decoder).gradients_of(&ids, &segments, self.recompute)?;
         let all = group.size() as f32;
-        let mut losses = [loss];
+        // the mean is of all tokens: a process with more of them weighs more than the others
+        let predicted =
+            |windows: &[Window]| -> usize { windows.iter().map(Window::predicted).sum() };
+        let weight = predicted(mine) as f32 * all / predicted(batch) as f32;
+        let mut losses = [loss * weight];
         group.sum(&mut losses)?;
         let loss = losses[0] / all;
         let step = self.losses.len() + 1;
@@ -159,6 +167,9 @@ impl<'a> Run<'a> {
             }
             let mut gradient = there.to_vec1::<f32>()?;
             if group.size() > 1 {
+                if weight != 1.0 {
+                    gradient.iter_mut().for_each(|g| *g *= weight);
+                }
                 group.sum(&mut gradient)?;
                 gradient.iter_mut().for_each(|g| *g /= all);
                 there = Tensor::new(gradient.as_slice(), there.device())?;

@@ -37,6 +37,7 @@ use svdhub::format::{Origin, Rank};
 use svdhub::model::{Decoder, ModelConfig, Trained};
 use svdhub::plan::PlanOptions;
 use svdhub::source::Source;
+use svdhub::text::Window;
 use svdhub::train::{self, Duration, Run};
 use svdhub::{decompose, linalg};
 
@@ -483,7 +484,7 @@ fn steps_of_random(dir: &Path, args: &Args, options: &train::Options) -> Result<
                     .collect()
             })
             .collect();
-        let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+        let windows: Vec<Window> = windows.iter().map(|ids| Window::from(&ids[..])).collect();
         let started = Instant::now();
         let loss = run.step(&windows, 1e-4, false)?;
         options.device.synchronize()?;

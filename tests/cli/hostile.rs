@@ -703,11 +703,11 @@ fn what_is_given_in_the_wrong_place_is_told_where_it_belongs() {
     world
         .run(&["decompose", arg(&split), "--out", "x"])
         .refuses(&["it is a decomposition"]);
-    let table = world.path("texts.json");
-    std::fs::write(&table, "[]").expect("writes");
+    let table = world.path("texts.csv");
+    std::fs::write(&table, "text\n").expect("writes");
     world
         .run(&["evaluate", arg(&split), "--data", arg(&table)])
-        .refuses(&["texts.json", ".jsonl"]);
+        .refuses(&["texts.csv", ".jsonl"]);
     let other = ["--method", "full", "--resume", "--out", arg(&adapter)];
     world
         .run(&[&train[..], &other].concat())

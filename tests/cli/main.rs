@@ -1,6 +1,7 @@
 //! The program as its users meet it: by its arguments, its outputs, and what it leaves on disk.
 
 mod bad_input;
+mod chats;
 mod clients;
 mod convert;
 mod export;

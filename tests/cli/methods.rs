@@ -10,6 +10,7 @@ use svdhub::base::Base;
 use svdhub::event::Silent;
 use svdhub::model::{Decoder, Trained, stacked};
 use svdhub::source::{Source, load};
+use svdhub::text::{Corpus, LossOn, shuffled};
 use svdhub::weights::{Dtype, Elements};
 
 use crate::python::{checked, python};
@@ -365,12 +366,12 @@ fn a_lora_of_a_plain_model_or_of_its_decomposition_is_the_one_that_was_trained()
     // one step more begins with the loss of what the shorter run saved
     let (_, facts) = trained(&world, &base, "longer", &long);
     let decoder = with_lora(&base, &plain);
-    let corpus =
-        svdhub::text::Corpus::read(&fixture("eighty-train.txt"), &base, &decoder.config, 64);
+    let (text, answers) = (fixture("eighty-train.txt"), LossOn::Answers);
+    let corpus = Corpus::read(&text, &base, &decoder.config, 64, answers);
     let corpus = corpus.expect("reads");
     let (windows, order) = (corpus.full_windows(), 12 * 4..13 * 4);
-    let shuffled = svdhub::text::shuffled(windows.len(), 0, 0);
-    let batch: Vec<&[u32]> = order.map(|at| windows[shuffled[at]]).collect();
+    let shuffled = shuffled(windows.len(), 0, 0);
+    let batch: Vec<&[u32]> = order.map(|at| windows[shuffled[at]].ids).collect();
     let ids = stacked(&batch, &Device::Cpu).expect("ids");
     let (sum, predicted) = decoder.loss(&ids).expect("computes");
     let sum = sum.to_vec1::<f32>().expect("a number")[0];

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use svdhub::adapter::Adapter;
 use svdhub::weights::Dtype;
 
@@ -118,6 +118,43 @@ fn processes_together_train_like_one_alone() {
             "{} of {}",
             norm(&apart),
             norm(&alone)
+        );
+    }
+}
+
+#[test]
+fn each_answer_weighs_the_same_whoever_computes_it() {
+    if !mpi("each_answer_weighs_the_same_whoever_computes_it") {
+        return;
+    }
+    let world = World::new();
+    let split = decomposed(&world);
+    let data = world.path("pairs.jsonl");
+    let row = |at: usize| {
+        let completion = " and so he did say it".repeat(1 + at % 4);
+        json!({"prompt": format!("He said {at} times:"), "completion": completion}).to_string()
+    };
+    let rows: Vec<String> = (0..12).map(row).collect();
+    std::fs::write(&data, rows.join("\n")).expect("writes");
+    let run = |out: &Path| {
+        let mut run = train(&split, out, "6");
+        let at = run
+            .iter()
+            .position(|it| it == "--data")
+            .expect("it is given");
+        run[at + 1] = arg(&data).into();
+        run
+    };
+    let (alone, shared) = (world.path("alone"), world.path("shared"));
+    let arguments = run(&alone);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    world.run(&arguments).succeeds();
+    let output = together(&world, 4, &run(&shared)).output();
+    Run::of(output.expect("starts")).succeeds();
+    for (together, alone) in losses(&shared).iter().zip(losses(&alone)) {
+        assert!(
+            (together - alone).abs() < 1e-5 * alone,
+            "{together} for {alone}"
         );
     }
 }

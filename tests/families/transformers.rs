@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use svdhub::model::{Decoder, Method, ModelConfig, Segment, Segments, Trained};
 use svdhub::split::Factors;
+use svdhub::text::Window;
 use svdhub::train::{Options, Run};
 use svdhub::weights::Elements;
 
@@ -207,7 +208,7 @@ fn assert_steps(name: &str) {
     };
     let mut run = Run::new(&decoder, &options);
     let rows: Vec<Vec<u32>> = ids(&golden).to_vec2().expect("rows");
-    let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+    let rows: Vec<Window> = rows.iter().map(|ids| Window::from(&ids[..])).collect();
     let wanted = list(&golden["steps"]["losses"]);
     for (step, wanted) in wanted.iter().enumerate() {
         let loss = run.step(&rows, number("lr"), step == 0).expect("steps");

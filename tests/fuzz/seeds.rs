@@ -219,6 +219,18 @@ impl Seeds {
                 "jsonl\n{\"text\": \"a b a\"}\n\n{\"text\": \"ü\", \"more\": [1]}\n",
             ),
             ("text", "txt\na b c a a a a a a a a"),
+            (
+                "chats",
+                "jsonl\n{\"messages\": [{\"role\": \"user\", \"content\": \"a b\"}, {\"role\": \"assistant\", \"content\": \"a\"}]}",
+            ),
+            (
+                "conversations",
+                "json\n[{\"conversations\": [{\"from\": \"human\", \"value\": \"a\"}, {\"from\": \"gpt\", \"value\": \"a a\"}]}]",
+            ),
+            (
+                "pairs",
+                "json\n[{\"prompt\": \"a\", \"completion\": \"a\"}, {\"instruction\": \"a\", \"input\": \"b\", \"output\": \"a\"}]",
+            ),
         ] {
             self.add("data", name, text);
         }

@@ -19,9 +19,9 @@ use svdhub::artifact::Artifact;
 use svdhub::assemble::{self, Shares};
 use svdhub::base::{Base, card_facts};
 use svdhub::card;
+use svdhub::chat::ChatTemplate;
 use svdhub::event::Silent;
 use svdhub::format::{Rank, is_plain_name, parse_section};
-use svdhub::generate::chat::ChatTemplate;
 use svdhub::hub::server::{Server, ServerOptions};
 use svdhub::hub::{Hub, HubOptions, ModelRef};
 use svdhub::job::{MATRICES, Options, Share, ShareRecord};
@@ -32,7 +32,7 @@ use svdhub::plan::{Pattern, Plan, PlanOptions, expected_inventory};
 use svdhub::source::Source;
 use svdhub::split::Change;
 use svdhub::sum::sha256_hex;
-use svdhub::text::Corpus;
+use svdhub::text::{Corpus, LossOn};
 use svdhub::weights::checkpoint::{Index, WeightFile};
 use svdhub::weights::{Checkpoint, Dtype, Header, Inventory, Layout, Rounder, Rounding};
 use svdhub::{decompose, evaluate, generate, html, inspect, merge, plot, report, verify};
@@ -534,13 +534,20 @@ const TOKENIZER: &str = r##"{"version":"1.0","truncation":null,"padding":null,"a
     "pre_tokenizer":{"type":"Whitespace"},"post_processor":null,"decoder":null,
     "model":{"type":"WordLevel","vocab":{"#":0,"a":1},"unk_token":"#"}}"##;
 
+const TEMPLATE: &str = "{% for m in messages %}{{ m.role }} {{ m.content }}#{% endfor %}\
+    {% if add_generation_prompt %}assistant {% endif %}";
+
 /// Training data: the ending of its name in the first line, then the text.
 pub fn data(bytes: &[u8]) -> bool {
     let (ending, text) = match bytes.iter().position(|&b| b == b'\n') {
         Some(at) => (&bytes[..at], &bytes[at + 1..]),
         None => (&b"txt"[..], bytes),
     };
-    let ending = if ending == b"jsonl" { "jsonl" } else { "txt" };
+    let ending = match ending {
+        b"jsonl" => "jsonl",
+        b"json" => "json",
+        _ => "txt",
+    };
     let dir = emptied("in");
     let path = dir.join(format!("data.{ending}"));
     fs::write(&path, text).expect("writes");
@@ -548,11 +555,22 @@ pub fn data(bytes: &[u8]) -> bool {
     let config = json!({"model_type": "llama", "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
         "num_attention_heads": 1, "vocab_size": 3, "eos_token_id": 2});
     let config = ModelConfig::parse(&path, &config).expect("a config");
-    let corpus = Corpus::read(&path, &dir, &config, 8);
+    fs::write(dir.join("chat_template.jinja"), TEMPLATE).expect("writes");
+    let corpus = Corpus::read(&path, &dir, &config, 8, LossOn::Answers);
     if let Ok(corpus) = &corpus {
         assert!(corpus.ids.len() >= 2 && corpus.ids.iter().all(|&id| id < 3));
-        assert!(corpus.windows().all(|w| (2..=8).contains(&w.len())));
-        let full: usize = corpus.full_windows().iter().map(|w| w.len()).sum();
+        let windows = corpus.windows();
+        assert!(
+            windows
+                .iter()
+                .all(|w| (2..=8).contains(&w.ids.len()) && w.predicted() > 0)
+        );
+        assert!(
+            windows
+                .iter()
+                .all(|w| w.predicted() < w.tokens() && w.tokens() <= w.ids.len())
+        );
+        let full: usize = corpus.full_windows().iter().map(|w| w.ids.len()).sum();
         assert!(full > 0 && full <= corpus.ids.len());
     }
     corpus.is_ok()

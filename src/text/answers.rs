@@ -1,0 +1,142 @@
+//! Documents with answers, as sequences of token ids.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use chrono::{NaiveDate, NaiveDateTime};
+use tokenizers::Tokenizer;
+
+use super::rows::{Conversation, Row};
+use super::{LossOn, TOKENIZER, attempt};
+use crate::chat::{Chat, ChatTemplate, Told};
+use crate::error::{Error, Result};
+
+/// What a model reads in one go.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sequence {
+    pub ids: Vec<u32>,
+    /// Whether each is learnt.
+    pub learnt: Vec<bool>,
+}
+
+/// Makes sequences of rows.
+pub struct Reader<'a> {
+    tokenizer: &'a Tokenizer,
+    /// Of the tokenizer.
+    path: PathBuf,
+    /// If the model has a template.
+    chat: Option<Chat>,
+    /// Special tokens, as they are spelled.
+    ends: Vec<String>,
+    /// What ends a completion.
+    end: Option<u32>,
+    loss_on: LossOn,
+}
+
+/// The present for templates that ask for a date: a run is the same on every day. Those of Llama 3 take this one where nobody
+/// tells them the time.
+fn day() -> NaiveDateTime {
+    let day = NaiveDate::from_ymd_opt(2024, 7, 26).expect("a day of the calendar");
+    day.and_time(chrono::NaiveTime::MIN)
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(
+        model: &Path,
+        tokenizer: &'a Tokenizer,
+        end: Option<u32>,
+        loss_on: LossOn,
+    ) -> Result<Self> {
+        let chat = match ChatTemplate::read(model)? {
+            Some(template) => Some(template.ready(day())?),
+            None => None,
+        };
+        let added = tokenizer.get_added_tokens_decoder();
+        let special = added.values().filter(|token| token.special);
+        Ok(Self {
+            tokenizer,
+            path: model.join(TOKENIZER),
+            chat,
+            ends: special.map(|token| token.content.clone()).collect(),
+            end,
+            loss_on,
+        })
+    }
+
+    /// What a row teaches: one sequence, or several where a template tells a conversation otherwise as it goes on.
+    ///
+    /// # Errors
+    /// A conversation for a model without a template, and what the template or the tokenizer refuses.
+    pub fn sequences(&self, row: &Row) -> Result<Vec<Sequence>> {
+        match row {
+            Row::Text(text) => {
+                let all = 0..text.len();
+                Ok(vec![self.encoded(text, &[all], true)?])
+            }
+            Row::Pair { prompt, completion } => Ok(vec![self.completed(prompt, completion)?]),
+            Row::Chat(conversation) => {
+                let told = self.told(conversation)?;
+                let encoded = told
+                    .iter()
+                    .map(|told| self.encoded(&told.text, &told.answers, false));
+                encoded.collect()
+            }
+        }
+    }
+
+    fn told(&self, conversation: &Conversation) -> Result<Vec<Told>> {
+        let chat = self.chat.as_ref();
+        let chat = chat.ok_or_else(|| Error::NoTemplateForChats {
+            path: self.path.with_file_name(""),
+        })?;
+        let Conversation {
+            messages,
+            tools,
+            learnt,
+        } = conversation;
+        match self.loss_on {
+            LossOn::Answers => chat.told(messages, tools, learnt, &self.ends),
+            LossOn::All => {
+                let text = chat.render(messages, tools, false)?;
+                let all = 0..text.len();
+                Ok(vec![Told {
+                    text,
+                    answers: vec![all],
+                }])
+            }
+        }
+    }
+
+    /// A prompt with what completes it, and the end token.
+    fn completed(&self, prompt: &str, completion: &str) -> Result<Sequence> {
+        let text = format!("{prompt}{completion}");
+        let answer = match self.loss_on {
+            LossOn::Answers => prompt.len()..text.len(),
+            LossOn::All => 0..text.len(),
+        };
+        let mut sequence = self.encoded(&text, &[answer], true)?;
+        if let Some(end) = self.end {
+            if sequence.ids.last() != Some(&end) {
+                sequence.ids.push(end);
+                sequence.learnt.push(true);
+            }
+            // one that the tokenizer adds lies nowhere in the text
+            *sequence.learnt.last_mut().expect("the end at least") = true;
+        }
+        Ok(sequence)
+    }
+
+    /// A text and its bytes that are learnt: a token with any of them is.
+    fn encoded(&self, text: &str, answers: &[Range<usize>], adds_tokens: bool) -> Result<Sequence> {
+        let encoding = attempt(&self.path, || self.tokenizer.encode(text, adds_tokens))?;
+        let offsets = encoding.get_offsets().iter();
+        let learnt = offsets.map(|&(start, end)| {
+            let lies_in = |answer: &Range<usize>| end > answer.start && start < answer.end;
+            answers.iter().any(lies_in)
+        });
+        Ok(Sequence {
+            learnt: learnt.collect(),
+            ids: encoding.get_ids().to_vec(),
+        })
+    }
+}

@@ -1,0 +1,409 @@
+//! The rows of a data file: texts, conversations, prompts with what completes them.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, IoContext, Place, Result};
+use crate::json;
+
+/// One row.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Row {
+    /// `text`, or a file that is all one text.
+    Text(String),
+    /// `prompt` and `completion`, where both are texts: the second is the answer.
+    Pair {
+        prompt: String,
+        completion: String,
+    },
+    Chat(Conversation),
+}
+
+/// `messages`, and what is written otherwise and means the same.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Conversation {
+    /// Each an object with a `role` and a `content`, and what else a template may look for.
+    pub messages: Vec<Value>,
+    /// What the template is told of functions, or null.
+    pub tools: Value,
+    /// The messages that are answers to learn.
+    pub learnt: Vec<usize>,
+}
+
+/// Reads a file: `.jsonl` and `.ndjson` have a row in each line, `.json` is a list of them, and everything else is one text.
+///
+/// # Errors
+/// Tables, whose text this would not find; a row of no known form; a text without roles among conversations, or the other
+/// way round.
+pub fn read(path: &Path) -> Result<Vec<(Place, Row)>> {
+    let ending = path.extension().unwrap_or_default().to_ascii_lowercase();
+    let is = |endings: &[&str]| endings.iter().any(|it| ending == *it);
+    if is(&["csv", "tsv", "parquet", "arrow", "gz", "zst"]) {
+        return Err(Error::DataFormat { path: path.into() });
+    }
+    if is(&["json"]) {
+        let Value::Array(items) = json::read(path)? else {
+            return Err(Error::DataFormat { path: path.into() });
+        };
+        let places = (1..).map(Place::Item);
+        return rows(path, places.zip(items).map(Ok));
+    }
+    let bytes = std::fs::read(path).context("read", path)?;
+    let text = String::from_utf8(bytes).map_err(|e| Error::DataEncoding {
+        path: path.into(),
+        offset: e.utf8_error().valid_up_to(),
+    })?;
+    // editors of Windows begin texts with a mark that is none of their letters
+    let text = match text.strip_prefix('\u{feff}') {
+        Some(rest) => rest.to_string(),
+        None => text,
+    };
+    if !is(&["jsonl", "ndjson"]) {
+        return Ok(vec![(Place::Item(1), Row::Text(text))]);
+    }
+    let lines = (1..).zip(text.lines());
+    let lines = lines.filter(|(_, line)| !line.trim().is_empty());
+    let values = lines.map(|(line, text)| match serde_json::from_str(text) {
+        Ok(value) => Ok((Place::Line(line), value)),
+        Err(source) => Err(Error::DataLine {
+            path: path.into(),
+            line,
+            source,
+        }),
+    });
+    rows(path, values)
+}
+
+fn rows(
+    path: &Path,
+    values: impl Iterator<Item = Result<(Place, Value)>>,
+) -> Result<Vec<(Place, Row)>> {
+    let mut rows: Vec<(Place, Row)> = Vec::new();
+    for value in values {
+        let (place, value) = value?;
+        let refused = |found: String| Error::DataField {
+            path: path.into(),
+            place,
+            found,
+        };
+        let row = row(value).map_err(refused)?;
+        let is_text = matches!(row, Row::Text(_));
+        if let Some((first, other)) = rows.first()
+            && matches!(other, Row::Text(_)) != is_text
+        {
+            let (found, other) = match is_text {
+                true => ("a plain text", "what has answers"),
+                false => ("what has answers", "a plain text"),
+            };
+            return Err(refused(format!("{found}, where {first} is {other}")));
+        }
+        rows.push((place, row));
+    }
+    Ok(rows)
+}
+
+/// What a row is, or what was found instead.
+fn row(value: Value) -> Result<Row, String> {
+    let Value::Object(mut row) = value else {
+        return Err(match value {
+            Value::Array(_) => "a list".into(),
+            Value::String(_) => "a string".into(),
+            other => other.to_string(),
+        });
+    };
+    let tools = row.remove("tools").unwrap_or_default();
+    for key in ["messages", "conversations"] {
+        if let Some(Value::Array(messages)) = row.get_mut(key) {
+            return conversation(std::mem::take(messages), 0, tools);
+        }
+    }
+    if let Some(Value::String(text)) = row.get_mut("text") {
+        return Ok(Row::Text(std::mem::take(text)));
+    }
+    if let (Some(prompt), Some(completion)) = (row.get("prompt"), row.get("completion")) {
+        return match (prompt.clone(), completion.clone()) {
+            (Value::String(prompt), Value::String(completion)) => {
+                Ok(Row::Pair { prompt, completion })
+            }
+            (Value::Array(mut messages), Value::Array(answers)) => {
+                let first = messages.len();
+                messages.extend(answers);
+                conversation(messages, first, tools)
+            }
+            _ => Err("`prompt` and `completion` that are neither two texts nor two lists".into()),
+        };
+    }
+    if row.contains_key("instruction") && row.contains_key("output") {
+        return conversation(instructed(&row)?, 0, tools);
+    }
+    if let Some(text) = row.get("text") {
+        return Err(format!("`text`: {text}"));
+    }
+    let keys: Vec<&str> = row.keys().map(String::as_str).collect();
+    Err(format!("the fields {}", keys.join(", ")))
+}
+
+/// The conversation of Alpaca's fields: `instruction`, with `input` below it, and `output`; a `system` message before them.
+fn instructed(row: &Map<String, Value>) -> Result<Vec<Value>, String> {
+    let text = |key: &str| match row.get(key) {
+        None | Some(Value::Null) => Ok(""),
+        Some(Value::String(text)) => Ok(text.as_str()),
+        Some(other) => Err(format!("`{key}`: {other}")),
+    };
+    if let Some(Value::Array(turns)) = row.get("history")
+        && !turns.is_empty()
+    {
+        return Err("a `history`, which is read as `messages` only".into());
+    }
+    let asked = match text("input")? {
+        "" => text("instruction")?.to_string(),
+        input => format!("{}\n\n{input}", text("instruction")?),
+    };
+    let mut messages = Vec::new();
+    let system = text("system")?;
+    if !system.is_empty() {
+        messages.push(json!({"role": "system", "content": system}));
+    }
+    messages.push(json!({"role": "user", "content": asked}));
+    messages.push(json!({"role": "assistant", "content": text("output")?}));
+    Ok(messages)
+}
+
+/// A conversation whose answers, from message `first` on, are learnt, but for those that have a weight of 0.
+fn conversation(messages: Vec<Value>, first: usize, tools: Value) -> Result<Row, String> {
+    let (mut read, mut learnt) = (Vec::new(), Vec::new());
+    for (at, message) in messages.into_iter().enumerate() {
+        let named = |what: String| format!("message {} with {what}", at + 1);
+        let (message, is_learnt) = one(message).map_err(named)?;
+        if is_learnt && at >= first {
+            learnt.push(at);
+        }
+        read.push(message);
+    }
+    Ok(Row::Chat(Conversation {
+        messages: read,
+        tools,
+        learnt,
+    }))
+}
+
+/// A message by its usual names, and whether it is an answer to learn.
+fn one(message: Value) -> Result<(Value, bool), String> {
+    let Value::Object(mut message) = message else {
+        return Err(format!("no fields: {message}"));
+    };
+    // ShareGPT's words
+    if !message.contains_key("role")
+        && let (Some(from), Some(value)) = (message.remove("from"), message.remove("value"))
+    {
+        let role = match from.as_str() {
+            Some("human") => "user".into(),
+            Some("gpt") => "assistant".into(),
+            _ => from,
+        };
+        message.insert("role".into(), role);
+        message.insert("content".into(), value);
+    }
+    let role = match message.get("role") {
+        Some(Value::String(role)) => role.clone(),
+        Some(other) => return Err(format!("`role`: {other}")),
+        None => return Err("no `role`".into()),
+    };
+    if !["system", "developer", "user", "assistant", "tool"].contains(&role.as_str()) {
+        return Err(format!("`role`: {role}"));
+    }
+    match message.get("content") {
+        Some(Value::String(_)) => {}
+        // where functions are called, nothing may be said
+        None | Some(Value::Null) if message.contains_key("tool_calls") => {}
+        Some(Value::Array(parts)) => {
+            let whole = parts.iter().map(part).collect::<Result<String, _>>()?;
+            message.insert("content".into(), whole.into());
+        }
+        Some(other) => return Err(format!("`content`: {other}")),
+        None => return Err("no `content`".into()),
+    }
+    let mut is_learnt = role == "assistant";
+    // OpenAI's word, and LLaMA-Factory's
+    for key in ["weight", "loss_weight"] {
+        match message.remove(key).map(|weight| weight.as_f64()) {
+            None | Some(Some(1.0)) => {}
+            Some(Some(0.0)) => is_learnt = false,
+            Some(_) => return Err(format!("a `{key}` that is neither 0 nor 1")),
+        }
+    }
+    Ok((message.into(), is_learnt))
+}
+
+/// The text of a part of a message.
+fn part(part: &Value) -> Result<&str, String> {
+    let text = part["text"].as_str().or(part["value"].as_str());
+    match text.filter(|_| part["type"] == "text") {
+        Some(text) => Ok(text),
+        None => Err(format!("a part that is no text, of type {}", part["type"])),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chat(value: Value) -> Conversation {
+        match row(value) {
+            Ok(Row::Chat(chat)) => chat,
+            other => panic!("no conversation: {other:?}"),
+        }
+    }
+
+    fn said(role: &str, content: &str) -> Value {
+        json!({"role": role, "content": content})
+    }
+
+    #[test]
+    fn conversations_are_known_in_each_manner_of_writing() {
+        let expected = vec![said("user", "Hi"), said("assistant", "Ho")];
+        let of_parts = json!([{"type": "text", "text": "H"}, {"type": "text", "value": "o"}]);
+        for row in [
+            json!({"messages": [said("user", "Hi"), said("assistant", "Ho")], "text": "not this"}),
+            json!({"messages": [said("user", "Hi"), {"role": "assistant", "content": of_parts}]}),
+            json!({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}),
+            json!({"prompt": [said("user", "Hi")], "completion": [said("assistant", "Ho")]}),
+            json!({"instruction": "Hi", "input": "", "output": "Ho"}),
+        ] {
+            let found = chat(row.clone());
+            assert_eq!(
+                (found.messages, found.learnt),
+                (expected.clone(), vec![1]),
+                "{row}"
+            );
+        }
+        let asked = json!({"instruction": "Add", "input": "1 1", "output": "2", "system": "Be brief", "history": []});
+        let expected = [
+            said("system", "Be brief"),
+            said("user", "Add\n\n1 1"),
+            said("assistant", "2"),
+        ];
+        assert_eq!(chat(asked).messages, expected);
+        let pair = json!({"prompt": "1 + 1 =", "completion": " 2"});
+        let (prompt, completion) = ("1 + 1 =".into(), " 2".into());
+        assert_eq!(row(pair), Ok(Row::Pair { prompt, completion }));
+    }
+
+    #[test]
+    fn answers_are_learnt_unless_their_weight_is_0_or_they_belong_to_the_prompt() {
+        let weighted = |weight: Value| {
+            chat(
+                json!({"messages": [said("user", "a"), {"role": "assistant", "content": "b", "weight": weight},
+                said("user", "c"), {"role": "assistant", "content": "d", "loss_weight": 1.0}]}),
+            )
+        };
+        assert_eq!(weighted(json!(0)).learnt, [3]);
+        assert_eq!(weighted(json!(1)).learnt, [1, 3]);
+        assert_eq!(weighted(json!(0)).messages[1], said("assistant", "b"));
+        let prompt = [said("user", "a"), said("assistant", "b"), said("user", "c")];
+        let found =
+            chat(json!({"prompt": prompt, "completion": [said("assistant", "d")], "tools": ["f"]}));
+        assert_eq!((found.learnt, found.tools), (vec![3], json!(["f"])));
+        let called = json!({"role": "assistant", "content": null, "tool_calls": []});
+        assert_eq!(
+            chat(json!({"messages": [said("user", "a"), called]})).learnt,
+            [1]
+        );
+    }
+
+    #[test]
+    fn what_is_no_row_is_named() {
+        for (value, words) in [
+            (json!([]), "a list"),
+            (json!("a"), "a string"),
+            (json!(7), "7"),
+            (json!({"text": 7}), "`text`: 7"),
+            (
+                json!({"prompt": "b", "chosen": "c"}),
+                "the fields prompt, chosen",
+            ),
+            (
+                json!({"prompt": "b", "completion": []}),
+                "neither two texts",
+            ),
+            (json!({"messages": ["a"]}), "message 1 with no fields"),
+            (
+                json!({"messages": [{"content": "a"}]}),
+                "message 1 with no `role`",
+            ),
+            (
+                json!({"messages": [said("user", "a"), said("bot", "a")]}),
+                "message 2 with `role`: bot",
+            ),
+            (json!({"messages": [{"role": "user"}]}), "no `content`"),
+            (
+                json!({"messages": [{"role": "user", "content": 7}]}),
+                "`content`: 7",
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": [{"type": "image"}]}]}),
+                "no text, of type \"image\"",
+            ),
+            (
+                json!({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}),
+                "neither 0 nor 1",
+            ),
+            (json!({"instruction": 7, "output": "a"}), "`instruction`: 7"),
+            (
+                json!({"instruction": "a", "output": "b", "history": [["c", "d"]]}),
+                "`history`",
+            ),
+        ] {
+            let found = row(value.clone()).expect_err("is no row");
+            assert!(found.contains(words), "{value}: {found}");
+        }
+    }
+
+    #[test]
+    fn broken_files_are_named_with_the_place() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let found = |name: &str, bytes: &[u8]| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, bytes).expect("writes");
+            read(&path)
+        };
+        let refused = |name: &str, bytes: &[u8], words: &str| {
+            let error = found(name, bytes).expect_err("is refused").to_string();
+            assert!(error.contains(words), "{name}: {error}");
+        };
+        let text = "{\"text\": \"a\"}";
+        refused(
+            "d.jsonl",
+            format!("{text}\n\n{{\"answer\": 1}}").as_bytes(),
+            "line 3",
+        );
+        refused(
+            "d.jsonl",
+            format!("{text}\nnot json").as_bytes(),
+            "line 2 is not JSON",
+        );
+        let pair = "{\"prompt\": \"b\", \"completion\": \"c\"}";
+        refused(
+            "d.jsonl",
+            format!("{text}\n{pair}").as_bytes(),
+            "what has answers, where line 1 is a plain text",
+        );
+        refused("d.json", format!("[{pair},{text}]").as_bytes(), "item 2");
+        refused("d.json", b"[", "not valid JSON");
+        refused("d.txt", b"a\xff", "byte 1");
+        for (name, bytes) in [
+            ("d.CSV", "a"),
+            ("d.parquet", "PAR1"),
+            ("d.json", "{}"),
+            ("d.jsonl.gz", ""),
+        ] {
+            let error = found(name, bytes.as_bytes()).expect_err("is refused");
+            assert!(matches!(error, Error::DataFormat { .. }), "{name}: {error}");
+        }
+        let rows = found("d.json", format!("[{pair}]").as_bytes()).expect("a list");
+        assert_eq!(rows[0].0, Place::Item(1));
+        let marked = found("d.jsonl", format!("\u{feff}{text}\n").as_bytes()).expect("a row");
+        assert_eq!(marked, [(Place::Line(1), Row::Text("a".into()))]);
+    }
+}

@@ -1,0 +1,233 @@
+//! Data with answers: what is learnt of them, and measured, is what transformers finds answered.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use svdhub::model::ModelConfig;
+use svdhub::text::{Corpus, LossOn};
+use svdhub::weights::Dtype;
+
+use crate::world::{World, arg, fixture, json_file};
+
+fn golden(part: &str) -> Value {
+    json_file(&fixture("golden/chats.json"))[part].clone()
+}
+
+/// The fixture model with this chat template.
+fn chatting(world: &World, template: &Value) -> PathBuf {
+    let model = world.model("model", Dtype::BF16, u64::MAX);
+    let template = template.as_str().expect("a template");
+    std::fs::write(model.join("chat_template.jinja"), template).expect("writes");
+    model
+}
+
+fn list(value: &Value) -> &[Value] {
+    value.as_array().expect("a list")
+}
+
+fn total(rows: &[Value], key: &str) -> f64 {
+    let values = rows.iter().map(|row| row[key].as_f64());
+    values.map(|value| value.expect("a number")).sum()
+}
+
+fn lines(path: &Path, rows: &[Value]) {
+    let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
+    std::fs::write(path, lines.join("\n")).expect("writes");
+}
+
+/// Holds the evaluation of `data` against the losses of all its answers together.
+fn measures(world: &World, model: &Path, data: &Path, length: &str, tokens: f64, loss: f64) {
+    let data = ["--data", arg(data), "--length", length];
+    let facts = world.json(&[&["evaluate", arg(model)], &data[..]].concat());
+    assert_eq!(
+        (facts["tokens"].as_f64(), &facts["loss_on"]),
+        (Some(tokens), &json!("answers"))
+    );
+    let (found, wanted) = (facts["loss"].as_f64().expect("a loss"), loss / tokens);
+    assert!(
+        (found - wanted).abs() < 1e-5 * wanted,
+        "{found} instead of {wanted}"
+    );
+}
+
+#[test]
+fn answers_are_those_that_the_template_marks() {
+    let world = World::new();
+    let marked = golden("marked");
+    let model = chatting(&world, &marked["template"]);
+    let config = json_file(&model.join("config.json"));
+    let config = ModelConfig::parse(&model.join("config.json"), &config).expect("a config");
+    let rows = list(&marked["rows"]);
+    let data = world.path("one.jsonl");
+    for row in rows {
+        lines(&data, &[json!({"messages": row["messages"]})]);
+        let corpus = Corpus::read(&data, &model, &config, 256, LossOn::Answers).expect("reads");
+        assert_eq!(json!(corpus.ids), row["ids"]);
+        let learnt = list(&row["learnt"]).iter().filter(|x| **x == json!(1));
+        assert_eq!(corpus.learnt(), Some(learnt.count()));
+        let all = Corpus::read(&data, &model, &config, 256, LossOn::All).expect("reads");
+        assert_eq!(
+            (&all.ids, all.learnt()),
+            (&corpus.ids, Some(corpus.ids.len() - 1))
+        );
+    }
+    // together in one window, and in several
+    let data = world.path("all.json");
+    std::fs::write(&data, json!(rows).to_string()).expect("writes");
+    let flags = rows.iter().flat_map(|row| list(&row["learnt"]));
+    let tokens = flags.filter(|x| **x == json!(1)).count() as f64;
+    for length in ["256", "96"] {
+        measures(&world, &model, &data, length, tokens, total(rows, "loss"));
+    }
+}
+
+#[test]
+fn answers_that_a_template_tells_otherwise_later_are_learnt_as_they_were_asked_for() {
+    let world = World::new();
+    let forgetful = golden("forgetful");
+    let model = chatting(&world, &forgetful["template"]);
+    let rows = list(&forgetful["rows"]);
+    let data = world.path("data.jsonl");
+    lines(&data, rows);
+    let answers: Vec<Value> = rows
+        .iter()
+        .flat_map(|row| list(&row["answers"]).to_vec())
+        .collect();
+    let (tokens, loss) = (total(&answers, "tokens"), total(&answers, "loss"));
+    measures(&world, &model, &data, "128", tokens, loss);
+}
+
+#[test]
+fn prompts_are_read_and_completions_learnt_to_their_end() {
+    let world = World::new();
+    let model = world.model("model", Dtype::BF16, u64::MAX);
+    let pairs = golden("pairs");
+    let pairs = list(&pairs);
+    let data = world.path("data.jsonl");
+    lines(&data, pairs);
+    measures(
+        &world,
+        &model,
+        &data,
+        "256",
+        total(pairs, "tokens"),
+        total(pairs, "loss"),
+    );
+}
+
+/// Conversations of one kind, which a model can learn.
+fn lesson() -> Vec<Value> {
+    let names = [
+        "Tybalt", "Hamlet", "Juliet", "Macbeth", "Ophelia", "Iago", "Viola", "Puck", "Lear",
+        "Portia",
+    ];
+    let row = |name: &&str| {
+        let answer = format!("My name is {name}, and I shall go to the house of {name}.");
+        json!({"messages": [{"role": "user", "content": format!("Thou art {name}. What is thy name, and what wilt thou do?")},
+            {"role": "assistant", "content": answer}]})
+    };
+    names.iter().map(row).collect()
+}
+
+#[test]
+fn a_model_learns_to_answer_and_keeps_it_when_merged() {
+    let world = World::new();
+    let model = chatting(&world, &golden("marked")["template"]);
+    let (split, adapter, merged) = (
+        world.path("svd"),
+        world.path("adapter"),
+        world.path("merged"),
+    );
+    world
+        .run(&["decompose", arg(&model), "--out", arg(&split)])
+        .succeeds();
+    let data = world.path("lesson.jsonl");
+    lines(&data, &lesson());
+    let data = ["--data", arg(&data), "--length", "128"];
+    let train = [
+        "train",
+        arg(&split),
+        "--out",
+        arg(&adapter),
+        "--steps",
+        "30",
+        "--batch",
+        "2",
+        "--lr",
+        "5e-2",
+    ];
+    let facts = world.json(&[&train[..], &data].concat());
+    let (learnt, all) = (
+        facts["learnt_tokens"].as_u64(),
+        facts["data_tokens"].as_u64(),
+    );
+    assert!(learnt > Some(100) && learnt < all, "{learnt:?} of {all:?}");
+    let measured = |model: &[&str]| {
+        let facts = world.json(&[&["evaluate"], model, &data].concat());
+        assert_eq!(facts["tokens"].as_u64(), learnt);
+        facts["loss"].as_f64().expect("a loss")
+    };
+    let before = measured(&[arg(&split)]);
+    let after = measured(&[arg(&split), "--adapter", arg(&adapter)]);
+    assert!(after < 0.8 * before, "{before} → {after}");
+    let merge = [
+        "merge",
+        arg(&split),
+        "--adapter",
+        arg(&adapter),
+        "--dtype",
+        "f32",
+        "--out",
+        arg(&merged),
+    ];
+    world.run(&merge).succeeds();
+    let there = measured(&[arg(&merged)]);
+    assert!((there - after).abs() < 1e-5 * after, "{there} for {after}");
+    let report = json_file(&adapter.join("report.json"));
+    assert_eq!(report["evaluate"][0]["loss_on"], "answers");
+}
+
+#[test]
+fn what_is_cut_or_teaches_nothing_is_said() {
+    let world = World::new();
+    let model = chatting(&world, &golden("marked")["template"]);
+    let data = world.path("data.jsonl");
+    let rows = list(&golden("marked")["rows"]).to_vec();
+    lines(&data, &rows);
+    let evaluate = |length: &str| {
+        world.run(&[
+            "evaluate",
+            arg(&model),
+            "--data",
+            arg(&data),
+            "--length",
+            length,
+        ])
+    };
+    let run = evaluate("60").succeeds();
+    assert!(
+        run.stderr.contains("1 of 3 examples") && run.stderr.contains("cut"),
+        "{}",
+        run.stderr
+    );
+    let run = evaluate("20").succeeds();
+    assert!(
+        run.stderr.contains("2 of 3 examples") && run.stderr.contains("left out"),
+        "{}",
+        run.stderr
+    );
+    evaluate("8").refuses(&["data.jsonl", "no answer within 8 tokens", "--length"]);
+
+    std::fs::remove_file(model.join("chat_template.jinja")).expect("was there");
+    evaluate("64").refuses(&["data.jsonl line 1", "no chat template", "`completion`"]);
+    std::fs::write(
+        model.join("chat_template.jinja"),
+        "{{ raise_exception('never') }}",
+    )
+    .expect("writes");
+    evaluate("64").refuses(&["data.jsonl line 1", "never"]);
+    // what stands before an answer has its place in front of it
+    let turned = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}";
+    std::fs::write(model.join("chat_template.jinja"), turned).expect("writes");
+    evaluate("64").refuses(&["data.jsonl line 1", "before message 2", "--loss-on all"]);
+}
