@@ -247,8 +247,8 @@ pub enum Error {
         step: usize,
         value: f32,
     },
-    #[error("the loss on {} is not a number", path.display())]
-    BrokenLoss { path: PathBuf },
+    #[error("the loss on {data} is not a number")]
+    BrokenLoss { data: String },
     #[error("the logits behind {token} tokens are not all finite")]
     BrokenLogits { token: usize },
     #[error("tensor `{tensor}` of {} has the name of a part of a decomposition", path.display())]
@@ -300,13 +300,26 @@ pub enum Error {
     NoTemplateForChats { path: PathBuf },
     #[error("the chat template rewrites what comes before message {message} once that is there")]
     AnswerUnplaced { message: usize },
-    #[error("{} holds no answer within {window} tokens", path.display())]
-    NothingLearnt { path: PathBuf, window: usize },
+    #[error("{data} holds no answer within {window} tokens")]
+    NothingLearnt { data: String, window: usize },
+    #[error("{} is no table that can be read: {reason}", path.display())]
+    Table { path: PathBuf, reason: String },
+    #[error("`{repo}` has no file `{path}`; it has {}", few(files))]
+    NoSuchData {
+        repo: String,
+        path: String,
+        files: Vec<String>,
+    },
+    #[error(
+        "it is not clear which files of `{repo}` are meant: it has {}",
+        few(files)
+    )]
+    WhichData { repo: String, files: Vec<String> },
     #[error("{} is not UTF-8 text (byte {offset})", path.display())]
     DataEncoding { path: PathBuf, offset: usize },
-    #[error("{} has {found} tokens, at least {needed} are needed", path.display())]
+    #[error("{data} has {found} tokens, at least {needed} are needed")]
     DataTooSmall {
-        path: PathBuf,
+        data: String,
         found: usize,
         needed: usize,
     },
@@ -437,12 +450,27 @@ pub enum Error {
     },
 }
 
+/// The first of many names.
+fn few(names: &[String]) -> String {
+    const NAMED: usize = 12;
+    match names {
+        [] => "none that holds rows or text".into(),
+        [named @ .., _] if named.len() >= NAMED => {
+            let named = &named[..NAMED];
+            format!("{} and {} more", named.join(", "), names.len() - NAMED)
+        }
+        names => names.join(", "),
+    }
+}
+
 /// Where a row stands in a file of data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
     Line(usize),
     /// Of a list.
     Item(usize),
+    /// Of a table.
+    Row(usize),
 }
 
 impl fmt::Display for Place {
@@ -450,6 +478,7 @@ impl fmt::Display for Place {
         match self {
             Self::Line(number) => write!(f, "line {number}"),
             Self::Item(number) => write!(f, "item {number}"),
+            Self::Row(number) => write!(f, "row {number}"),
         }
     }
 }

@@ -1,6 +1,5 @@
 //! `evaluate`: the next-token loss of a model, or of a decomposition with adapters, on a text.
 
-use std::path::Path;
 use std::time::Instant;
 
 use candle_core::Device;
@@ -10,8 +9,7 @@ use crate::error::{Error, Result};
 use crate::event::{Observer, Stage, Unit};
 use crate::model::{Trained, stacked};
 use crate::source::{Source, load};
-use crate::sum::sha256_file;
-use crate::text::{Corpus, LossOn, Window, segments};
+use crate::text::{Corpus, Data, Dataset, LossOn, Window, segments};
 
 /// How to evaluate.
 #[derive(Debug, Clone)]
@@ -48,6 +46,8 @@ pub struct Facts {
     /// Of the text: files of one name may hold another.
     #[serde(default)]
     pub data_sha256: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dataset: Option<Dataset>,
     pub length: usize,
     /// What was measured, where the data have answers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -60,7 +60,7 @@ pub struct Facts {
 /// they answer.
 pub fn run(
     source: &Source,
-    data: &Path,
+    data: &Data,
     options: &Options,
     observer: &dyn Observer,
 ) -> Result<Facts> {
@@ -87,19 +87,18 @@ pub fn run(
     observer.finish(Stage::Evaluate);
     let mean = loss / tokens as f64;
     if !mean.is_finite() {
-        return Err(Error::BrokenLoss { path: data.into() });
+        return Err(Error::BrokenLoss {
+            data: data.name.clone(),
+        });
     }
     let seconds = started.elapsed().as_secs_f64();
     Ok(Facts {
         loss: mean,
         perplexity: mean.exp(),
         tokens,
-        data: data
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned(),
-        data_sha256: sha256_file(data, |_| {})?,
+        data: data.name.clone(),
+        data_sha256: data.sha256()?,
+        dataset: data.dataset.clone(),
         length: options.length,
         loss_on: corpus.learnt().map(|_| options.loss_on),
         seconds,

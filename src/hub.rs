@@ -4,6 +4,7 @@
 
 mod cache;
 mod client;
+mod dataset;
 mod download;
 mod lfs;
 mod local;
@@ -18,6 +19,7 @@ mod xet;
 
 pub use cache::Snapshot;
 pub use client::{Hub, HubOptions, PUBLIC_HUB, Token};
+pub use dataset::DataRef;
 pub use download::Downloaded;
 pub use local::published_files;
 pub use oidc::{Identity, Login};

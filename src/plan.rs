@@ -19,7 +19,7 @@ use crate::workers::{Limits, cores};
 use choice::{planned, untied_head};
 use fits::refuse_taken_names;
 pub use fits::{check_shapes, expected_inventory};
-pub use name::{Pattern, Role, place, role};
+pub use name::{Pattern, Role, glob, place, role};
 
 /// What a plan depends on beside the model.
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -3,6 +3,7 @@
 mod answers;
 mod packing;
 mod rows;
+mod table;
 
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
@@ -17,15 +18,58 @@ use crate::event::Observer;
 use crate::json;
 use crate::model::{ModelConfig, Segment, Segments};
 use crate::random::SplitMix;
-use crate::sum::sha256_hex;
+use crate::sum::{sha256_file, sha256_hex};
 use answers::Reader;
 use packing::Packed;
 use rows::Row;
 
+pub use rows::ENDINGS;
+
+/// Files of data: their rows are read one after the other.
+#[derive(Debug, Clone)]
+pub struct Data {
+    /// What they are called in reports.
+    pub name: String,
+    pub files: Vec<PathBuf>,
+    pub dataset: Option<Dataset>,
+}
+
+/// Where on the Hub data come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dataset {
+    pub repo: String,
+    /// 40 hex digits.
+    pub revision: String,
+}
+
+impl From<&Path> for Data {
+    fn from(file: &Path) -> Self {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        Self {
+            name: name.into_owned(),
+            files: vec![file.into()],
+            dataset: None,
+        }
+    }
+}
+
+impl Data {
+    /// The sum of the file, or of the sums of several.
+    pub fn sha256(&self) -> Result<String> {
+        let sums = self.files.iter().map(|file| sha256_file(file, |_| {}));
+        let sums = sums.collect::<Result<Vec<_>>>()?;
+        Ok(match &sums[..] {
+            [one] => one.clone(),
+            several => sha256_hex(several.concat().as_bytes()),
+        })
+    }
+}
+
 /// What a model learns from, or is measured on: token ids, cut into windows.
 #[derive(Debug, Clone)]
 pub struct Corpus {
-    pub path: PathBuf,
+    /// Of the data.
+    name: String,
     /// Of all windows, one after the other, with what fills them.
     pub ids: Vec<u32>,
     pub window: usize,
@@ -171,19 +215,19 @@ impl Corpus {
     /// the model's end token. Conversations go through the model's chat template, and stand, like completed prompts, each
     /// by itself in a window that it may share with others; with [`LossOn::Answers`] only what is answered there is learnt.
     pub fn read(
-        path: &Path,
+        data: &Data,
         model: &Path,
         config: &ModelConfig,
         window: usize,
         loss_on: LossOn,
     ) -> Result<Self> {
         let tokenizer = tokenizer(model)?;
-        let rows = rows::read(path)?;
+        let rows = rows::read(&data.files)?;
         let documents = rows.len();
         let end = end_of_documents(model, config);
         let (ids, packed) = match rows.first() {
-            Some((_, Row::Text(_))) | None => {
-                let texts = rows.iter().filter_map(|(_, row)| match row {
+            Some((.., Row::Text(_))) | None => {
+                let texts = rows.iter().filter_map(|(.., row)| match row {
                     Row::Text(text) => Some(text.as_str()),
                     Row::Pair { .. } | Row::Chat(_) => None,
                 });
@@ -193,9 +237,9 @@ impl Corpus {
             Some(_) => {
                 let reader = Reader::new(model, &tokenizer, end, loss_on)?;
                 let mut sequences = Vec::new();
-                for (place, row) in &rows {
+                for (path, place, row) in &rows {
                     let read = reader.sequences(row).map_err(|source| Error::DataRow {
-                        path: path.into(),
+                        path: (*path).into(),
                         place: *place,
                         source: Box::new(source),
                     })?;
@@ -204,7 +248,7 @@ impl Corpus {
                 let (ids, packed) = Packed::of(sequences, window);
                 if packed.is_empty() {
                     return Err(Error::NothingLearnt {
-                        path: path.into(),
+                        data: data.name.clone(),
                         window,
                     });
                 }
@@ -220,13 +264,13 @@ impl Corpus {
         }
         if ids.len() < 2 {
             return Err(Error::DataTooSmall {
-                path: path.into(),
+                data: data.name.clone(),
                 found: ids.len(),
                 needed: 2,
             });
         }
         Ok(Self {
-            path: path.into(),
+            name: data.name.clone(),
             ids,
             window,
             documents,
@@ -264,10 +308,10 @@ impl Corpus {
     /// Tells of documents that nothing separates or ends, of those that are cut or left out, and of windows longer than what
     /// the model was made for.
     pub fn warn(&self, config: &ModelConfig, observer: &dyn Observer) {
-        let path = self.path.display();
+        let name = &self.name;
         match &self.packed {
             None if self.documents > 1 && self.end.is_none() => observer.warn(format!(
-                "the {} documents of {path} run into each other: neither config.json nor generation_config.json names an \
+                "the {} documents of {name} run into each other: neither config.json nor generation_config.json names an \
                  eos_token_id",
                 self.documents,
             )),
@@ -275,13 +319,13 @@ impl Corpus {
             Some(packed) => {
                 if packed.cut > 0 {
                     observer.warn(format!(
-                        "{} of {} examples of {path} are longer than {} tokens, and cut there: --length takes more",
+                        "{} of {} examples of {name} are longer than {} tokens, and cut there: --length takes more",
                         packed.cut, packed.examples, self.window
                     ));
                 }
                 if packed.left_out > 0 {
                     observer.warn(format!(
-                        "{} of {} examples of {path} are left out: they hold no answer within {} tokens",
+                        "{} of {} examples of {name} are left out: they hold no answer within {} tokens",
                         packed.left_out, packed.examples, self.window
                     ));
                 }

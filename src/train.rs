@@ -22,7 +22,7 @@ use crate::model::{Lora, Method, Parametrisation, Trained};
 use crate::parallel::{Alone, Group, refuse_uneven};
 use crate::report;
 use crate::source::{Source, load};
-use crate::text::{Corpus, LossOn, Window, shuffled};
+use crate::text::{Corpus, Data, Dataset, LossOn, Window, shuffled};
 use crate::workspace::{Claim, Workspace, check_free_space};
 use kept::Kept;
 use optimizer::Schedule;
@@ -127,6 +127,8 @@ pub struct Facts {
     /// Numbers that moved.
     pub parameters: u64,
     pub data: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dataset: Option<Dataset>,
     pub data_tokens: usize,
     /// Those of answers, where the data have any: the loss is theirs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -181,7 +183,7 @@ pub struct Sums {
 pub fn run(
     source: &Source,
     pin: Option<Origin>,
-    data: &Path,
+    data: &Data,
     out: &Path,
     options: &Options,
     observer: &dyn Observer,
@@ -290,11 +292,8 @@ pub fn run(
         decomposition_revision: (kept.decomposition()).and_then(|origin| origin.revision.clone()),
         on: kept.standing(),
         parameters,
-        data: data
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned(),
+        data: data.name.clone(),
+        dataset: data.dataset.clone(),
         data_tokens: corpus.tokens(),
         learnt_tokens: corpus.learnt(),
         steps,
@@ -327,7 +326,7 @@ pub fn run(
 /// As [`run`].
 pub fn assist(
     source: &Source,
-    data: &Path,
+    data: &Data,
     options: &Options,
     observer: &dyn Observer,
 ) -> Result<()> {

@@ -287,7 +287,7 @@ mod tests {
     use std::time::Duration;
 
     fn broken() -> Error {
-        Error::BrokenLoss { path: "x".into() }
+        Error::BrokenLoss { data: "x".into() }
     }
 
     #[test]

@@ -89,7 +89,7 @@ fn held_out_losses_match_pytorch() {
         let data = fixture(&format!("{text}-heldout.txt"));
         let facts = evaluate::run(
             &Source::Model(base()),
-            &data,
+            &data.as_path().into(),
             &evaluate::Options::default(),
             &Silent,
         )

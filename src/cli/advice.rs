@@ -146,6 +146,9 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::DataRow { source, .. } if matches!(**source, Error::AnswerUnplaced { .. }) => {
             "with --loss-on all, everything in the conversations is learnt"
         }
+        Error::NoSuchData { .. } | Error::WhichData { .. } => {
+            "name one, or several with a `*`: hf://datasets/org/name/FILE"
+        }
         Error::NothingLearnt { .. } => {
             "answers are the messages of the assistant, or completions: give a larger --length if they come late"
         }
@@ -231,8 +234,8 @@ pub fn advice(error: &Error) -> Option<String> {
             }
         }
         Error::DataFormat { .. } => {
-            "give plain text, .jsonl with a row in each line, or .json with a list of rows: `to_json` of Hugging Face's datasets \
-             writes the second"
+            "give plain text, .jsonl with a row in each line, or .json with a list of rows, or .parquet: Hugging Face's datasets write \
+             the second by `to_json`, the last by `to_parquet`"
         }
         Error::RemoteDiffers { .. } => "run the same command again: it sends what differs",
         Error::Device { .. } => "use --device cpu",

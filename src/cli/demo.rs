@@ -378,7 +378,7 @@ impl Walk<'_> {
             length: self.command.length,
             ..evaluate::Options::default()
         };
-        let facts = evaluate::run(&source, heldout, &options, self.observer)?;
+        let facts = evaluate::run(&source, &heldout.into(), &options, self.observer)?;
         record(&source, &facts, self.observer)?;
         Ok(facts)
     }
@@ -411,7 +411,14 @@ impl Walk<'_> {
             artifact,
             mixture: Mixture::default(),
         };
-        train::run(&source, Some(pin), data, out, &options, self.observer)
+        train::run(
+            &source,
+            Some(pin),
+            &data.into(),
+            out,
+            &options,
+            self.observer,
+        )
     }
 }
 

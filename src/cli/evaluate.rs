@@ -1,7 +1,7 @@
 //! `svdhub evaluate`.
 
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Args;
@@ -9,7 +9,7 @@ use serde_json::{Map, json};
 use svdhub::card::thousands;
 use svdhub::evaluate::{self, Facts, Options};
 use svdhub::event::Observer;
-use svdhub::hub::ModelRef;
+use svdhub::hub::{DataRef, ModelRef};
 use svdhub::source::Source;
 use svdhub::text::LossOn;
 use svdhub::{Result, heap, report};
@@ -29,9 +29,9 @@ pub struct Command {
     /// An adapter of the decomposition, or a LoRA of PEFT, with a factor if wanted; may be repeated
     #[arg(long, value_name = "DIR[*WEIGHT]")]
     adapter: Vec<Weighted>,
-    /// A text, or a .jsonl or .json file of rows, as `svdhub train` takes them
-    #[arg(long, value_name = "FILE")]
-    data: PathBuf,
+    /// A text, or rows in a file or on the Hub, as `svdhub train` takes them
+    #[arg(long, value_name = "FILE|DATASET")]
+    data: DataRef,
     /// What is measured of rows with answers: answers, or all
     #[arg(long, value_name = "PART", default_value = "answers")]
     loss_on: LossOn,
@@ -52,6 +52,7 @@ pub struct Command {
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
         heap::keep_all();
+        let data = session.data(&self.data)?;
         let source = session.source(&self.model, &self.adapter, self.base.as_ref())?;
         let options = Options {
             batch: self.batch.get(),
@@ -59,7 +60,7 @@ impl Command {
             loss_on: self.loss_on,
             device: session.device(self.device)?,
         };
-        let facts = evaluate::run(&source, &self.data, &options, session.observer())?;
+        let facts = evaluate::run(&source, &data, &options, session.observer())?;
         let code = session.print(&facts, || {
             format!(
                 "loss {:.4} nats/token · perplexity {:.2} · {} tokens · {:.0} tokens/s\n",

@@ -13,10 +13,11 @@ use svdhub::base::{self, Base};
 use svdhub::device;
 use svdhub::event::Observer;
 use svdhub::format::{ArtifactLayout, Origin, Pin};
-use svdhub::hub::{Hub, ModelRef, Snapshot};
+use svdhub::hub::{DataRef, Hub, ModelRef, Snapshot};
 use svdhub::kind::Kind;
 use svdhub::parallel::{self, Alone, Group, Started};
 use svdhub::source::Source;
+use svdhub::text::Data;
 use svdhub::weights::Layout;
 use svdhub::workspace::refuse_unfinished;
 use svdhub::{Error, Result};
@@ -54,6 +55,17 @@ impl Session {
         }
         let hub = Hub::new(env::hub_options(self.endpoint.as_deref())?)?;
         Ok(self.hub.get_or_init(|| Arc::new(hub)))
+    }
+
+    /// The files of data, fetched if they are on the Hub.
+    pub fn data(&self, named: &DataRef) -> Result<Data> {
+        match named {
+            DataRef::File(path) => Ok(path.as_path().into()),
+            DataRef::Dataset { id, revision, path } => {
+                let hub = self.hub()?;
+                hub.data(id, revision, path.as_deref(), self.observer())
+            }
+        }
     }
 
     /// Prints facts: as JSON where that was asked for, else through `show`.

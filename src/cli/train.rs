@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::{Args, ValueEnum};
 use svdhub::card::{bytes, thousands};
 use svdhub::event::Silent;
-use svdhub::hub::ModelRef;
+use svdhub::hub::{DataRef, ModelRef};
 use svdhub::model::{Method, Parametrisation};
 use svdhub::text::LossOn;
 use svdhub::train::optimizer::Schedule;
@@ -27,10 +27,10 @@ use super::size::count;
 pub struct Command {
     /// A decomposition, or with --method lora any model: a Hub id or a directory
     model: ModelRef,
-    /// A text; or a .jsonl or .json file with rows of `text`, of `messages`, of `prompt` and `completion`, or of
-    /// `instruction`, `input` and `output`
-    #[arg(long, value_name = "FILE")]
-    data: PathBuf,
+    /// A text; or a .jsonl, .json or .parquet file with rows of `text`, of `messages`, of `prompt` and `completion`, or of
+    /// `instruction`, `input` and `output`; or such files on the Hub: org/name, or hf://datasets/org/name/FILE
+    #[arg(long, value_name = "FILE|DATASET")]
+    data: DataRef,
     /// What is learnt of rows with answers: answers, or all
     #[arg(long, value_name = "PART", default_value = "answers")]
     loss_on: LossOn,
@@ -225,6 +225,7 @@ impl Command {
         heap::keep_all();
         let method = self.method.method(self.seed)?;
         let (device, group) = session.device_and_group(self.device, self.parallel)?;
+        let data = session.data(&self.data)?;
         let (source, pin) = session.source_and_origin(&self.model, &[], self.base.as_ref())?;
         let duration = match (self.steps, self.epochs) {
             (Some(steps), _) => Duration::Steps(steps.get()),
@@ -250,18 +251,11 @@ impl Command {
             ..Options::default()
         };
         if group.rank() > 0 {
-            train::assist(&source, &self.data, &options, &Silent)?;
+            train::assist(&source, &data, &options, &Silent)?;
             group.finish()?;
             return Ok(ExitCode::SUCCESS);
         }
-        let facts = train::run(
-            &source,
-            pin,
-            &self.data,
-            &self.out,
-            &options,
-            session.observer(),
-        )?;
+        let facts = train::run(&source, pin, &data, &self.out, &options, session.observer())?;
         group.finish()?;
         session.print(&facts, || show(&facts, &shown(&self.out)))
     }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
-use super::client::{RemoteFile, stays_inside};
+use super::client::{RemoteFile, is_dataset, stays_inside};
 use crate::base::travels;
 use crate::error::{Error, IoContext, Result};
 use crate::kind::SINGLE_FILES;
@@ -151,7 +151,8 @@ pub(super) struct Cache {
 
 impl Cache {
     pub fn of(cache: &Path, repo: &str) -> Self {
-        let name = format!("models--{}", repo.replace('/', "--"));
+        let kind = if is_dataset(repo) { "" } else { "models--" };
+        let name = format!("{kind}{}", repo.replace('/', "--"));
         Self {
             root: cache.join(&name),
             locks: cache.join(".locks").join(&name),
@@ -223,6 +224,18 @@ impl Cache {
         write_atomically(&path, listing.to_string().as_bytes()).map(drop)
     }
 
+    /// The paths of a revision's files, where its listing was kept.
+    pub fn paths(&self, revision: &str) -> Option<Vec<String>> {
+        let listed = self.listed(&self.commit(revision))?;
+        Some(listed.into_iter().map(|(path, _)| path).collect())
+    }
+
+    /// The commit that a revision named when it was fetched last; a commit names itself.
+    fn commit(&self, revision: &str) -> String {
+        let named = std::fs::read_to_string(self.root.join("refs").join(revision));
+        named.map_or_else(|_| revision.into(), |named| named.trim().into())
+    }
+
     /// The paths of a commit's files and their bytes, where its listing was kept.
     fn listed(&self, commit: &str) -> Option<Vec<(String, u64)>> {
         let text = std::fs::read(self.listing_path(commit)).ok()?;
@@ -241,7 +254,8 @@ impl Cache {
         let dir = self.root.join("snapshots").join(commit);
         let ends = |file: &RemoteFile| {
             assert!(stays_inside(&file.path), "a hostile name has no place");
-            let target = PathBuf::from("../../blobs").join(&file.oid);
+            let up = "../".repeat(file.path.matches('/').count());
+            let target = PathBuf::from(format!("{up}../../blobs")).join(&file.oid);
             (dir.join(&file.path), target)
         };
         let is_there = |(link, target): &(PathBuf, PathBuf)| {
@@ -258,7 +272,10 @@ impl Cache {
             if is_there(&(link.clone(), target.clone())) {
                 continue;
             }
-            let temporary = dir.join(format!(".{}.link", file.path));
+            let folder = link.parent().expect("a link lies in a folder");
+            std::fs::create_dir_all(folder).context("create", folder)?;
+            let name = link.file_name().expect("a link has a name");
+            let temporary = folder.join(format!(".{}.link", name.display()));
             let _ = std::fs::remove_file(&temporary);
             std::os::unix::fs::symlink(&target, &temporary).context("link", &temporary)?;
             std::fs::rename(&temporary, &link).context("rename", &link)?;
@@ -279,9 +296,7 @@ impl Cache {
 
     /// A commit as it lies in the cache, if nothing of it is missing: of these names, or of what verbs read.
     pub fn kept(&self, repo: &str, revision: &str, names: Option<&[&str]>) -> Result<Snapshot> {
-        let named = std::fs::read_to_string(self.root.join("refs").join(revision));
-        let commit = named.unwrap_or_else(|_| revision.to_string());
-        let commit = commit.trim().to_string();
+        let commit = self.commit(revision);
         let dir = self.root.join("snapshots").join(&commit);
         if !dir.is_dir() {
             return Err(Error::Offline { repo: repo.into() });

@@ -229,8 +229,10 @@ impl Hub {
         Ok(info.0)
     }
 
+    /// Models have no kind in their name, datasets are called `datasets/org/name`.
     pub(super) fn api_url(&self, repo: &str, rest: &str) -> String {
-        format!("{}/api/models/{repo}/{rest}", self.endpoint())
+        let kind = if is_dataset(repo) { "" } else { "models/" };
+        format!("{}/api/{kind}{repo}/{rest}", self.endpoint())
     }
 
     /// Every file of a commit, whatever its name: whether it may be written is asked where it is fetched.
@@ -588,6 +590,11 @@ fn parsed_links(text: &str) -> Vec<(&str, String)> {
         left = behind;
     }
     links
+}
+
+/// Whether a repository is one of data.
+pub(super) fn is_dataset(repo: &str) -> bool {
+    repo.starts_with("datasets/")
 }
 
 /// Whether two addresses are of the same server.

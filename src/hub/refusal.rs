@@ -130,7 +130,10 @@ impl Hub {
     /// Whether an address is below one repository's.
     fn is_of_a_repo(&self, url: &str) -> bool {
         let path = url.strip_prefix(self.endpoint());
-        path.is_some_and(|path| path.starts_with("/api/models/") || path.contains("/resolve/"))
+        let kinds = ["/api/models/", "/api/datasets/"];
+        path.is_some_and(|path| {
+            kinds.iter().any(|kind| path.starts_with(kind)) || path.contains("/resolve/")
+        })
     }
 
     /// What an error of hf-hub means that was asked to do something, in our terms. Its own texts hold URLs, never tokens.

@@ -27,7 +27,7 @@ impl Pattern {
     /// Whether the pattern matches the whole name, or a run of its dot-separated parts (`q_proj`, `layers.3`).
     pub fn matches(&self, name: &str) -> bool {
         let whole = if self.0.contains('*') {
-            glob(self.0.as_bytes(), name.as_bytes())
+            glob(&self.0, name)
         } else {
             self.0 == name
         };
@@ -35,7 +35,9 @@ impl Pattern {
     }
 }
 
-fn glob(pattern: &[u8], name: &[u8]) -> bool {
+/// Whether a name is the pattern, in which `*` stands for any run of characters.
+pub fn glob(pattern: &str, name: &str) -> bool {
+    let (pattern, name) = (pattern.as_bytes(), name.as_bytes());
     // greedy with one step back: linear in practice, no recursion to blow up
     let (mut p, mut n, mut star) = (0, 0, None);
     while n < name.len() {

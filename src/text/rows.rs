@@ -1,9 +1,10 @@
 //! The rows of a data file: texts, conversations, prompts with what completes them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::table;
 use crate::error::{Error, IoContext, Place, Result};
 use crate::json;
 
@@ -31,76 +32,119 @@ pub struct Conversation {
     pub learnt: Vec<usize>,
 }
 
-/// Reads a file: `.jsonl` and `.ndjson` have a row in each line, `.json` is a list of them, and everything else is one text.
+/// The endings of files that are read.
+pub const ENDINGS: [&str; 5] = ["jsonl", "ndjson", "json", "parquet", "txt"];
+
+/// Those of tables and archives, whose text this would not find.
+const REFUSED: [&str; 7] = ["csv", "tsv", "arrow", "gz", "zst", "zip", "xz"];
+
+/// What rows are read by; the rest of a table stays where it is.
+pub(super) const FIELDS: [&str; 11] = [
+    "text",
+    "messages",
+    "conversations",
+    "tools",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "history",
+];
+
+/// Reads files: `.jsonl` and `.ndjson` have a row in each line, `.json` is a list of them, `.parquet` a table, and everything
+/// else is one text.
 ///
 /// # Errors
-/// Tables, whose text this would not find; a row of no known form; a text without roles among conversations, or the other
-/// way round.
-pub fn read(path: &Path) -> Result<Vec<(Place, Row)>> {
+/// What is read neither way; a row of no known form; a text without roles among conversations, or the other way round.
+pub fn read(files: &[PathBuf]) -> Result<Vec<(&Path, Place, Row)>> {
+    let mut rows: Vec<(&Path, Place, Row)> = Vec::new();
+    for path in files {
+        for row in file(path)? {
+            let (place, row) = row?;
+            let is_text = |row: &Row| matches!(row, Row::Text(_));
+            if let Some((_, first, other)) = rows.first()
+                && is_text(other) != is_text(&row)
+            {
+                let (found, other) = match is_text(&row) {
+                    true => ("a plain text", "what has answers"),
+                    false => ("what has answers", "a plain text"),
+                };
+                return Err(Error::DataField {
+                    path: path.into(),
+                    place,
+                    found: format!("{found}, where {first} is {other}"),
+                });
+            }
+            rows.push((path, place, row));
+        }
+    }
+    Ok(rows)
+}
+
+type Rows<'a> = Box<dyn Iterator<Item = Result<(Place, Row)>> + 'a>;
+
+/// The rows of one file.
+fn file(path: &Path) -> Result<Rows<'_>> {
     let ending = path.extension().unwrap_or_default().to_ascii_lowercase();
-    let is = |endings: &[&str]| endings.iter().any(|it| ending == *it);
-    if is(&["csv", "tsv", "parquet", "arrow", "gz", "zst"]) {
+    let ending = ending.to_str().unwrap_or_default();
+    let parsed = move |place: Place, value: Value| {
+        let row = row(value).map_err(|found| Error::DataField {
+            path: path.into(),
+            place,
+            found,
+        })?;
+        Ok((place, row))
+    };
+    if REFUSED.contains(&ending) {
         return Err(Error::DataFormat { path: path.into() });
     }
-    if is(&["json"]) {
+    if ending == "parquet" {
+        let rows = (1..).map(Place::Row).zip(table::read(path)?);
+        return Ok(Box::new(rows.map(move |(place, row)| parsed(place, row))));
+    }
+    if ending == "json" {
         let Value::Array(items) = json::read(path)? else {
             return Err(Error::DataFormat { path: path.into() });
         };
-        let places = (1..).map(Place::Item);
-        return rows(path, places.zip(items).map(Ok));
+        let items = (1..).map(Place::Item).zip(items);
+        return Ok(Box::new(
+            items.map(move |(place, item)| parsed(place, item)),
+        ));
     }
+    let text = text(path)?;
+    if ending != "jsonl" && ending != "ndjson" {
+        let all = (Place::Item(1), Row::Text(text));
+        return Ok(Box::new(std::iter::once(Ok(all))));
+    }
+    let lines: Vec<(usize, String)> = (1..)
+        .zip(text.lines())
+        .filter(|(_, line)| !line.trim().is_empty())
+        .map(|(number, line)| (number, line.into()))
+        .collect();
+    let rows = lines.into_iter().map(move |(line, text)| {
+        let value = serde_json::from_str(&text).map_err(|source| Error::DataLine {
+            path: path.into(),
+            line,
+            source,
+        })?;
+        parsed(Place::Line(line), value)
+    });
+    Ok(Box::new(rows))
+}
+
+fn text(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).context("read", path)?;
     let text = String::from_utf8(bytes).map_err(|e| Error::DataEncoding {
         path: path.into(),
         offset: e.utf8_error().valid_up_to(),
     })?;
     // editors of Windows begin texts with a mark that is none of their letters
-    let text = match text.strip_prefix('\u{feff}') {
+    Ok(match text.strip_prefix('\u{feff}') {
         Some(rest) => rest.to_string(),
         None => text,
-    };
-    if !is(&["jsonl", "ndjson"]) {
-        return Ok(vec![(Place::Item(1), Row::Text(text))]);
-    }
-    let lines = (1..).zip(text.lines());
-    let lines = lines.filter(|(_, line)| !line.trim().is_empty());
-    let values = lines.map(|(line, text)| match serde_json::from_str(text) {
-        Ok(value) => Ok((Place::Line(line), value)),
-        Err(source) => Err(Error::DataLine {
-            path: path.into(),
-            line,
-            source,
-        }),
-    });
-    rows(path, values)
-}
-
-fn rows(
-    path: &Path,
-    values: impl Iterator<Item = Result<(Place, Value)>>,
-) -> Result<Vec<(Place, Row)>> {
-    let mut rows: Vec<(Place, Row)> = Vec::new();
-    for value in values {
-        let (place, value) = value?;
-        let refused = |found: String| Error::DataField {
-            path: path.into(),
-            place,
-            found,
-        };
-        let row = row(value).map_err(refused)?;
-        let is_text = matches!(row, Row::Text(_));
-        if let Some((first, other)) = rows.first()
-            && matches!(other, Row::Text(_)) != is_text
-        {
-            let (found, other) = match is_text {
-                true => ("a plain text", "what has answers"),
-                false => ("what has answers", "a plain text"),
-            };
-            return Err(refused(format!("{found}, where {first} is {other}")));
-        }
-        rows.push((place, row));
-    }
-    Ok(rows)
+    })
 }
 
 /// What a row is, or what was found instead.
@@ -193,6 +237,8 @@ fn one(message: Value) -> Result<(Value, bool), String> {
     let Value::Object(mut message) = message else {
         return Err(format!("no fields: {message}"));
     };
+    // tables have every column in every row, and templates ask whether there is one
+    message.retain(|key, value| key == "content" || !value.is_null());
     // ShareGPT's words
     if !message.contains_key("role")
         && let (Some(from), Some(value)) = (message.remove("from"), message.remove("value"))
@@ -366,7 +412,9 @@ mod tests {
         let found = |name: &str, bytes: &[u8]| {
             let path = dir.path().join(name);
             std::fs::write(&path, bytes).expect("writes");
-            read(&path)
+            let rows = read(std::slice::from_ref(&path))?;
+            let rows = rows.into_iter().map(|(_, place, row)| (place, row));
+            Ok::<_, Error>(rows.collect::<Vec<_>>())
         };
         let refused = |name: &str, bytes: &[u8], words: &str| {
             let error = found(name, bytes).expect_err("is refused").to_string();
@@ -392,12 +440,7 @@ mod tests {
         refused("d.json", format!("[{pair},{text}]").as_bytes(), "item 2");
         refused("d.json", b"[", "not valid JSON");
         refused("d.txt", b"a\xff", "byte 1");
-        for (name, bytes) in [
-            ("d.CSV", "a"),
-            ("d.parquet", "PAR1"),
-            ("d.json", "{}"),
-            ("d.jsonl.gz", ""),
-        ] {
+        for (name, bytes) in [("d.CSV", "a"), ("d.json", "{}"), ("d.jsonl.gz", "")] {
             let error = found(name, bytes.as_bytes()).expect_err("is refused");
             assert!(matches!(error, Error::DataFormat { .. }), "{name}: {error}");
         }

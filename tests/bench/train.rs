@@ -444,7 +444,7 @@ fn steps_of_decomposition(artifact: Artifact, options: &train::Options) -> Resul
     let facts = train::run(
         &source,
         Some(pin),
-        &text,
+        &text.as_path().into(),
         &out.path().join("adapter"),
         options,
         &watch,

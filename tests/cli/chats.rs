@@ -2,12 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};
 use svdhub::model::ModelConfig;
 use svdhub::text::{Corpus, LossOn};
 use svdhub::weights::Dtype;
 
-use crate::world::{World, arg, fixture, json_file};
+use crate::world::{Run, TOKEN, World, arg, fixture, json_file};
 
 fn golden(part: &str) -> Value {
     json_file(&fixture("golden/chats.json"))[part].clone()
@@ -61,11 +63,19 @@ fn answers_are_those_that_the_template_marks() {
     let data = world.path("one.jsonl");
     for row in rows {
         lines(&data, &[json!({"messages": row["messages"]})]);
-        let corpus = Corpus::read(&data, &model, &config, 256, LossOn::Answers).expect("reads");
+        let corpus = Corpus::read(
+            &data.as_path().into(),
+            &model,
+            &config,
+            256,
+            LossOn::Answers,
+        )
+        .expect("reads");
         assert_eq!(json!(corpus.ids), row["ids"]);
         let learnt = list(&row["learnt"]).iter().filter(|x| **x == json!(1));
         assert_eq!(corpus.learnt(), Some(learnt.count()));
-        let all = Corpus::read(&data, &model, &config, 256, LossOn::All).expect("reads");
+        let all =
+            Corpus::read(&data.as_path().into(), &model, &config, 256, LossOn::All).expect("reads");
         assert_eq!(
             (&all.ids, all.learnt()),
             (&corpus.ids, Some(corpus.ids.len() - 1))
@@ -76,6 +86,8 @@ fn answers_are_those_that_the_template_marks() {
     std::fs::write(&data, json!(rows).to_string()).expect("writes");
     let flags = rows.iter().flat_map(|row| list(&row["learnt"]));
     let tokens = flags.filter(|x| **x == json!(1)).count() as f64;
+    let table = fixture("golden/chats.parquet");
+    measures(&world, &model, &table, "256", tokens, total(rows, "loss"));
     for length in ["256", "96"] {
         measures(&world, &model, &data, length, tokens, total(rows, "loss"));
     }
@@ -230,4 +242,147 @@ fn what_is_cut_or_teaches_nothing_is_said() {
     let turned = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}";
     std::fs::write(model.join("chat_template.jinja"), turned).expect("writes");
     evaluate("64").refuses(&["data.jsonl line 1", "before message 2", "--loss-on all"]);
+}
+
+/// Puts files into a dataset of this world's Hub, whose commit is returned.
+fn dataset(world: &World, name: &str, files: &[(&str, Vec<u8>)]) -> String {
+    let post = |path: &str, body: String| {
+        let url = format!("{}/api/{path}", world.hub().endpoint());
+        let client = reqwest::blocking::Client::new();
+        let answer = client.post(url).bearer_auth(TOKEN).body(body).send();
+        let answer = answer.and_then(|it| it.error_for_status());
+        answer.expect("an answer").json::<Value>().expect("JSON")
+    };
+    let create = json!({"name": name, "organization": "org", "type": "dataset"});
+    post("repos/create", create.to_string());
+    let header = json!({"key": "header", "value": {"summary": "data"}});
+    let mut commit = vec![header.to_string()];
+    for (path, bytes) in files {
+        let content = BASE64.encode(bytes);
+        let file = json!({"path": path, "content": content, "encoding": "base64"});
+        commit.push(json!({"key": "file", "value": file}).to_string());
+    }
+    let made = post(
+        &format!("datasets/org/{name}/commit/main"),
+        commit.join("\n"),
+    );
+    made["commitOid"].as_str().expect("a commit").into()
+}
+
+#[test]
+fn datasets_on_the_hub_are_data() {
+    let world = World::with_hub();
+    let marked = golden("marked");
+    let model = chatting(&world, &marked["template"]);
+    let rows = list(&marked["rows"]);
+    let line = |row: &Value| format!("{}\n", json!({"messages": row["messages"]})).into_bytes();
+    let table = std::fs::read(fixture("golden/chats.parquet")).expect("reads");
+    let files = [
+        ("README.md", b"# Chats".to_vec()),
+        ("data/train-00000-of-00002.jsonl", line(&rows[0])),
+        ("data/train-00001-of-00002.jsonl", line(&rows[1])),
+        ("data/test-00000-of-00001.parquet", table),
+    ];
+    let commit = dataset(&world, "chats", &files);
+    let evaluate = |data: &str| world.json(&["evaluate", arg(&model), "--data", data]);
+    let facts = evaluate("org/chats");
+    let learnt = |rows: &[Value]| -> usize {
+        let flags = rows.iter().flat_map(|row| list(&row["learnt"]));
+        flags.filter(|x| **x == json!(1)).count()
+    };
+    assert_eq!(facts["tokens"], learnt(&rows[..2]));
+    let wanted = total(&rows[..2], "loss") / learnt(&rows[..2]) as f64;
+    let found = facts["loss"].as_f64().expect("a loss");
+    assert!(
+        (found - wanted).abs() < 1e-5 * wanted,
+        "{found} instead of {wanted}"
+    );
+    assert_eq!(facts["data"], "org/chats/data/train");
+    assert_eq!(
+        facts["dataset"],
+        json!({"repo": "org/chats", "revision": commit})
+    );
+    // what they are called there is what huggingface_hub calls them in the cache
+    let cached = world
+        .path("hf/hub/datasets--org--chats/snapshots")
+        .join(&commit);
+    assert!(cached.join("data/train-00001-of-00002.jsonl").is_file());
+
+    let test = "hf://datasets/org/chats@main/data/test-*";
+    assert_eq!(evaluate(test)["tokens"], learnt(rows));
+    let before = world.hub().requests().len();
+    let mut offline = world.command(&["evaluate", arg(&model), "--data", test]);
+    let run = offline.env("HF_HUB_OFFLINE", "1").output().expect("starts");
+    Run::of(run).succeeds();
+    assert_eq!(world.hub().requests().len(), before, "nothing is asked");
+    let refused = |data: &str, words: &[&str]| {
+        world
+            .run(&["evaluate", arg(&model), "--data", data])
+            .refuses(words);
+    };
+    refused(
+        "hf://datasets/org/chats/none.json",
+        &["none.json", "data/train-00000", "hf://"],
+    );
+    refused("org/nothing", &["datasets/org/nothing"]);
+    dataset(
+        &world,
+        "two",
+        &[("a.json", b"[]".to_vec()), ("b.json", b"[]".to_vec())],
+    );
+    refused("org/two", &["a.json, b.json", "hf://"]);
+
+    // an adapter's card names what it learnt
+    let (split, adapter) = (world.path("svd"), world.path("adapter"));
+    world
+        .run(&["decompose", arg(&model), "--out", arg(&split)])
+        .succeeds();
+    let train = [
+        "train",
+        arg(&split),
+        "--data",
+        "org/chats",
+        "--out",
+        arg(&adapter),
+        "--steps",
+        "2",
+    ];
+    world.run(&train).succeeds();
+    world
+        .run(&["publish", arg(&adapter), "org/adapter"])
+        .succeeds();
+    let url = format!(
+        "{}/org/adapter/resolve/main/README.md",
+        world.hub().endpoint()
+    );
+    let client = reqwest::blocking::Client::new();
+    let card = client
+        .get(url)
+        .bearer_auth(TOKEN)
+        .send()
+        .and_then(|it| it.text());
+    let card = card.expect("a card");
+    assert!(
+        card.contains("datasets:\n- \"org/chats\"\n") && card.contains(&commit),
+        "{card}"
+    );
+}
+
+#[test]
+fn tables_that_are_none_are_refused() {
+    let world = World::new();
+    let model = world.model("model", Dtype::BF16, u64::MAX);
+    let whole = std::fs::read(fixture("golden/chats.parquet")).expect("reads");
+    let data = world.path("data.parquet");
+    let refused = |bytes: &[u8]| {
+        std::fs::write(&data, bytes).expect("writes");
+        world
+            .run(&["evaluate", arg(&model), "--data", arg(&data)])
+            .refuses(&["data.parquet"]);
+    };
+    refused(b"");
+    refused(b"PAR1");
+    refused(&whole[..whole.len() / 2]);
+    // of a table without its middle, the end says what should be there
+    refused(&[&whole[..40], &whole[whole.len() / 2..]].concat());
 }

@@ -312,7 +312,12 @@ pub fn model(bytes: &[u8]) -> bool {
         length: 6,
         ..evaluate::Options::default()
     };
-    let facts = evaluate::run(&Source::Model(base), &data, &options, &Silent);
+    let facts = evaluate::run(
+        &Source::Model(base),
+        &data.as_path().into(),
+        &options,
+        &Silent,
+    );
     if let Ok(facts) = &facts {
         assert!(facts.loss.is_finite() && facts.tokens == 8);
     }
@@ -556,7 +561,7 @@ pub fn data(bytes: &[u8]) -> bool {
         "num_attention_heads": 1, "vocab_size": 3, "eos_token_id": 2});
     let config = ModelConfig::parse(&path, &config).expect("a config");
     fs::write(dir.join("chat_template.jinja"), TEMPLATE).expect("writes");
-    let corpus = Corpus::read(&path, &dir, &config, 8, LossOn::Answers);
+    let corpus = Corpus::read(&path.as_path().into(), &dir, &config, 8, LossOn::Answers);
     if let Ok(corpus) = &corpus {
         assert!(corpus.ids.len() >= 2 && corpus.ids.iter().all(|&id| id < 3));
         let windows = corpus.windows();
