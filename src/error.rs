@@ -37,14 +37,24 @@ pub enum Error {
     },
     #[error("{} is not a directory with a model in it: {missing} is missing", path.display())]
     NotAModel { path: PathBuf, missing: String },
+    #[error("{} is not a directory with a model in it: {missing} is missing, beside {found}, which is not read", path.display())]
+    OtherFormat {
+        path: PathBuf,
+        missing: String,
+        found: String,
+    },
+    #[error("{} is not a directory with a model for text in it: tokenizer.json is missing", path.display())]
+    NoTokenizer { path: PathBuf },
     #[error("{} already holds {found}", path.display())]
     OutputOccupied { path: PathBuf, found: String },
-    #[error("{} holds {work} work of another job: {what} was {before}, now {now}", path.display())]
+    #[error("{} already holds an unfinished training run", path.display())]
+    UnfinishedTraining { path: PathBuf },
+    #[error("{} holds {} work of another job: {what} was {before}, now {now}", path.display(),
+        if *finished { "the finished" } else { "unfinished" })]
     OutputMismatch {
         path: PathBuf,
+        finished: bool,
         what: String,
-        /// Whether it is finished, in words.
-        work: &'static str,
         before: String,
         now: String,
     },
@@ -138,6 +148,12 @@ pub enum Error {
     NotFinite {
         tensor: String,
         path: PathBuf,
+        value: f32,
+        index: Vec<usize>,
+    },
+    #[error("tensor `{tensor}` of the merged model would hold {value} at element {index:?}")]
+    MergedNotFinite {
+        tensor: String,
         value: f32,
         index: Vec<usize>,
     },
@@ -276,6 +292,8 @@ pub enum Error {
     },
     #[error("the processes cannot work together: {reason}")]
     Parallel { reason: String },
+    #[error("the processes cannot work together: {0}")]
+    Clash(Clash),
 
     // -- data -------------------------------------------------------------------------------
     #[error("{} line {line} is not JSON", path.display())]
@@ -448,6 +466,21 @@ pub enum Error {
         name: String,
         source: minijinja::Error,
     },
+}
+
+/// What of processes that were started together does not fit.
+#[derive(Debug, thiserror::Error)]
+pub enum Clash {
+    #[error("{windows} windows in a step cannot be divided evenly among {processes} processes")]
+    Uneven { windows: usize, processes: usize },
+    #[error("{on_gpus} of {processes} compute on GPUs, and the others on CPUs")]
+    Mixed { on_gpus: usize, processes: usize },
+    #[error(
+        "torchrun tells them apart by LOCAL_RANK, which is {place} here, and --device cuda:{number} gives all of them one GPU"
+    )]
+    OneGpu { place: usize, number: usize },
+    #[error("NCCL refuses these GPUs, as where two processes share one")]
+    SharedGpu,
 }
 
 /// The first of many names.

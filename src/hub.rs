@@ -7,6 +7,7 @@ mod client;
 mod dataset;
 mod download;
 mod lfs;
+mod listing;
 mod local;
 mod oidc;
 mod outlet;

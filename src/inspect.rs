@@ -91,7 +91,9 @@ pub fn run(dir: &Path, observer: &dyn Observer) -> Result<Facts> {
 /// Of a decomposition that was made before reports held the spectrum.
 fn from_tensors(dir: &Path, svd: &SvdSection, observer: &dyn Observer) -> Result<Spectrum> {
     let shards = Checkpoint::open(dir, Layout::Decomposition);
-    if let Err(Error::NotAModel { .. } | Error::ShardMissing { .. }) = shards {
+    if let Err(Error::NotAModel { .. } | Error::OtherFormat { .. } | Error::ShardMissing { .. }) =
+        shards
+    {
         return Err(Error::NoSpectrum { path: dir.into() });
     }
     let artifact = Artifact::open(dir, None)?;

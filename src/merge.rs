@@ -407,7 +407,7 @@ impl Merge<'_> {
                 None if is_float(base.dtype) => base.round(&rounder(name)),
                 None => base,
             };
-            cast.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
+            cast.refuse_overflow(&entry.name)?;
             return Ok((cast, RoundingLoss::default()));
         };
         let factors = artifact.factors(module)?;
@@ -416,7 +416,7 @@ impl Merge<'_> {
         let change = mixture.change(module, record.q);
         let (merged, loss) =
             factors.merge(&matrix, whole.as_deref(), &change, &rounder(&entry.name));
-        merged.refuse_not_finite(&entry.name, Path::new("(merged)"))?;
+        merged.refuse_overflow(&entry.name)?;
         Ok((merged, loss))
     }
 }

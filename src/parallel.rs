@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
-use crate::error::{Error, Result};
+use crate::error::{Clash, Error, Result};
 
 pub use meeting::Meeting;
 pub use mpi::{Flavour, Mpi};
@@ -48,9 +48,10 @@ pub fn join(started: &Started, device: &Device) -> Result<Arc<dyn Group>> {
                 return Ok(Arc::new(mpi));
             }
             if on_gpus < *size {
-                return Err(refuse(format!(
-                    "{on_gpus} of {size} compute on GPUs, and the others on CPUs"
-                )));
+                return Err(Error::Clash(Clash::Mixed {
+                    on_gpus,
+                    processes: *size,
+                }));
             }
             let gpus = between_gpus(device, mpi.rank(), mpi.size(), &|bytes| {
                 // as numbers that nobody calculates with
@@ -192,9 +193,8 @@ pub fn refuse_uneven(windows: usize, group: &dyn Group) -> Result<()> {
     if windows.is_multiple_of(size) {
         return Ok(());
     }
-    Err(Error::Parallel {
-        reason: format!(
-            "{windows} windows in a step cannot be divided evenly among {size} processes"
-        ),
-    })
+    Err(Error::Clash(Clash::Uneven {
+        windows,
+        processes: size,
+    }))
 }

@@ -160,10 +160,7 @@ const TOKENIZER: &str = "tokenizer.json";
 pub fn tokenizer(dir: &Path) -> Result<Tokenizer> {
     let path = dir.join(TOKENIZER);
     if !path.exists() {
-        return Err(Error::NotAModel {
-            path: dir.into(),
-            missing: TOKENIZER.into(),
-        });
+        return Err(Error::NoTokenizer { path: dir.into() });
     }
     let refuse = |e: tokenizers::Error| Error::Tokenizer {
         path: path.clone(),

@@ -209,10 +209,7 @@ pub fn run(
             return report::section(out, "train");
         }
         Claim::Interrupted if !options.resume && workspace.state(STATE_FILE).exists() => {
-            return Err(Error::OutputOccupied {
-                path: out.into(),
-                found: "an unfinished training run".into(),
-            });
+            return Err(Error::UnfinishedTraining { path: out.into() });
         }
         Claim::Interrupted | Claim::Fresh => {}
     }

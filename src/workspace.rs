@@ -198,12 +198,8 @@ fn same_settings(dir: &Path, job: &Job, now: &BTreeMap<String, String>) -> Resul
         if a != b {
             return Err(Error::OutputMismatch {
                 path: dir.into(),
+                finished: job.finished,
                 what: what.clone(),
-                work: if job.finished {
-                    "the finished"
-                } else {
-                    "unfinished"
-                },
                 before: a.clone(),
                 now: b.clone(),
             });

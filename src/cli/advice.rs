@@ -1,6 +1,7 @@
 //! What to do about an error. The library says what is; here is said what helps.
 
 use svdhub::Error;
+use svdhub::error::Clash;
 use svdhub::job::MATRICES;
 use svdhub::kind::Kind;
 
@@ -19,11 +20,9 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::RoomTooSmall { .. } => {
             "allow more with --disk, or make less of each file with a smaller --shard-size; the largest matrix has to fit"
         }
-        Error::OutputOccupied { found, .. } if found.contains("unfinished training") => {
-            "add --resume to go on, or choose another --out"
-        }
+        Error::UnfinishedTraining { .. } => "add --resume to go on, or choose another --out",
         Error::OutputOccupied { .. } => "choose another --out; nothing there was touched",
-        Error::OutputMismatch { work, .. } if *work == "the finished" => {
+        Error::OutputMismatch { finished: true, .. } => {
             "choose another --out; nothing there was touched"
         }
         Error::OutputMismatch { .. } => {
@@ -75,15 +74,13 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::TensorMissing { path, .. } if path.ends_with(".svdhub/training.safetensors") => {
             "that state is damaged: begin anew in another --out"
         }
-        Error::NotAModel { missing, .. } if missing.contains("which is not read") => {
+        Error::OtherFormat { .. } => {
             "convert it once: `AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)` in transformers"
         }
         Error::TensorMissing { .. } | Error::Shape { .. } => {
             "weights and config.json do not belong together: check that both come from the same model"
         }
-        Error::NotFinite { path, .. } if path.as_os_str() == "(merged)" => {
-            "use a smaller factor for the adapter, or a wider --dtype"
-        }
+        Error::MergedNotFinite { .. } => "use a smaller factor for the adapter, or a wider --dtype",
         Error::NotFinite { .. } => {
             "the file itself is broken there; ask its author, or take an earlier revision (org/name@revision)"
         }
@@ -219,20 +216,16 @@ pub fn advice(error: &Error) -> Option<String> {
              history keeps them), or choose another repository or --branch; nothing of this is sent twice"
         }
         Error::Lost { .. } => "make or fetch the directory again: what is left of it is no whole",
-        Error::NotAModel { path, missing }
-            if !missing.contains("tokenizer") && Kind::of(path) != Kind::Model =>
-        {
-            match Kind::of(path) {
-                Kind::Decomposition => {
-                    "it is a decomposition: train, evaluate, generate, merge, inspect, convert and verify take it; plan and \
+        Error::NotAModel { path, .. } if Kind::of(path) != Kind::Model => match Kind::of(path) {
+            Kind::Decomposition => {
+                "it is a decomposition: train, evaluate, generate, merge, inspect, convert and verify take it; plan and \
                  decompose want its base"
-                }
-                Kind::Adapter | Kind::Lora => {
-                    "it is an adapter: name what it was trained on first, and this one with --adapter"
-                }
-                _ => "it is an export for svd-training, which no verb here reads",
             }
-        }
+            Kind::Adapter | Kind::Lora => {
+                "it is an adapter: name what it was trained on first, and this one with --adapter"
+            }
+            _ => "it is an export for svd-training, which no verb here reads",
+        },
         Error::DataFormat { .. } => {
             "give plain text, .jsonl with a row in each line, or .json with a list of rows, or .parquet: Hugging Face's datasets write \
              the second by `to_json`, the last by `to_parquet`"
@@ -245,22 +238,20 @@ pub fn advice(error: &Error) -> Option<String> {
         Error::DeviceMemory { .. } => {
             "--recompute keeps of each block only what it reads; a smaller --batch and a shorter --length need less in proportion"
         }
-        Error::Parallel { reason } if reason.contains("windows") => {
+        Error::Clash(Clash::Uneven { .. }) => {
             "choose a --batch that is a multiple of the number of processes"
         }
-        Error::Parallel { reason } if reason.contains("LOCAL_RANK") => {
+        Error::Clash(Clash::OneGpu { .. }) => {
             "use --device auto, or --device cuda: each process then takes a GPU of its own"
         }
-        Error::Parallel { reason } if reason.contains("the others on CPUs") => {
-            "show each process a GPU, or use --device cpu"
-        }
-        Error::Parallel { reason } if reason.contains("share one") => {
+        Error::Clash(Clash::Mixed { .. }) => "show each process a GPU, or use --device cpu",
+        Error::Clash(Clash::SharedGpu) => {
             "start no more processes on a machine than it has GPUs, and leave out --device"
         }
         Error::Parallel { .. } => {
             "start it as `mpirun -n N svdhub train … --parallel`, or with srun and its option --mpi, where that MPI is installed; on GPUs `torchrun --nproc-per-node N --no-python svdhub train … --parallel` does too"
         }
-        Error::NotAModel { missing, .. } if missing.contains("tokenizer") => {
+        Error::NoTokenizer { .. } => {
             "text needs a fast tokenizer: put the model's tokenizer.json there"
         }
         Error::Architecture { .. } => {

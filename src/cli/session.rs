@@ -11,6 +11,7 @@ use svdhub::adapter::{Adapter, Mixture};
 use svdhub::artifact::{Artifact, is_artifact};
 use svdhub::base::{self, Base};
 use svdhub::device;
+use svdhub::error::Clash;
 use svdhub::event::Observer;
 use svdhub::format::{ArtifactLayout, Origin, Pin};
 use svdhub::hub::{DataRef, Hub, ModelRef, Snapshot};
@@ -434,12 +435,9 @@ impl Session {
 fn own_gpu(told: Option<usize>, place: usize, gpus: usize, shared: bool) -> Result<usize> {
     let own = place % gpus;
     match told {
-        Some(number) if shared && number != own => Err(Error::Parallel {
-            reason: format!(
-                "torchrun tells them apart by LOCAL_RANK, which is {place} here, and --device cuda:{number} gives all of \
-                     them one GPU"
-            ),
-        }),
+        Some(number) if shared && number != own => {
+            Err(Error::Clash(Clash::OneGpu { place, number }))
+        }
         told => Ok(told.unwrap_or(own)),
     }
 }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
-use std::path::Path;
 
 use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate};
 use serde::{Deserialize, Serialize};
@@ -76,7 +75,7 @@ impl Planned {
     fn refuse_not_finite(&self) -> Result<()> {
         let tensor = format!("{}.delta", self.module);
         let delta = Elements::from_f32(&[self.delta.len()], &self.delta);
-        delta.refuse_not_finite(&tensor, Path::new("(merged)"))
+        delta.refuse_overflow(&tensor)
     }
 }
 
@@ -278,7 +277,7 @@ fn norms(job: &Job) -> Result<Vec<Norm>> {
                 .mixture
                 .tensor_f32(tensor, &base)
                 .expect("a trained tensor is in the mixture");
-            values.refuse_not_finite(tensor, Path::new("(merged)"))?;
+            values.refuse_overflow(tensor)?;
             let module = tensor.strip_suffix(".weight").expect("a norm is a weight");
             let name = job.naming.in_model(module);
             let mut tensors = vec![(format!("{name}.weight"), values)];

@@ -4,7 +4,6 @@
 //! head, all of q = int(rank_fraction · min(m, n)) triplets; `load_state_dict` then wants exactly these shapes. What our
 //! decomposition has fewer of is filled up with zeros, which changes nothing.
 
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -190,7 +189,7 @@ impl Item {
             Self::Carried { tensor, name, .. } => vec![(name.clone(), current(job, tensor)?)],
         };
         for (name, values) in &tensors {
-            values.refuse_not_finite(name, Path::new("(merged)"))?;
+            values.refuse_overflow(name)?;
         }
         Ok(tensors)
     }

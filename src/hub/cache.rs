@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
-use super::client::{RemoteFile, is_dataset, stays_inside};
+use super::client::is_dataset;
+use super::listing::{RemoteFile, stays_inside};
 use crate::base::travels;
 use crate::error::{Error, IoContext, Result};
 use crate::kind::SINGLE_FILES;

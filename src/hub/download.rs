@@ -8,7 +8,8 @@ use reqwest::header::{CONTENT_RANGE, RANGE};
 use reqwest::{Method, StatusCode};
 
 use super::cache::{Cache, Place, Snapshot, begun, digest, needed, open_partial};
-use super::client::{Asked, DOWNLOAD, Hub, RemoteFile, refuse_hostile, segment, segments};
+use super::client::{Asked, DOWNLOAD, Hub, segment, segments};
+use super::listing::{RemoteFile, refuse_hostile};
 use super::xet::Way;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Gauge, Observer, Stage, Unit};

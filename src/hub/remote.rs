@@ -10,8 +10,9 @@ use reqwest::header::RANGE;
 use reqwest::{Method, StatusCode};
 
 use super::cache::{Snapshot, needed};
-use super::client::{FIRST_PAUSE, Hub, RemoteFile};
+use super::client::{FIRST_PAUSE, Hub};
 use super::download::{RESUMPTIONS, begins_at};
+use super::listing::RemoteFile;
 use crate::error::{Error, IoContext, Result};
 use crate::event::Observer;
 use crate::json;

@@ -19,7 +19,8 @@ use xet::xet_session::{
 };
 
 use super::cache::open_partial;
-use super::client::{Asked, CONNECT_TIMEOUT, FIRST_PAUSE, Hub, RemoteFile, TRIES, segment};
+use super::client::{Asked, CONNECT_TIMEOUT, FIRST_PAUSE, Hub, TRIES, segment};
+use super::listing::RemoteFile;
 use super::local::LocalFile;
 use super::upload::Push;
 use crate::contents::Contents;

@@ -11,7 +11,7 @@ use candle_core::cuda_backend::{CudaDevice, WrapErr};
 
 use super::{Group, refuse};
 use crate::device;
-use crate::error::Result;
+use crate::error::{Clash, Error, Result};
 
 pub struct Nccl {
     comm: Mutex<Channel>,
@@ -60,9 +60,7 @@ impl Nccl {
         let id = Id::uninit(name.map(|byte| byte as _));
         let comm = Comm::from_rank(device.cuda_stream(), rank, size, id);
         let comm = comm.map_err(|error| match error.0 {
-            ncclResult_t::ncclInvalidUsage => {
-                refuse("NCCL refuses these GPUs, as where two processes share one")
-            }
+            ncclResult_t::ncclInvalidUsage => Error::Clash(Clash::SharedGpu),
             _ => failed(error),
         })?;
         Ok(Self {

@@ -339,12 +339,14 @@ impl Checkpoint {
                     .iter()
                     .any(|end| name.ends_with(end))
             });
-            return Err(Error::NotAModel {
-                path: dir.into(),
-                missing: match other {
-                    Some(name) => format!("{missing}, beside {name}, which is not read,"),
-                    None => missing,
+            let path = dir.into();
+            return Err(match other {
+                Some(found) => Error::OtherFormat {
+                    path,
+                    missing,
+                    found,
                 },
+                None => Error::NotAModel { path, missing },
             });
         }
         let bytes = std::fs::read(&path).context("read", &path)?;

@@ -176,6 +176,18 @@ impl Elements {
         }
     }
 
+    /// The same of a tensor that was merged, and lies in no file yet.
+    pub fn refuse_overflow(&self, tensor: &str) -> Result<()> {
+        match self.first_not_finite() {
+            None => Ok(()),
+            Some((index, value)) => Err(Error::MergedNotFinite {
+                tensor: tensor.into(),
+                value,
+                index,
+            }),
+        }
+    }
+
     /// The first element that is NaN or infinite, with its index.
     pub fn first_not_finite(&self) -> Option<(Vec<usize>, f32)> {
         if !is_float(self.dtype) {
