@@ -37,7 +37,6 @@ pub(super) fn check(routine: &'static str, side: usize, info: c_int) -> Result<(
     }
 }
 
-pub(super) const LOWER: c_char = b'L' as c_char;
 pub(super) const UPPER: c_char = b'U' as c_char;
 
 /// f32 and f64, each with its LAPACK routines.
@@ -51,23 +50,12 @@ pub trait Real:
     + Vectors
 {
     const ONE: Self;
-    const ROUTINES: [&'static str; 2];
+    const SOLVER: &'static str;
     fn from_f64(x: f64) -> Self;
     /// Columns of an f32 matrix to lay out at a time.
     const PANEL: usize;
     /// Adds x·xᵀ to the lower half of c (s, s), dense rows, for such a panel x (s, k).
     fn add_square_lower(c: ArrayViewMut2<Self>, panel: ArrayView2<f32>);
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn raw_sytrd(
-        n: c_int,
-        a: *mut Self,
-        lda: c_int,
-        d: *mut Self,
-        e: *mut Self,
-        tau: *mut Self,
-        work: *mut Self,
-        lwork: c_int,
-    ) -> c_int;
     #[allow(clippy::too_many_arguments)]
     unsafe fn raw_stedc(
         n: c_int,
@@ -96,43 +84,27 @@ pub trait Real:
                 e.as_mut_ptr(),
                 z.as_mut_ptr(),
                 work.as_mut_ptr(),
-                work_len(work.len(), Self::ROUTINES[1], side)?,
+                work_len(work.len(), Self::SOLVER, side)?,
                 iwork.as_mut_ptr(),
                 int(iwork.len()),
             )
         };
-        check(Self::ROUTINES[1], side, info)?;
+        check(Self::SOLVER, side, info)?;
         Ok((d, z))
     }
 }
 
 macro_rules! real {
-    ($t:ty, $names:expr, $panel:expr, $square:expr, $sytrd:ident, $stedc:ident) => {
+    ($t:ty, $solver:expr, $panel:expr, $square:expr, $stedc:ident) => {
         impl Real for $t {
             const ONE: Self = 1.0;
-            const ROUTINES: [&'static str; 2] = $names;
+            const SOLVER: &'static str = $solver;
             fn from_f64(x: f64) -> Self {
                 x as Self
             }
             const PANEL: usize = $panel;
             fn add_square_lower(c: ArrayViewMut2<Self>, panel: ArrayView2<f32>) {
                 $square(c, panel)
-            }
-            unsafe fn raw_sytrd(
-                n: c_int,
-                a: *mut Self,
-                lda: c_int,
-                d: *mut Self,
-                e: *mut Self,
-                tau: *mut Self,
-                work: *mut Self,
-                lwork: c_int,
-            ) -> c_int {
-                let mut info = 0;
-                unsafe {
-                    lapack_sys::$sytrd(&LOWER, &n, a, &lda, d, e, tau, work, &lwork, &mut info)
-                };
-                info
             }
             unsafe fn raw_stedc(
                 n: c_int,
@@ -165,20 +137,12 @@ macro_rules! real {
         }
     };
 }
-real!(
-    f32,
-    ["ssytrd", "sstedc"],
-    2048,
-    product::add_square_lower,
-    ssytrd_,
-    sstedc_
-);
+real!(f32, "sstedc", 2048, product::add_square_lower, sstedc_);
 real!(
     f64,
-    ["dsytrd", "dstedc"],
+    "dstedc",
     512,
     |c, panel| add_square_by_strips(c, row_major::<f32, f64>(panel).view()),
-    dsytrd_,
     dstedc_
 );
 
