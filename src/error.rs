@@ -318,7 +318,7 @@ pub enum Error {
     NoTemplateForChats { path: PathBuf },
     #[error("the chat template rewrites what comes before message {message} once that is there")]
     AnswerUnplaced { message: usize },
-    #[error("{data} holds no answer within {window} tokens")]
+    #[error("{data} holds nothing to learn within {window} tokens")]
     NothingLearnt { data: String, window: usize },
     #[error("{} is no table that can be read: {reason}", path.display())]
     Table { path: PathBuf, reason: String },

@@ -65,7 +65,14 @@ pub fn run(
     observer: &dyn Observer,
 ) -> Result<Facts> {
     let config = source.config()?;
-    let corpus = Corpus::read(data, source.dir(), &config, options.length, options.loss_on)?;
+    let corpus = Corpus::read(
+        data,
+        source.dir(),
+        &config,
+        options.length,
+        options.loss_on,
+        observer,
+    )?;
     corpus.warn(&config, observer);
     let decoder = load(source, Trained::default(), &options.device, observer)?;
     let started = Instant::now();

@@ -12,6 +12,7 @@ pub enum Stage {
     Convert,
     Write,
     Load,
+    Read,
     Train,
     Evaluate,
     Merge,
@@ -27,6 +28,7 @@ pub enum Unit {
     Flops,
     Tokens,
     Steps,
+    Rows,
 }
 
 /// One thing that happened.

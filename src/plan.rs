@@ -453,6 +453,7 @@ mod tests {
             norms: false,
             embeddings: false,
             batch: 1,
+            at_once: 1,
             length: 8,
             recompute: false,
             on_gpu,

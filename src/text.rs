@@ -13,12 +13,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokenizers::{Encoding, Tokenizer};
 
-use crate::error::{Error, Result};
-use crate::event::Observer;
+use crate::error::{Error, Place, Result};
+use crate::event::{Observer, Stage, Unit};
 use crate::json;
 use crate::model::{ModelConfig, Segment, Segments};
 use crate::random::SplitMix;
 use crate::sum::{sha256_file, sha256_hex};
+use crate::workers::{cores, in_order};
 use answers::Reader;
 use packing::Packed;
 use rows::Row;
@@ -217,6 +218,7 @@ impl Corpus {
         config: &ModelConfig,
         window: usize,
         loss_on: LossOn,
+        observer: &dyn Observer,
     ) -> Result<Self> {
         let tokenizer = tokenizer(model)?;
         let rows = rows::read(&data.files)?;
@@ -224,24 +226,17 @@ impl Corpus {
         let end = end_of_documents(model, config);
         let (ids, packed) = match rows.first() {
             Some((.., Row::Text(_))) | None => {
-                let texts = rows.iter().filter_map(|(.., row)| match row {
-                    Row::Text(text) => Some(text.as_str()),
-                    Row::Pair { .. } | Row::Chat(_) => None,
-                });
                 let end = end.filter(|_| documents > 1);
-                (stream(texts, &tokenizer, model, end)?, None)
+                let file = model.join(TOKENIZER);
+                let texts = each(&rows, observer, |row| match row {
+                    Row::Text(text) => encode(&tokenizer, &file, text, true),
+                    Row::Pair { .. } | Row::Chat(_) => unreachable!("rows are of one kind"),
+                })?;
+                (stream(texts, end), None)
             }
             Some(_) => {
                 let reader = Reader::new(model, &tokenizer, end, loss_on)?;
-                let mut sequences = Vec::new();
-                for (path, place, row) in &rows {
-                    let read = reader.sequences(row).map_err(|source| Error::DataRow {
-                        path: (*path).into(),
-                        place: *place,
-                        source: Box::new(source),
-                    })?;
-                    sequences.extend(read);
-                }
+                let sequences = each(&rows, observer, |row| reader.sequences(row))?;
                 let (ids, packed) = Packed::of(sequences, window);
                 if packed.is_empty() {
                     return Err(Error::NothingLearnt {
@@ -316,14 +311,14 @@ impl Corpus {
             Some(packed) => {
                 if packed.cut > 0 {
                     observer.warn(format!(
-                        "{} of {} examples of {name} are longer than {} tokens, and cut there: --length takes more",
-                        packed.cut, packed.examples, self.window
+                        "{} of {} rows of {name} are longer than {} tokens, and cut there: --length takes more",
+                        packed.cut, self.documents, self.window
                     ));
                 }
                 if packed.left_out > 0 {
                     observer.warn(format!(
-                        "{} of {} examples of {name} are left out: they hold no answer within {} tokens",
-                        packed.left_out, packed.examples, self.window
+                        "{} of {} rows of {name} are left out: they hold nothing to learn within {} tokens",
+                        packed.left_out, self.documents, self.window
                     ));
                 }
             }
@@ -376,24 +371,58 @@ impl Corpus {
     }
 }
 
-/// Texts one after the other, each with what the tokenizer adds, and ended if there is an `end`.
-fn stream<'a>(
-    texts: impl Iterator<Item = &'a str>,
-    tokenizer: &Tokenizer,
-    model: &Path,
-    end: Option<u32>,
-) -> Result<Vec<u32>> {
-    let file = model.join(TOKENIZER);
+/// What `work` makes of each row, in order.
+fn each<T: Send>(
+    rows: &[(&Path, Place, Row)],
+    observer: &dyn Observer,
+    work: impl Fn(&Row) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    /// Rows that a thread reads before it waits for the others.
+    const AT_ONCE: usize = 256;
+    let is_one = rows.len() == 1;
+    if !is_one {
+        observer.start(Stage::Read, rows.len() as u64, Unit::Rows);
+    }
+    let read = |rows: &&[(&Path, Place, Row)]| {
+        let read = rows.iter().map(|(path, place, row)| {
+            work(row).map_err(|source| match row {
+                Row::Text(_) => source,
+                Row::Pair { .. } | Row::Chat(_) => Error::DataRow {
+                    path: (*path).into(),
+                    place: *place,
+                    source: Box::new(source),
+                },
+            })
+        });
+        read.collect::<Result<Vec<T>>>()
+    };
+    let parts: Vec<&[(&Path, Place, Row)]> = rows.chunks(AT_ONCE).collect();
+    let mut all = Vec::with_capacity(rows.len());
+    in_order(&parts, cores(), read, |part, read| {
+        all.extend(read);
+        if !is_one {
+            observer.advance(Stage::Read, part.len() as u64, "");
+        }
+        Ok(())
+    })?;
+    if !is_one {
+        observer.finish(Stage::Read);
+    }
+    Ok(all)
+}
+
+/// The ids of texts one after the other, each ended if there is an `end`.
+fn stream(texts: Vec<Vec<u32>>, end: Option<u32>) -> Vec<u32> {
     let mut ids = Vec::new();
     for text in texts {
-        ids.extend(encode(tokenizer, &file, text, true)?);
+        ids.extend(text);
         if let Some(end) = end
             && ids.last() != Some(&end)
         {
             ids.push(end);
         }
     }
-    Ok(ids)
+    ids
 }
 
 /// The model's end token, or that of its texts.

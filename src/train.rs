@@ -45,6 +45,8 @@ pub struct Options {
     pub duration: Duration,
     /// Windows per step.
     pub batch: usize,
+    /// Windows computed at a time by each process, if not all of its share; their gradients are added up.
+    pub micro_batch: Option<usize>,
     /// Tokens per window.
     pub length: usize,
     pub learning_rate: f64,
@@ -77,6 +79,7 @@ impl Default for Options {
         Self {
             duration: Duration::Epochs(1.0),
             batch: 4,
+            micro_batch: None,
             length: 256,
             learning_rate: Method::default().learning_rate(),
             schedule: Schedule::default(),
@@ -135,6 +138,8 @@ pub struct Facts {
     pub learnt_tokens: Option<usize>,
     pub steps: usize,
     pub batch: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub micro_batch: Option<usize>,
     pub length: usize,
     pub learning_rate: f64,
     pub schedule: Schedule,
@@ -191,13 +196,28 @@ pub fn run(
     refuse_uneven(options.batch, &*options.group)?;
     let kept = Kept::of(source, pin, options, observer)?;
     let config = source.config()?;
-    let corpus = Corpus::read(data, source.dir(), &config, options.length, options.loss_on)?;
+    let corpus = Corpus::read(
+        data,
+        source.dir(),
+        &config,
+        options.length,
+        options.loss_on,
+        observer,
+    )?;
     corpus.warn(&config, observer);
     corpus.note_rest(observer);
     let windows = corpus.full_windows();
     // all are as long as asked for, unless there is less text than that
     let length = windows[0].ids.len();
     refuse_too_large(source, options, length)?;
+    if windows.len() < options.batch {
+        observer.warn(format!(
+            "{} has {} windows for a batch of {}: each step takes some of them more than once",
+            data.name,
+            windows.len(),
+            options.batch
+        ));
+    }
     let steps = steps(&windows, options);
     let (mut workspace, claim) =
         Workspace::claim(out, "train", settings(&kept, &corpus, steps, options))?;
@@ -295,6 +315,7 @@ pub fn run(
         learnt_tokens: corpus.learnt(),
         steps,
         batch: options.batch,
+        micro_batch: options.micro_batch,
         length,
         learning_rate: options.learning_rate,
         schedule: options.schedule,
@@ -328,7 +349,14 @@ pub fn assist(
     observer: &dyn Observer,
 ) -> Result<()> {
     let config = source.config()?;
-    let corpus = Corpus::read(data, source.dir(), &config, options.length, options.loss_on)?;
+    let corpus = Corpus::read(
+        data,
+        source.dir(),
+        &config,
+        options.length,
+        options.loss_on,
+        observer,
+    )?;
     let windows = corpus.full_windows();
     let steps = steps(&windows, options);
     let decoder = load(source, trained(options), &options.device, observer)
@@ -456,7 +484,7 @@ fn settings(
         Kept::Adapter { artifact, .. } => ("decomposition", artifact.content_sha256.clone()),
         Kept::Lora { base, .. } => ("base", format!("{:?}", base.sha256)),
     };
-    BTreeMap::from([
+    let mut settings = BTreeMap::from([
         (what.into(), content),
         ("method".into(), format!("{:?}", options.method)),
         ("data".into(), corpus.sha256()),
@@ -473,7 +501,15 @@ fn settings(
         ("norms".into(), options.norms.to_string()),
         ("embeddings".into(), options.embeddings.to_string()),
         ("seed".into(), options.seed.to_string()),
-    ])
+    ]);
+    if let Some(windows) = options.micro_batch {
+        settings.insert("micro-batch".into(), windows.to_string());
+    }
+    if corpus.learnt().is_some() {
+        let loss_on = format!("{:?}", options.loss_on).to_lowercase();
+        settings.insert("loss on".into(), loss_on);
+    }
+    settings
 }
 
 /// The windows of one step: each epoch is a new shuffle, and a step depends on nothing but its number.

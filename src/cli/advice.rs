@@ -147,7 +147,7 @@ pub fn advice(error: &Error) -> Option<String> {
             "name one, or several with a `*`: hf://datasets/org/name/FILE"
         }
         Error::NothingLearnt { .. } => {
-            "answers are the messages of the assistant, or completions: give a larger --length if they come late"
+            "answers are the assistant's messages whose weight is not 0, or completions: if they come late, give a larger --length"
         }
         Error::DataLine { .. } => {
             "each line must be one JSON object; a plain text needs another ending than .jsonl"
@@ -236,7 +236,7 @@ pub fn advice(error: &Error) -> Option<String> {
             "end other programs that use this GPU, or compute with --device cpu"
         }
         Error::DeviceMemory { .. } => {
-            "--recompute keeps of each block only what it reads; a smaller --batch and a shorter --length need less in proportion"
+            "--recompute keeps of each block only what it reads; a --micro-batch below --batch and a shorter --length need less in proportion"
         }
         Error::Clash(Clash::Uneven { .. }) => {
             "choose a --batch that is a multiple of the number of processes"

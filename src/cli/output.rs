@@ -2,7 +2,12 @@
 
 /// Names come from strangers: what would steer a terminal is not passed on.
 pub fn plain(text: &str) -> String {
-    text.replace(|c: char| c.is_control() && c != '\n', "\u{fffd}")
+    // those that turn the direction of what follows, too
+    let turns = |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    text.replace(
+        |c: char| c.is_control() && c != '\n' || turns(c),
+        "\u{fffd}",
+    )
 }
 
 /// Rows of cells under a header: columns of numbers are aligned to the right, columns of words to the left.

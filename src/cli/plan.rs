@@ -60,6 +60,9 @@ struct StepArgs {
     /// Windows per step
     #[arg(long, value_name = "N", value_parser = count, default_value_t = NonZeroUsize::new(train::Options::default().batch).expect("the default is positive"), help_heading = "Method")]
     batch: NonZeroUsize,
+    /// Windows computed at a time [default: all of a step]
+    #[arg(long, value_name = "N", value_parser = count, help_heading = "Method")]
+    micro_batch: Option<NonZeroUsize>,
     /// Tokens per window
     #[arg(long, value_name = "N", default_value_t = train::Options::default().length, value_parser = length, help_heading = "Method")]
     length: usize,
@@ -75,6 +78,7 @@ impl StepArgs {
             norms: self.train.contains(&Group::Norms),
             embeddings: self.train.contains(&Group::Embeddings),
             batch: self.batch.get(),
+            at_once: self.micro_batch.map_or(usize::MAX, NonZeroUsize::get),
             length: self.length,
             recompute: self.recompute,
             on_gpu: false,
@@ -247,10 +251,11 @@ pub fn show(plan: &Plan, name: &str, all: bool) -> String {
             training.method,
             training.batch,
             training.length,
-            if training.recompute {
-                ", recomputing"
-            } else {
-                ""
+            match (training.micro_batch, training.recompute) {
+                (None, false) => String::new(),
+                (None, true) => ", recomputing".into(),
+                (Some(windows), false) => format!(", {windows} at a time"),
+                (Some(windows), true) => format!(", {windows} at a time, recomputing"),
             },
             thousands(training.parameters),
             bytes(training.peak_bytes),

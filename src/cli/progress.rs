@@ -77,6 +77,7 @@ fn name(stage: Stage) -> &'static str {
         Stage::Convert => "convert",
         Stage::Write => "write",
         Stage::Load => "load",
+        Stage::Read => "read",
         Stage::Train => "train",
         Stage::Evaluate => "evaluate",
         Stage::Merge => "merge",
@@ -91,6 +92,7 @@ fn amount(value: f64, unit: Unit) -> String {
         Unit::Bytes => bytes(value as u64),
         Unit::Flops => format!("{:.1} GFLOP", value / 1e9),
         Unit::Tokens => format!("{value:.0} tokens"),
+        Unit::Rows => format!("{value:.0} rows"),
         Unit::Steps if value >= 10.0 => format!("{value:.0} steps"),
         Unit::Steps => format!("{value:.1} steps"),
     }

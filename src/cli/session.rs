@@ -82,14 +82,16 @@ impl Session {
 
     /// Tells what went wrong, why, and what helps.
     pub fn explain(&self, error: &Error) {
-        complain(&format!("error: {error}"));
+        // a quoted text of several lines stays below its own
+        let indented = |text: String| text.trim_end().replace('\n', "\n    ");
+        complain(&format!("error: {}", indented(error.to_string())));
         let mut source = std::error::Error::source(error);
         let mut said = error.to_string();
         while let Some(cause) = source {
             let text = cause.to_string();
             // many libraries repeat their source in their own text
             if !said.contains(&text) {
-                complain(&format!("  because: {text}"));
+                complain(&format!("  because: {}", indented(text.clone())));
                 said.push_str(&text);
             }
             source = cause.source();

@@ -27,7 +27,7 @@ use super::size::count;
 pub struct Command {
     /// A decomposition, or with --method lora any model: a Hub id or a directory
     model: ModelRef,
-    /// A text; or a .jsonl, .json or .parquet file with rows of `text`, of `messages`, of `prompt` and `completion`, or of
+    /// A text; or a .jsonl, .json or .parquet file with rows of `messages`, of `prompt` and `completion`, of `text`, or of
     /// `instruction`, `input` and `output`; or such files on the Hub: org/name, or hf://datasets/org/name/FILE
     #[arg(long, value_name = "FILE|DATASET")]
     data: DataRef,
@@ -64,6 +64,9 @@ pub struct Command {
     /// Windows per step
     #[arg(long, value_name = "N", value_parser = count, default_value_t = NonZeroUsize::new(Options::default().batch).expect("the default is positive"))]
     batch: NonZeroUsize,
+    /// Windows computed at a time; their gradients are added up: the same step from less memory [default: all of a step]
+    #[arg(long, value_name = "N", value_parser = count)]
+    micro_batch: Option<NonZeroUsize>,
     /// Tokens per window
     #[arg(long, value_name = "N", default_value_t = Options::default().length, value_parser = length)]
     length: usize,
@@ -234,6 +237,7 @@ impl Command {
         let options = Options {
             duration,
             batch: self.batch.get(),
+            micro_batch: self.micro_batch.map(NonZeroUsize::get),
             length: self.length,
             learning_rate: self.lr.unwrap_or(method.learning_rate()),
             schedule: self.schedule,

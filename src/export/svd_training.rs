@@ -4,7 +4,6 @@
 //! head, all of q = int(rank_fraction · min(m, n)) triplets; `load_state_dict` then wants exactly these shapes. What our
 //! decomposition has fewer of is filled up with zeros, which changes nothing.
 
-
 use serde::{Deserialize, Serialize};
 
 use super::{File, Job};

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Result as CandleResult, Tensor};
+use candle_core::{DType, Result as CandleResult, Tensor};
 
 use super::decoder::Decoder;
 use super::segments::Segments;
@@ -10,6 +10,7 @@ use super::tape::{self, record};
 use crate::error::Result;
 
 /// What a backward pass gives.
+#[derive(Default)]
 pub struct Gradients {
     /// Mean next-token loss, in nats.
     pub loss: f32,
@@ -95,6 +96,20 @@ impl Decoder {
 }
 
 impl Gradients {
+    /// Adds this share of others.
+    pub fn add(&mut self, others: Self, share: f64) -> Result<()> {
+        self.loss += (share * f64::from(others.loss)) as f32;
+        for (name, tensor) in others.tensors {
+            let tensor = (tensor.to_dtype(DType::F32)? * share)?;
+            let sum = match self.tensors.remove(&name) {
+                Some(sum) => (sum + tensor)?,
+                None => tensor,
+            };
+            self.tensors.insert(name, sum);
+        }
+        Ok(())
+    }
+
     fn of(mean: &Tensor) -> CandleResult<Self> {
         Ok(Self {
             loss: mean.flatten_all()?.to_vec1::<f32>()?[0],

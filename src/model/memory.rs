@@ -15,6 +15,8 @@ pub struct Step {
     pub embeddings: bool,
     /// Windows per step.
     pub batch: usize,
+    /// Windows computed at a time.
+    pub at_once: usize,
     /// Tokens per window.
     pub length: usize,
     pub recompute: bool,
@@ -23,6 +25,11 @@ pub struct Step {
 }
 
 impl Step {
+    /// Windows that are in memory together.
+    fn windows(&self) -> usize {
+        self.at_once.min(self.batch)
+    }
+
     /// Bytes of a frozen number that takes so many where it is stored.
     fn width(&self, stored: usize) -> u128 {
         match self.on_gpu {
@@ -72,6 +79,9 @@ pub enum Part {
 pub struct Training {
     pub method: &'static str,
     pub batch: usize,
+    /// Windows computed at a time, if these are not all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batch: Option<usize>,
     pub length: usize,
     pub recompute: bool,
     /// Numbers that move.
@@ -79,7 +89,7 @@ pub struct Training {
     /// Of all weights as they are stored or as a GPU holds them, those that move in f32, of the singular vectors that are
     /// needed, and of what a method adds.
     pub weights_bytes: u64,
-    /// Of the two moments and the gradient of what moves.
+    /// Of the two moments and the gradient of what moves, and of the gradients' sum in a step of several parts.
     pub moving_bytes: u64,
     /// Of what the backward pass reads again.
     pub activations_bytes: u64,
@@ -155,7 +165,13 @@ pub fn training(
         0
     };
     let activations = number * (at_once.kept(config, step.recompute) + read);
-    let moments = NUMBER * 2 * moving;
+    // of a step in parts, the sum of their gradients waits for the last
+    let waiting = if step.windows() < step.batch {
+        moving
+    } else {
+        0
+    };
+    let moments = NUMBER * (2 * moving + waiting);
     let logits = number * at_once.logits(config, matrices, step);
     let gradients = number * at_once.gradients(config, step);
     let at_end = logits.max(NUMBER * moving + gradients);
@@ -164,11 +180,12 @@ pub fn training(
     Training {
         method: step.method.name(),
         batch: step.batch,
+        micro_batch: (step.windows() < step.batch).then_some(step.at_once),
         length: step.length,
         recompute: step.recompute,
         parameters: shown(moving),
         weights_bytes: shown(weights),
-        moving_bytes: shown(NUMBER * 3 * moving),
+        moving_bytes: shown(NUMBER * (3 * moving + waiting)),
         activations_bytes: shown(activations),
         passing_bytes: shown(logits.max(gradients)),
         peak_bytes: shown(PROCESS_BYTES + peak + peak / KEPT_FREE),
@@ -207,9 +224,9 @@ struct Sizes {
 
 impl Sizes {
     fn of(config: &ModelConfig, step: &Step) -> Self {
-        let (batch, length) = (step.batch as u128, step.length as u128);
+        let (windows, length) = (step.windows() as u128, step.length as u128);
         Self {
-            tokens: batch * length,
+            tokens: windows * length,
             hidden: config.hidden as u128,
             intermediate: config.intermediate as u128,
             query: (config.heads * config.head_dim) as u128,

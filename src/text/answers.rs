@@ -1,5 +1,6 @@
 //! Documents with answers, as sequences of token ids.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -26,7 +27,8 @@ pub struct Reader<'a> {
     path: PathBuf,
     /// If the model has a template.
     chat: Option<Chat>,
-    /// Special tokens, as they are spelled.
+    /// Special tokens, and how they are spelled.
+    special: HashSet<u32>,
     ends: Vec<String>,
     /// What ends a completion.
     end: Option<u32>,
@@ -52,12 +54,13 @@ impl<'a> Reader<'a> {
             None => None,
         };
         let added = tokenizer.get_added_tokens_decoder();
-        let special = added.values().filter(|token| token.special);
+        let special = || added.iter().filter(|(_, token)| token.special);
         Ok(Self {
             tokenizer,
             path: model.join(TOKENIZER),
             chat,
-            ends: special.map(|token| token.content.clone()).collect(),
+            special: special().map(|(id, _)| *id).collect(),
+            ends: special().map(|(_, token)| token.content.clone()).collect(),
             end,
             loss_on,
         })
@@ -91,13 +94,13 @@ impl<'a> Reader<'a> {
         })?;
         let Conversation {
             messages,
-            tools,
+            beside,
             learnt,
         } = conversation;
         match self.loss_on {
-            LossOn::Answers => chat.told(messages, tools, learnt, &self.ends),
+            LossOn::Answers => chat.told(messages, beside, learnt, &self.ends),
             LossOn::All => {
-                let text = chat.render(messages, tools, false)?;
+                let text = chat.render(messages, beside, false)?;
                 let all = 0..text.len();
                 Ok(vec![Told {
                     text,
@@ -126,12 +129,18 @@ impl<'a> Reader<'a> {
         Ok(sequence)
     }
 
-    /// A text and its bytes that are learnt: a token with any of them is.
+    /// A text and its bytes that are learnt: a token with any of them is, a special one with its first.
     fn encoded(&self, text: &str, answers: &[Range<usize>], adds_tokens: bool) -> Result<Sequence> {
         let encoding = attempt(&self.path, || self.tokenizer.encode(text, adds_tokens))?;
-        let offsets = encoding.get_offsets().iter();
-        let learnt = offsets.map(|&(start, end)| {
-            let lies_in = |answer: &Range<usize>| end > answer.start && start < answer.end;
+        let offsets = encoding.get_ids().iter().zip(encoding.get_offsets());
+        let learnt = offsets.map(|(id, &(start, end))| {
+            // some special tokens take the blanks behind them, with which an answer may begin
+            let first = if self.special.contains(id) {
+                start + 1
+            } else {
+                end
+            };
+            let lies_in = |answer: &Range<usize>| first > answer.start && start < answer.end;
             answers.iter().any(lies_in)
         });
         Ok(Sequence {

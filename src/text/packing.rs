@@ -15,11 +15,9 @@ pub struct Packed {
     learnt: Vec<bool>,
     /// Of each window, the lengths of its sequences; what they leave is padding.
     sequences: Vec<Vec<usize>>,
-    /// All that there were.
-    pub examples: usize,
-    /// Those that were longer than a window.
+    /// Rows of which something was longer than a window.
     pub cut: usize,
-    /// Those of which nothing is learnt within a window.
+    /// Rows of which nothing is learnt within a window.
     pub left_out: usize,
 }
 
@@ -58,16 +56,20 @@ fn learnt(sequence: &[bool]) -> usize {
 }
 
 impl Packed {
-    /// Windows of at most `window` tokens, and their ids: longer sequences end there.
-    pub fn of(mut sequences: Vec<Sequence>, window: usize) -> (Vec<u32>, Self) {
-        let examples = sequences.len();
-        let mut cut = 0;
-        for sequence in &mut sequences {
-            cut += usize::from(sequence.ids.len() > window);
-            sequence.ids.truncate(window);
-            sequence.learnt.truncate(window);
+    /// Windows of at most `window` tokens, and their ids: longer sequences of the rows end there.
+    pub fn of(rows: Vec<Vec<Sequence>>, window: usize) -> (Vec<u32>, Self) {
+        let (mut cut, mut left_out) = (0, 0);
+        let mut sequences = Vec::new();
+        for mut row in rows {
+            cut += usize::from(row.iter().any(|sequence| sequence.ids.len() > window));
+            for sequence in &mut row {
+                sequence.ids.truncate(window);
+                sequence.learnt.truncate(window);
+            }
+            row.retain(|sequence| learnt(&sequence.learnt) > 0);
+            left_out += usize::from(row.is_empty());
+            sequences.extend(row);
         }
-        sequences.retain(|sequence| learnt(&sequence.learnt) > 0);
         let lengths: Vec<usize> = sequences
             .iter()
             .map(|sequence| sequence.ids.len())
@@ -93,9 +95,8 @@ impl Packed {
             length,
             learnt,
             sequences: lengths.collect(),
-            examples,
             cut,
-            left_out: examples - sequences.len(),
+            left_out,
         };
         (ids, packed)
     }
@@ -172,25 +173,25 @@ mod tests {
 
     #[test]
     fn what_teaches_nothing_is_left_out_and_what_is_long_ends() {
-        let (ids, packed) = Packed::of(
-            vec![
-                sequence(&[1, 2, 3], &[false, false, true]),
-                // nothing predicts a first token
-                sequence(&[4, 5], &[true, false]),
-                sequence(
-                    &[6, 7, 8, 9, 10, 11],
-                    &[false, true, false, false, true, true],
-                ),
-                // the answer lies behind the end
-                sequence(
-                    &[1, 1, 1, 1, 1, 1],
-                    &[false, false, false, false, false, true],
-                ),
-                sequence(&[12, 13], &[true, true]),
-            ],
-            5,
-        );
-        assert_eq!((packed.examples, packed.cut, packed.left_out), (5, 2, 2));
+        let none = || sequence(&[4, 5], &[true, false]);
+        let rows = vec![
+            vec![sequence(&[1, 2, 3], &[false, false, true]), none()],
+            // nothing predicts a first token
+            vec![none()],
+            vec![sequence(
+                &[6, 7, 8, 9, 10, 11],
+                &[false, true, false, false, true, true],
+            )],
+            // the answer lies behind the end
+            vec![sequence(
+                &[1, 1, 1, 1, 1, 1],
+                &[false, false, false, false, false, true],
+            )],
+            vec![sequence(&[12, 13], &[true, true])],
+            vec![],
+        ];
+        let (ids, packed) = Packed::of(rows, 5);
+        assert_eq!((packed.cut, packed.left_out), (2, 3));
         assert_eq!(ids, [6, 7, 8, 9, 10, 1, 2, 3, 12, 13]);
         let windows = packed.windows(&ids);
         let told: Vec<_> = windows
@@ -199,13 +200,13 @@ mod tests {
             .collect();
         assert_eq!(told, [(5, 2), (5, 2)]);
         assert_eq!(packed.tokens(), 10);
-        let (ids, packed) = Packed::of(vec![sequence(&[1, 2], &[false, true])], 100);
+        let (ids, packed) = Packed::of(vec![vec![sequence(&[1, 2], &[false, true])]], 100);
         assert_eq!((ids.len(), packed.windows(&ids).len()), (2, 1));
     }
 
     #[test]
     fn windows_are_filled_up_with_what_nobody_sees() {
-        let pair = |id| sequence(&[id, id, id], &[false, true, true]);
+        let pair = |id| vec![sequence(&[id, id, id], &[false, true, true])];
         let (ids, packed) = Packed::of(vec![pair(1), pair(2), pair(3)], 7);
         assert_eq!(ids, [1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0, 0]);
         let rows: Vec<_> = packed.rows().map(|row| row.segments()).collect();

@@ -85,6 +85,7 @@ fn planned(source: &Source, options: &Options, length: usize) -> Option<Training
         embeddings: options.embeddings,
         // of each process
         batch: options.batch / options.group.size(),
+        at_once: options.micro_batch.unwrap_or(usize::MAX),
         length,
         recompute: options.recompute,
         on_gpu: options.device.is_cuda(),
@@ -123,6 +124,7 @@ mod tests {
         let planned = |weights_bytes, activations_bytes| Training {
             method: "sigma",
             batch: 1,
+            micro_batch: None,
             length: 2,
             recompute: false,
             parameters: 1,

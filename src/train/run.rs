@@ -18,6 +18,8 @@ pub struct Run<'a> {
     pub method: Method,
     /// As in [`Options::recompute`].
     pub recompute: bool,
+    /// As in [`Options::micro_batch`].
+    pub micro_batch: Option<usize>,
     pub optimizer: AdamW,
     /// One for each step done.
     pub losses: Vec<f32>,
@@ -43,6 +45,7 @@ impl<'a> Run<'a> {
             decoder,
             method: options.method,
             recompute: options.recompute,
+            micro_batch: options.micro_batch,
             optimizer: AdamW::new(options.weight_decay),
             losses: Vec::new(),
             seconds: 0.0,
@@ -120,15 +123,9 @@ impl<'a> Run<'a> {
     pub fn step(&mut self, batch: &[Window], learning_rate: f64, check: bool) -> Result<f32> {
         let group = self.group.clone();
         let mine = share(batch, &*group)?;
-        let rows: Vec<&[u32]> = mine.iter().map(|window| window.ids).collect();
-        let ids = stacked(&rows, &self.decoder.device)?;
-        let segments = segments(mine);
-        let Gradients { loss, mut tensors } =
-            (self.decoder).gradients_of(&ids, &segments, self.recompute)?;
+        let Gradients { loss, mut tensors } = self.gradients(mine)?;
         let all = group.size() as f32;
         // the mean is of all tokens: a process with more of them weighs more than the others
-        let predicted =
-            |windows: &[Window]| -> usize { windows.iter().map(Window::predicted).sum() };
         let weight = predicted(mine) as f32 * all / predicted(batch) as f32;
         let mut losses = [loss * weight];
         group.sum(&mut losses)?;
@@ -201,6 +198,25 @@ impl<'a> Run<'a> {
         Ok(loss)
     }
 
+    /// The mean loss of windows and its gradients, of as many at a time as were asked for.
+    fn gradients(&self, windows: &[Window]) -> Result<Gradients> {
+        let mut sum = Gradients::default();
+        for part in windows.chunks(self.micro_batch.unwrap_or(windows.len())) {
+            let rows: Vec<&[u32]> = part.iter().map(|window| window.ids).collect();
+            let ids = stacked(&rows, &self.decoder.device)?;
+            let found = (self.decoder).gradients_of(&ids, &segments(part), self.recompute)?;
+            if part.len() == windows.len() {
+                return Ok(found);
+            }
+            // the mean is of all tokens
+            sum.add(found, predicted(part) as f64 / predicted(windows) as f64)?;
+            if !sum.loss.is_finite() {
+                break;
+            }
+        }
+        Ok(sum)
+    }
+
     /// Moves a bundle by its gradient where both lie, if that is on a GPU; says whether it did.
     fn update_there(
         &mut self,
@@ -235,6 +251,11 @@ impl<'a> Run<'a> {
         }
         Ok(())
     }
+}
+
+/// Tokens that count in the loss.
+fn predicted(windows: &[Window]) -> usize {
+    windows.iter().map(Window::predicted).sum()
 }
 
 /// Whether none of many numbers (n,) is infinite or NaN: their sum is then neither. One that overflows says no, too.

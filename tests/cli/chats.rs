@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};
+use svdhub::event::Silent;
 use svdhub::model::ModelConfig;
 use svdhub::text::{Corpus, LossOn};
 use svdhub::weights::Dtype;
@@ -69,13 +70,21 @@ fn answers_are_those_that_the_template_marks() {
             &config,
             256,
             LossOn::Answers,
+            &Silent,
         )
         .expect("reads");
         assert_eq!(json!(corpus.ids), row["ids"]);
         let learnt = list(&row["learnt"]).iter().filter(|x| **x == json!(1));
         assert_eq!(corpus.learnt(), Some(learnt.count()));
-        let all =
-            Corpus::read(&data.as_path().into(), &model, &config, 256, LossOn::All).expect("reads");
+        let all = Corpus::read(
+            &data.as_path().into(),
+            &model,
+            &config,
+            256,
+            LossOn::All,
+            &Silent,
+        )
+        .expect("reads");
         assert_eq!(
             (&all.ids, all.learnt()),
             (&corpus.ids, Some(corpus.ids.len() - 1))
@@ -200,6 +209,51 @@ fn a_model_learns_to_answer_and_keeps_it_when_merged() {
 }
 
 #[test]
+fn windows_at_a_time_make_the_same_steps() {
+    let world = World::new();
+    let model = world.model("model", Dtype::BF16, u64::MAX);
+    let split = world.path("svd");
+    let decompose = ["decompose", arg(&model), "--out", arg(&split)];
+    world.run(&decompose).succeeds();
+    // answers of one to some twenty tokens: each token weighs the same
+    let data = world.path("data.jsonl");
+    let row = |at: usize| json!({"prompt": format!("He said it {at} times,"), "completion": " and so did he".repeat(at % 5)});
+    lines(&data, &(0..12).map(row).collect::<Vec<_>>());
+    let run = |name: &str, options: &[&str]| {
+        let out = world.path(name);
+        let train = [
+            "train",
+            arg(&split),
+            "--data",
+            arg(&data),
+            "--out",
+            arg(&out),
+            "--length",
+            "40",
+        ];
+        let more = ["--batch", "3", "--steps", "5", "--lr", "3e-2"];
+        let facts = world.json(&[&train[..], &more, options].concat());
+        let losses = list(&facts["losses"])
+            .iter()
+            .map(|x| x.as_f64().expect("a loss"));
+        (losses.collect::<Vec<f64>>(), facts["micro_batch"].clone())
+    };
+    let (whole, said) = run("whole", &[]);
+    assert_eq!(said, Value::Null);
+    for (windows, name) in [("1", "ones"), ("2", "twos"), ("9", "all")] {
+        let (parts, said) = run(name, &["--micro-batch", windows]);
+        assert_eq!(said.to_string(), windows);
+        for (part, whole) in parts.iter().zip(&whole) {
+            // sums of f32 in another order
+            assert!(
+                (part - whole).abs() < 1e-5 * whole,
+                "{parts:?} for {whole:?}"
+            );
+        }
+    }
+}
+
+#[test]
 fn what_is_cut_or_teaches_nothing_is_said() {
     let world = World::new();
     let model = chatting(&world, &golden("marked")["template"]);
@@ -218,17 +272,17 @@ fn what_is_cut_or_teaches_nothing_is_said() {
     };
     let run = evaluate("60").succeeds();
     assert!(
-        run.stderr.contains("1 of 3 examples") && run.stderr.contains("cut"),
+        run.stderr.contains("1 of 3 rows") && run.stderr.contains("cut"),
         "{}",
         run.stderr
     );
     let run = evaluate("20").succeeds();
     assert!(
-        run.stderr.contains("2 of 3 examples") && run.stderr.contains("left out"),
+        run.stderr.contains("2 of 3 rows") && run.stderr.contains("left out"),
         "{}",
         run.stderr
     );
-    evaluate("8").refuses(&["data.jsonl", "no answer within 8 tokens", "--length"]);
+    evaluate("8").refuses(&["data.jsonl", "nothing to learn within 8 tokens", "--length"]);
 
     std::fs::remove_file(model.join("chat_template.jinja")).expect("was there");
     evaluate("64").refuses(&["data.jsonl line 1", "no chat template", "`completion`"]);

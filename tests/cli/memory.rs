@@ -60,9 +60,11 @@ fn training_takes_the_memory_that_the_plan_foretells() {
     for options in [
         &[][..],
         &["--recompute"],
+        &["--micro-batch", "1"],
         &["--method", "lora"],
         &["--method", "lora-xs", "--batch", "2", "--length", "512"],
         &["--method", "full", "--length", "64"],
+        &["--method", "full", "--length", "64", "--micro-batch", "1"],
         // 1.08 of what is measured; fewer tokens leave it to what the allocator keeps (2026-11)
         &["--train", "norms,embeddings", "--length", "256"],
     ] {
@@ -96,7 +98,7 @@ fn training_takes_the_memory_that_the_plan_foretells() {
         peaks.push(measured);
     }
     assert!(
-        peaks[1] < 0.6 * peaks[0],
-        "computing again saves memory: {peaks:?}"
+        peaks[1] < 0.6 * peaks[0] && peaks[2] < 0.6 * peaks[0],
+        "computing again, or one window at a time, saves memory: {peaks:?}"
     );
 }

@@ -367,7 +367,14 @@ fn a_lora_of_a_plain_model_or_of_its_decomposition_is_the_one_that_was_trained()
     let (_, facts) = trained(&world, &base, "longer", &long);
     let decoder = with_lora(&base, &plain);
     let (text, answers) = (fixture("eighty-train.txt"), LossOn::Answers);
-    let corpus = Corpus::read(&text.as_path().into(), &base, &decoder.config, 64, answers);
+    let corpus = Corpus::read(
+        &text.as_path().into(),
+        &base,
+        &decoder.config,
+        64,
+        answers,
+        &Silent,
+    );
     let corpus = corpus.expect("reads");
     let (windows, order) = (corpus.full_windows(), 12 * 4..13 * 4);
     let shuffled = shuffled(windows.len(), 0, 0);

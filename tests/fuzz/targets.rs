@@ -561,7 +561,14 @@ pub fn data(bytes: &[u8]) -> bool {
         "num_attention_heads": 1, "vocab_size": 3, "eos_token_id": 2});
     let config = ModelConfig::parse(&path, &config).expect("a config");
     fs::write(dir.join("chat_template.jinja"), TEMPLATE).expect("writes");
-    let corpus = Corpus::read(&path.as_path().into(), &dir, &config, 8, LossOn::Answers);
+    let corpus = Corpus::read(
+        &path.as_path().into(),
+        &dir,
+        &config,
+        8,
+        LossOn::Answers,
+        &Silent,
+    );
     if let Ok(corpus) = &corpus {
         assert!(corpus.ids.len() >= 2 && corpus.ids.iter().all(|&id| id < 3));
         let windows = corpus.windows();
