@@ -379,10 +379,6 @@ fn each<T: Send>(
 ) -> Result<Vec<T>> {
     /// Rows that a thread reads before it waits for the others.
     const AT_ONCE: usize = 256;
-    let is_one = rows.len() == 1;
-    if !is_one {
-        observer.start(Stage::Read, rows.len() as u64, Unit::Rows);
-    }
     let read = |rows: &&[(&Path, Place, Row)]| {
         let read = rows.iter().map(|(path, place, row)| {
             work(row).map_err(|source| match row {
@@ -396,18 +392,19 @@ fn each<T: Send>(
         });
         read.collect::<Result<Vec<T>>>()
     };
+    // what another thread allocates and frees stays with it: some 20 MB for a text of 160 kB (glibc 2.36, 2026-11)
+    if rows.len() <= AT_ONCE {
+        return read(&rows);
+    }
+    observer.start(Stage::Read, rows.len() as u64, Unit::Rows);
     let parts: Vec<&[(&Path, Place, Row)]> = rows.chunks(AT_ONCE).collect();
     let mut all = Vec::with_capacity(rows.len());
     in_order(&parts, cores(), read, |part, read| {
         all.extend(read);
-        if !is_one {
-            observer.advance(Stage::Read, part.len() as u64, "");
-        }
+        observer.advance(Stage::Read, part.len() as u64, "");
         Ok(())
     })?;
-    if !is_one {
-        observer.finish(Stage::Read);
-    }
+    observer.finish(Stage::Read);
     Ok(all)
 }
 
