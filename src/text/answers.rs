@@ -149,3 +149,38 @@ impl<'a> Reader<'a> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Map, json};
+
+    #[test]
+    fn a_special_token_that_takes_the_blanks_of_an_answer_is_not_learnt() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let added = |id: u32, content: &str, rstrip: bool| {
+            json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": rstrip,
+                "normalized": false, "special": true})
+        };
+        let words = json!({"version": "1.0", "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "added_tokens": [added(3, "<s>", true), added(4, "<e>", false)],
+            "model": {"type": "WordLevel", "vocab": {"#": 0, "a": 1, "b": 2}, "unk_token": "#"}});
+        let tokenizer: Tokenizer = words.to_string().parse().expect("a tokenizer");
+        let template = "{% for m in messages %}<s>{{ m.content }}<e>{% endfor %}\
+            {% if add_generation_prompt %}<s>{% endif %}";
+        std::fs::write(dir.path().join("chat_template.jinja"), template).expect("writes");
+        let reader = Reader::new(dir.path(), &tokenizer, None, LossOn::Answers).expect("a reader");
+        let said = |role: &str, content: &str| json!({"role": role, "content": content});
+        let row = Row::Chat(Conversation {
+            messages: vec![said("user", "a"), said("assistant", "  b")],
+            beside: Map::new(),
+            learnt: vec![1],
+        });
+        let sequences = reader.sequences(&row).expect("reads");
+        let expected = Sequence {
+            ids: vec![3, 1, 4, 3, 2, 4],
+            learnt: vec![false, false, false, false, true, true],
+        };
+        assert_eq!(sequences, [expected]);
+    }
+}
