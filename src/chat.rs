@@ -138,7 +138,7 @@ impl Chat {
     /// model learns to write just what it will be asked for.
     ///
     /// Most often that is one text. Where a template writes an earlier message otherwise once others follow (many drop what
-    /// was thought), each such answer comes in a text that ends with it. `ends` are the spellings of special tokens: the first
+    /// was thought), each such answer comes in a text that ends with it. `ends` are the spellings of special tokens: the one
     /// behind an answer ends it.
     ///
     /// # Errors

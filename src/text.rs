@@ -235,6 +235,14 @@ impl Corpus {
                 (stream(texts, end), None)
             }
             Some(_) => {
+                let has_pairs = rows.iter().any(|(.., row)| matches!(row, Row::Pair { .. }));
+                if has_pairs && end.is_none() {
+                    observer.warn(format!(
+                        "nothing ends the completions of {}: neither config.json nor generation_config.json names an \
+                         eos_token_id",
+                        data.name
+                    ));
+                }
                 let reader = Reader::new(model, &tokenizer, end, loss_on)?;
                 let sequences = each(&rows, observer, |row| reader.sequences(row))?;
                 let (ids, packed) = Packed::of(sequences, window);
@@ -297,7 +305,7 @@ impl Corpus {
         sha256_hex(&bytes)
     }
 
-    /// Tells of documents that nothing separates or ends, of those that are cut or left out, and of windows longer than what
+    /// Tells of documents that nothing separates, of those that are cut or left out, and of windows longer than what
     /// the model was made for.
     pub fn warn(&self, config: &ModelConfig, observer: &dyn Observer) {
         let name = &self.name;

@@ -18,7 +18,7 @@ use serde_json::Value;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Event, Observer, Stage, Unit};
 use crate::format::{Origin, Pin};
-use crate::model::{Lora, Method, Parametrisation, Trained};
+use crate::model::{Lora, Method, ModelConfig, Parametrisation, Trained};
 use crate::parallel::{Alone, Group, refuse_uneven};
 use crate::report;
 use crate::source::{Source, load};
@@ -195,15 +195,7 @@ pub fn run(
 ) -> Result<Facts> {
     refuse_uneven(options.batch, &*options.group)?;
     let kept = Kept::of(source, pin, options, observer)?;
-    let config = source.config()?;
-    let corpus = Corpus::read(
-        data,
-        source.dir(),
-        &config,
-        options.length,
-        options.loss_on,
-        observer,
-    )?;
+    let (config, corpus) = read(source, data, options, observer)?;
     corpus.warn(&config, observer);
     corpus.note_rest(observer);
     let windows = corpus.full_windows();
@@ -348,15 +340,7 @@ pub fn assist(
     options: &Options,
     observer: &dyn Observer,
 ) -> Result<()> {
-    let config = source.config()?;
-    let corpus = Corpus::read(
-        data,
-        source.dir(),
-        &config,
-        options.length,
-        options.loss_on,
-        observer,
-    )?;
+    let (_, corpus) = read(source, data, options, observer)?;
     let windows = corpus.full_windows();
     let steps = steps(&windows, options);
     let decoder = load(source, trained(options), &options.device, observer)
@@ -373,6 +357,25 @@ pub fn assist(
             .map_err(|error| with_plan(error, source, options))?;
     }
     Ok(())
+}
+
+/// What the model is, and the data as it reads them.
+fn read(
+    source: &Source,
+    data: &Data,
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<(ModelConfig, Corpus)> {
+    let config = source.config()?;
+    let corpus = Corpus::read(
+        data,
+        source.dir(),
+        &config,
+        options.length,
+        options.loss_on,
+        observer,
+    )?;
+    Ok((config, corpus))
 }
 
 /// f32

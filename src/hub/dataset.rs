@@ -128,10 +128,13 @@ impl Hub {
         let names: Vec<&str> = files.iter().map(String::as_str).collect();
         let snapshot = self.snapshot_of(&repo, revision, &names, observer)?;
         Ok(Data {
-            name: match &files[..] {
-                [one] => format!("{id}/{one}"),
-                [first, ..] => format!("{id}/{}", kind(first).0),
-                [] => unreachable!("none is refused"),
+            name: match (path, &files[..]) {
+                (_, [one]) => format!("{id}/{one}"),
+                (Some(pattern), _) => format!("{id}/{pattern}"),
+                (None, files) => {
+                    let first = files.first().map(|file| kind(file).0);
+                    format!("{id}/{}", first.unwrap_or_default())
+                }
             },
             files: files.iter().map(|file| snapshot.dir.join(file)).collect(),
             dataset: Some(Dataset {

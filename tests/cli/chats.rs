@@ -134,6 +134,17 @@ fn prompts_are_read_and_completions_learnt_to_their_end() {
         total(pairs, "tokens"),
         total(pairs, "loss"),
     );
+    for file in ["config.json", "generation_config.json"] {
+        let path = model.join(file);
+        if path.exists() {
+            let mut config = json_file(&path);
+            config["eos_token_id"] = Value::Null;
+            std::fs::write(&path, config.to_string()).expect("writes");
+        }
+    }
+    let run = world.run(&["evaluate", arg(&model), "--data", arg(&data)]);
+    let said = run.succeeds().stderr;
+    assert!(said.contains("nothing ends the completions"), "{said}");
 }
 
 /// Conversations of one kind, which a model can learn.
@@ -364,6 +375,11 @@ fn datasets_on_the_hub_are_data() {
 
     let test = "hf://datasets/org/chats@main/data/test-*";
     assert_eq!(evaluate(test)["tokens"], learnt(rows));
+    let all = evaluate("hf://datasets/org/chats/data/*");
+    assert_eq!(
+        all["data"], "org/chats/data/*",
+        "of several, by what they were asked for"
+    );
     let before = world.hub().requests().len();
     let mut offline = world.command(&["evaluate", arg(&model), "--data", test]);
     let run = offline.env("HF_HUB_OFFLINE", "1").output().expect("starts");
