@@ -296,6 +296,13 @@ pub struct Mixture {
 }
 
 impl Mixture {
+    /// The sha256 of each adapter's weights, and its factor.
+    pub fn sums(&self) -> Result<Vec<(String, f64)>> {
+        let parts = self.parts.iter();
+        let sums = parts.map(|(adapter, weight)| Ok((adapter.sha256()?, *weight)));
+        sums.collect()
+    }
+
     /// Σ weight·Δσ of a module with q triplets, summed in f64.
     pub fn delta(&self, module: &str, q: usize) -> Vec<f32> {
         let mut sum = vec![0f64; q];

@@ -17,7 +17,7 @@ use crate::part::Part;
 use crate::plan::Plan;
 use crate::report;
 use crate::sum::sha256_hex;
-use crate::workspace::{Claim, Workspace, bytes_in, check_free_space};
+use crate::workspace::{Again, Workspace, bytes_in, check_free_space};
 
 /// All parts of one job: each number once, all of the same settings.
 #[derive(Debug)]
@@ -176,14 +176,9 @@ pub fn run(shares: &Shares, base: &Base, out: &Path, observer: &dyn Observer) ->
     let mut settings = job.settings();
     settings.insert("content of the parts".into(), content(&parts));
     let (mut workspace, claim) = Workspace::claim(out, "assemble", settings)?;
-    match claim {
-        Claim::Finished => {
-            join::clean_up(&workspace);
-            observer.note(format!("{} is complete already", out.display()));
-            return report::section(out, "decompose");
-        }
-        Claim::Interrupted => observer.note(format!("going on in {}", out.display())),
-        Claim::Fresh => {}
+    if claim.is_finished(out, Again::GoesOn, observer) {
+        join::clean_up(&workspace);
+        return report::section(out, "decompose");
     }
     base.check(&job.base, observer)?;
     // a record may claim any number

@@ -24,7 +24,7 @@ use crate::part::{self, Part};
 use crate::split::Factors;
 use crate::weights::Elements;
 use crate::workers::{self, Cost, Limits};
-use crate::workspace::{Claim, Workspace, bytes_in, check_free_space};
+use crate::workspace::{Again, Workspace, bytes_in, check_free_space};
 use crate::{ranks, report};
 
 /// What to change; `None` leaves it as it is.
@@ -100,14 +100,9 @@ pub fn run(
         ("shard size".into(), options.shard_bytes_max.to_string()),
     ]);
     let (mut workspace, claim) = Workspace::claim(out, "convert", settings)?;
-    match claim {
-        Claim::Finished => {
-            join::clean_up(&workspace);
-            observer.note(format!("{} is complete already", out.display()));
-            return report::section(out, "decompose");
-        }
-        Claim::Interrupted => observer.note(format!("going on in {}", out.display())),
-        Claim::Fresh => {}
+    if claim.is_finished(out, Again::GoesOn, observer) {
+        join::clean_up(&workspace);
+        return report::section(out, "decompose");
     }
     let frame = frame(artifact, origin, options, storing, &kept)?;
     let conversion = Conversion {

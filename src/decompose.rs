@@ -27,7 +27,7 @@ use crate::sum::sha256_hex;
 use crate::weights::shard::{flush, write_atomically};
 use crate::weights::{Checkpoint, Elements, dtype_name};
 use crate::workers::{self, Arrivals, Cost, Limits};
-use crate::workspace::{Claim, PART_FILE, Workspace, bytes_in, check_free_space};
+use crate::workspace::{Again, Claim, PART_FILE, Workspace, bytes_in, check_free_space};
 use crate::{heap, ranks, report};
 
 pub use crate::job::Options;
@@ -63,14 +63,9 @@ pub fn run_to(
     let mut settings = job.settings();
     settings.extend(outlet.map(|outlet| ("shards go to".into(), outlet.place())));
     let (mut workspace, claim) = Workspace::claim(out, "decompose", settings)?;
-    match claim {
-        Claim::Finished => {
-            clean_up(&workspace);
-            observer.note(format!("{} is complete already", out.display()));
-            return report::section(out, "decompose");
-        }
-        Claim::Interrupted => observer.note(format!("going on in {}", out.display())),
-        Claim::Fresh => {}
+    if claim.is_finished(out, Again::GoesOn, observer) {
+        clean_up(&workspace);
+        return report::section(out, "decompose");
     }
     let base = &base.checked(Some(&workspace.state(BASE_SUMS)), observer)?;
     refuse_another_head(&plan, &base.checkpoint)?;

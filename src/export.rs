@@ -20,7 +20,7 @@ use crate::model::ModelConfig;
 use crate::peft::Naming;
 use crate::sum::Sum;
 use crate::weights::Checkpoint;
-use crate::workspace::{Claim, Workspace};
+use crate::workspace::{Again, Workspace};
 use crate::{linalg, report, workers};
 
 pub use lora::{LoraFacts, LoraModule};
@@ -137,24 +137,15 @@ pub fn run(
         Target::PeftLora { rank } => Prepared::Lora(lora::Plan::new(&job, rank)?),
         Target::SvdTraining => Prepared::SvdTraining(svd_training::Plan::new(&job)?),
     };
-    let adapters: Vec<(String, f64)> = mixture
-        .parts
-        .iter()
-        .map(|(adapter, weight)| Ok((adapter.sha256()?, *weight)))
-        .collect::<Result<_>>()?;
+    let adapters = mixture.sums()?;
     let settings = BTreeMap::from([
         ("decomposition".into(), artifact.content_sha256.clone()),
         ("adapters".into(), format!("{adapters:?}")),
         ("target".into(), format!("{:?}", options.target)),
     ]);
     let (mut workspace, claim) = Workspace::claim(out, "export", settings)?;
-    match claim {
-        Claim::Finished => {
-            observer.note(format!("{} is complete already", out.display()));
-            return report::section(out, "export");
-        }
-        Claim::Interrupted => observer.note(format!("beginning anew in {}", out.display())),
-        Claim::Fresh => {}
+    if claim.is_finished(out, Again::BeginsAnew, observer) {
+        return report::section(out, "export");
     }
     let (written, file) = match prepared {
         Prepared::Lora(plan) => {

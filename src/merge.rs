@@ -26,7 +26,7 @@ use crate::weights::shard::write_atomically;
 use crate::weights::{
     Dtype, Elements, Entry, Header, Layout, Rounder, Rounding, ShardWriter, dtype_name,
 };
-use crate::workspace::{Claim, Workspace, bytes_in, check_free_space};
+use crate::workspace::{Again, Workspace, bytes_in, check_free_space};
 use crate::{json, linalg, report, workers};
 
 /// How to merge.
@@ -119,11 +119,7 @@ pub fn run_to(
         .into_iter()
         .map(|(file, header)| Ok((file, recast(header, options.dtype)?)))
         .collect::<Result<_>>()?;
-    let adapters: Vec<(String, f64)> = mixture
-        .parts
-        .iter()
-        .map(|(adapter, weight)| Ok((adapter.sha256()?, *weight)))
-        .collect::<Result<_>>()?;
+    let adapters = mixture.sums()?;
     let dtype = options.dtype.map_or("base".into(), dtype_name);
     let settings = BTreeMap::from([
         ("decomposition".into(), artifact.content_sha256.clone()),
@@ -135,13 +131,8 @@ pub fn run_to(
     let settings = settings.into_iter().chain(place).collect();
     let (mut workspace, claim) = Workspace::claim(out, "merge", settings)?;
     let total: u64 = headers.iter().map(|(_, header)| header.file_bytes()).sum();
-    match claim {
-        Claim::Finished => {
-            observer.note(format!("{} is complete already", out.display()));
-            return report::section(out, "merge");
-        }
-        Claim::Interrupted => observer.note(format!("beginning anew in {}", out.display())),
-        Claim::Fresh => {}
+    if claim.is_finished(out, Again::BeginsAnew, observer) {
+        return report::section(out, "merge");
     }
     let passes_through = outlet.is_some_and(|outlet| !outlet.keeps());
     let room = match outlet {

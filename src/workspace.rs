@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, IoContext, Result};
+use crate::event::Observer;
 use crate::json;
 use crate::lock;
 use crate::weights::shard::write_atomically;
@@ -29,6 +30,29 @@ pub enum Claim {
     Interrupted,
     /// The same job ended here.
     Finished,
+}
+
+/// What becomes of interrupted work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Again {
+    GoesOn,
+    BeginsAnew,
+}
+
+impl Claim {
+    /// Says what was found in `dir`, if anything was; and whether nothing is left to do.
+    pub fn is_finished(self, dir: &Path, again: Again, observer: &dyn Observer) -> bool {
+        let dir = dir.display();
+        match (self, again) {
+            (Self::Fresh, _) => {}
+            (Self::Interrupted, Again::GoesOn) => observer.note(format!("going on in {dir}")),
+            (Self::Interrupted, Again::BeginsAnew) => {
+                observer.note(format!("beginning anew in {dir}"));
+            }
+            (Self::Finished, _) => observer.note(format!("{dir} is complete already")),
+        }
+        self == Self::Finished
+    }
 }
 
 /// An output directory held by this process until dropped.
