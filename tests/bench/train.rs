@@ -39,7 +39,7 @@ use svdhub::plan::PlanOptions;
 use svdhub::source::Source;
 use svdhub::text::Window;
 use svdhub::train::{self, Duration, Run};
-use svdhub::{decompose, linalg};
+use svdhub::{decompose, heap, linalg};
 
 use blas::HARMFUL;
 use machine::{load, loudly};
@@ -413,6 +413,8 @@ fn decomposed(model: &Path, rank_fraction: f64, to: &Path) -> Result<PathBuf> {
 /// The side of a round that is ours: prints [`Steps`].
 fn ours_alone(dir: &Path, args: &Args) -> Result<()> {
     linalg::single_threaded_blas();
+    // as the program does
+    heap::keep_all();
     let options = train::Options {
         duration: Duration::Steps(args.steps + 1),
         batch: args.batch,

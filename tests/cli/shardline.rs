@@ -1,6 +1,6 @@
 //! Our client, judged by a Hub we did not write: shardline, which takes and gives large files by Xet and by LFS.
 //!
-//! `tests/clients/install DIR` builds it; `SVDHUB_CLIENTS=DIR` names where it is.
+//! `tests/clients/install DIR shardline` builds it; `SVDHUB_CLIENTS=DIR` names where it is.
 
 use std::io::Write;
 use std::net::TcpListener;
@@ -111,7 +111,7 @@ fn shardline(world: &World, test: &str) -> Option<Shardline> {
         return Some(Shardline::start(program, world.path("shardline")));
     }
     // not eprintln: of a test that passes, that is not shown
-    let how = "tests/clients/install DIR, then name DIR in SVDHUB_CLIENTS";
+    let how = "tests/clients/install DIR shardline, then name DIR in SVDHUB_CLIENTS";
     writeln!(std::io::stderr(), "SKIPPED: {test} needs shardline ({how})")
         .expect("standard error is open");
     None
