@@ -289,6 +289,25 @@ fn digest(elements: &Elements) -> String {
     sha256_hex(&elements.bytes)[..8].into()
 }
 
+/// x + Σ weight·(trained − x), each the exact sum, rounded to odd.
+pub fn moved(base: impl Iterator<Item = f64>, trained: &[(f64, Vec<f32>)]) -> Vec<f64> {
+    let mut sum = ExactSum::default();
+    let sums = base.enumerate().map(|(at, x)| {
+        sum.clear();
+        sum.add(x);
+        for (weight, trained) in trained {
+            sum.add_product(*weight, trained[at].into());
+            sum.add_product(-weight, x);
+        }
+        // a zero that does not move keeps its sign
+        match sum.to_odd() {
+            found if found == x => x,
+            found => found,
+        }
+    });
+    sums.collect()
+}
+
 /// A weighted sum of adapters of one decomposition: exactly linear in Δσ and R.
 #[derive(Debug, Clone, Default)]
 pub struct Mixture {
@@ -351,25 +370,8 @@ impl Mixture {
             .iter()
             .filter_map(|(adapter, weight)| Some((*weight, adapter.tensors.get(name)?.to_f32())))
             .collect();
-        if trained.is_empty() {
-            return None;
-        }
-        let mut sum = ExactSum::default();
-        let sums = base.to_f32().into_iter().enumerate().map(|(at, x)| {
-            let x = f64::from(x);
-            sum.clear();
-            sum.add(x);
-            for (weight, trained) in &trained {
-                sum.add_product(*weight, trained[at].into());
-                sum.add_product(-weight, x);
-            }
-            // a zero that does not move keeps its sign
-            match sum.to_odd() {
-                found if found == x => x,
-                found => found,
-            }
-        });
-        Some(sums.collect())
+        let values = || base.to_f32().into_iter().map(f64::from);
+        (!trained.is_empty()).then(|| moved(values(), &trained))
     }
 
     /// The same, rounded to f32.

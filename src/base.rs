@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, IoContext, Result};
@@ -140,6 +141,15 @@ impl Base {
         })
     }
 
+    /// Its name, and what its files are now.
+    pub fn pin(&self, observer: &dyn Observer) -> Result<Pin> {
+        Ok(Pin {
+            repo: self.repo.clone(),
+            revision: self.revision.clone(),
+            sha256: self.hash(observer)?,
+        })
+    }
+
     /// Refuses a base whose files are not the pinned ones.
     pub fn check(&self, pin: &Pin, observer: &dyn Observer) -> Result<()> {
         let found = self.hash(observer)?;
@@ -164,6 +174,13 @@ impl Base {
         }
         Ok(())
     }
+}
+
+/// The plain model that something was made of, and what its card says.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Standing {
+    pub base: Pin,
+    pub base_card: Value,
 }
 
 /// The weight files of a base as they were at a certain moment.

@@ -48,17 +48,19 @@ fn sum_at(text: &str) -> Option<usize> {
 
 const TEMPLATE: &str = include_str!("../templates/card.md");
 
+/// The section that names the base: what was trained or merged may never have been decomposed.
+pub fn origin(report: &Map<String, Value>) -> Option<&Value> {
+    let sections = ["decompose", "merge", "train"].map(|section| report.get(section));
+    let mut sections = sections.into_iter().flatten();
+    sections.find(|facts| facts.get("base_card").is_some())
+}
+
 /// Renders the card of a directory that will be (or is) published as `repo`.
 pub fn render(kind: Kind, repo: &str, report: &Map<String, Value>) -> Result<String> {
     let section = |name: &str| report.get(name).cloned().unwrap_or_default();
     let decompose = section("decompose");
     let train = section("train");
-    // a LoRA may stand on a model that was never decomposed
-    let origin = if decompose.is_null() {
-        &train
-    } else {
-        &decompose
-    };
+    let origin = origin(report).unwrap_or(&Value::Null);
     let base_card = &origin["base_card"];
     let base = &origin["base"];
     let base_text = match (base["repo"].as_str(), base["revision"].as_str()) {
@@ -374,7 +376,7 @@ mod tests {
         report.remove("train");
         report["merge"]["adapters"] = json!([["aa", 0.7], ["bb", -0.5]]);
         let card = render(Kind::Model, "me/mix", &report).expect("renders");
-        let words = "with 2 adapters of one decomposition, times 0.7, -0.5. An ordinary model";
+        let words = "with 2 adapters, times 0.7, -0.5. An ordinary model";
         assert!(card.contains(words), "{card}");
     }
 

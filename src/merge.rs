@@ -1,25 +1,24 @@
-//! `merge`: a decomposition and adapters in, an ordinary model out, under the base's own names.
+//! `merge`: a decomposition and adapters in, or any model and LoRAs; an ordinary model out, under the base's own names.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::adapter::Mixture;
-use crate::artifact::Artifact;
-use crate::base::{copy_side_files, side_sums};
+use crate::adapter::moved;
+use crate::base::{Base, Seen, Standing, card_facts, copy_side_files, side_files, side_sums};
 use crate::contents::{Contents, Section};
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Observer, Stage, Unit};
-use crate::format::{BASE_CONFIG, BASE_INDEX, untie};
-
-use crate::model::ModelConfig;
+use crate::format::{BASE_CONFIG, BASE_INDEX, Pin, untie};
+use crate::model::{ModelConfig, Tensors};
 use crate::outlet::{Away, Finished, Outlet};
-use crate::split::RoundingLoss;
+use crate::source::{Source, base_of_lora};
+use crate::split::{Change, Factors, RoundingLoss};
 use crate::sum::{hex, sha256_hex};
 use crate::weights::element::is_float;
 use crate::weights::shard::write_atomically;
@@ -58,6 +57,9 @@ pub struct Facts {
     pub rounding: String,
     /// The sha256 of each adapter's weights, and its factor.
     pub adapters: Vec<(String, f64)>,
+    /// The model that LoRAs were merged into, where no decomposition tells of it.
+    #[serde(flatten)]
+    pub on: Option<Standing>,
     /// The sha256 of each weight file written.
     pub sha256: BTreeMap<String, String>,
     /// Of each tensor: what is damaged later can be named.
@@ -85,18 +87,21 @@ pub struct Facts {
 /// Below this, rounding took so much of what training changed that it is worth a warning (a choice).
 const KEPT_EFFECT_WARNED: f64 = 0.75;
 
-/// Merges `mixture` into the model of `artifact` and writes it to `out`.
+/// Merges what was trained into the model of `source` and writes it to `out`: the model that `evaluate` measures.
 ///
-/// An empty mixture, or one whose Δσ are all zero, gives back the base's files byte for byte; that is checked against
-/// the pinned hashes.
+/// Nothing trained, or Δσ that are all zero, gives back the base's files byte for byte; that is checked against the
+/// pinned hashes.
+///
+/// # Errors
+/// A LoRA of a head that is the embedding too; bytes that are not what was pinned; a full disk; an output directory that is not
+/// this job's.
 pub fn run(
-    artifact: &Artifact,
-    mixture: &Mixture,
+    source: &Source,
     out: &Path,
     options: &Options,
     observer: &dyn Observer,
 ) -> Result<Facts> {
-    run_to(artifact, mixture, out, None, options, observer)
+    run_to(source, out, None, options, observer)
 }
 
 /// The same, but each finished file goes through `outlet`: unless it keeps them, no more than one is ever in `out`, and
@@ -105,8 +110,7 @@ pub fn run(
 /// # Errors
 /// As [`run`], and whatever `outlet` reports.
 pub fn run_to(
-    artifact: &Artifact,
-    mixture: &Mixture,
+    source: &Source,
     out: &Path,
     outlet: Option<&dyn Outlet>,
     options: &Options,
@@ -114,21 +118,40 @@ pub fn run_to(
 ) -> Result<Facts> {
     let started = Instant::now();
     linalg::single_threaded_blas();
-    let base_headers = artifact.base_headers()?;
-    let headers: Vec<(String, Header)> = with_untied_heads(artifact, &base_headers)?
+    refuse_half_of_a_tied_weight(source)?;
+    let base_headers = source.base_headers()?;
+    let headers: Vec<(String, Header)> = with_untied_heads(source, &base_headers)?
         .into_iter()
         .map(|(file, header)| Ok((file, recast(header, options.dtype)?)))
         .collect::<Result<_>>()?;
-    let adapters = mixture.sums()?;
+    let adapters = adapters(source)?;
+    let seen = source.model().map(|model| Seen::of(&model.checkpoint));
+    let seen = seen.transpose()?;
+    let base = source.pin(observer)?;
     let dtype = options.dtype.map_or("base".into(), dtype_name);
     let settings = BTreeMap::from([
-        ("decomposition".into(), artifact.content_sha256.clone()),
+        match source.decomposition() {
+            Some((artifact, _)) => ("decomposition".into(), artifact.content_sha256.clone()),
+            None => ("model".into(), format!("{:?}", base.sha256)),
+        },
         ("adapters".into(), format!("{adapters:?}")),
         ("dtype".into(), dtype.clone()),
         ("rounding".into(), rounding_name(options.rounding)),
     ]);
     let place = outlet.map(|outlet| ("files go to".into(), outlet.place()));
-    let settings = settings.into_iter().chain(place).collect();
+    let scales = (!source.loras().is_empty()).then(|| ("scales of LoRAs".into(), scales(source)));
+    let beside = source
+        .model()
+        .map(|model| name_and_side_files(model, &base));
+    let beside = beside
+        .transpose()?
+        .map(|sum| ("the model's other files".into(), sum));
+    let settings = settings
+        .into_iter()
+        .chain(place)
+        .chain(scales)
+        .chain(beside)
+        .collect();
     let (mut workspace, claim) = Workspace::claim(out, "merge", settings)?;
     let total: u64 = headers.iter().map(|(_, header)| header.file_bytes()).sum();
     if claim.is_finished(out, Again::BeginsAnew, observer) {
@@ -152,16 +175,15 @@ pub fn run_to(
         }
     };
     // read before hours of work, not after
-    let config: Map<String, Value> = json::read(&artifact.dir.join(BASE_CONFIG))?;
+    let config: Map<String, Value> = json::read(&config_of_base(source))?;
     let config = Value::Object(config);
 
     observer.start(Stage::Merge, total, Unit::Bytes);
     let merge = Merge {
-        artifact,
-        mixture,
+        source,
         options,
         observer,
-        tied_head: tied_head(artifact, mixture, &base_headers)?,
+        tied_head: tied_head(source, &base_headers)?,
     };
     let Written {
         sha256,
@@ -172,22 +194,27 @@ pub fn run_to(
     } = merge.files(&headers, &base_headers, out, outlet, room)?;
     away.save(&workspace)?;
     observer.finish(Stage::Merge);
-    let untrained = mixture
-        .parts
-        .iter()
-        .all(|(adapter, weight)| *weight == 0.0 || adapter.moves_nothing());
-    let identical = sha256 == artifact.svd.base.sha256;
-    let tensors_identical = sha256_of_base == artifact.svd.base.sha256;
-    if untrained && options.dtype.is_none() && !tensors_identical {
-        refuse_difference(artifact, out, &sha256_of_base)?;
+    let identical = sha256 == base.sha256;
+    let tensors_identical = sha256_of_base == base.sha256;
+    if is_untrained(source) && options.dtype.is_none() && !tensors_identical {
+        refuse_difference(&base, out, &sha256_of_base)?;
     }
-    write_config(artifact, out, config, options.dtype)?;
-    write_index(artifact, out, &headers, options.dtype)?;
-    let beside = copy_side_files(&artifact.dir, out)?;
+    write_config(source, out, config, options.dtype)?;
+    write_index(source, out, &headers, options.dtype)?;
+    let beside = copy_side_files(source.dir(), out)?;
+    let inherited = inherited(source, &base)?;
+    if let Some(seen) = seen {
+        seen.refuse_change()?;
+    }
+    let on = source.model().map(|model| Standing {
+        base,
+        base_card: card_facts(&model.dir),
+    });
     let facts = Facts {
         dtype,
         rounding: rounding_name(options.rounding),
         adapters,
+        on,
         sha256,
         tensor_sha256,
         side_sha256: side_sums(out, beside)?,
@@ -202,24 +229,107 @@ pub fn run_to(
     if facts.kept_effect < KEPT_EFFECT_WARNED {
         observer.warn(what_was_lost(&facts, &headers));
     }
-    let mut inherited = report::inherited(&artifact.dir)?;
-    // what was trained and measured tells of this model only if it is one adapter, whole
-    if let [(adapter, 1.0)] = mixture.parts.as_slice() {
-        for (section, facts) in report::read(&adapter.dir)? {
-            inherited.insert(section, facts);
-        }
-    }
     report::add(out, inherited, "merge", &facts)?;
     workspace.finish()?;
     Ok(facts)
 }
 
+/// The sha256 of each adapter's weights, and its factor.
+fn adapters(source: &Source) -> Result<Vec<(String, f64)>> {
+    let mut sums = match source.decomposition() {
+        Some((_, mixture)) => mixture.sums()?,
+        None => Vec::new(),
+    };
+    for (lora, weight) in source.loras() {
+        sums.push((lora.sha256()?, *weight));
+    }
+    Ok(sums)
+}
+
+/// What a LoRA's config multiplies its weights by.
+fn scales(source: &Source) -> String {
+    let loras = source.loras().iter();
+    let scales = loras.map(|(lora, _)| {
+        let scales = lora.pairs.iter().map(|(module, pair)| (module, pair.scale));
+        scales.collect::<Vec<_>>()
+    });
+    sha256_hex(format!("{:?}", scales.collect::<Vec<_>>()).as_bytes())
+}
+
+/// Whether nothing moves any weight.
+fn is_untrained(source: &Source) -> bool {
+    let parts = source
+        .decomposition()
+        .map(|(_, mixture)| &mixture.parts[..]);
+    let mut parts = parts.unwrap_or_default().iter();
+    parts.all(|(adapter, weight)| *weight == 0.0 || adapter.moves_nothing())
+        && source.loras().iter().all(|(_, weight)| *weight == 0.0)
+}
+
+/// What a plain model is besides its weights: another job, if it is another.
+fn name_and_side_files(model: &Base, base: &Pin) -> Result<String> {
+    let sums = side_sums(&model.dir, side_files(&model.dir)?)?;
+    let name = (&base.repo, &base.revision);
+    Ok(sha256_hex(format!("{name:?} {sums:?}").as_bytes()))
+}
+
+/// The sections of reports that tell of the merged model too.
+fn inherited(source: &Source, base: &Pin) -> Result<Map<String, Value>> {
+    let mut inherited = source.inherited()?;
+    let parts = source
+        .decomposition()
+        .map(|(_, mixture)| &mixture.parts[..]);
+    // what was trained and measured tells of this model only if it is one adapter, whole
+    match (parts.unwrap_or_default(), source.loras()) {
+        ([(adapter, 1.0)], []) => inherited.extend(report::read(&adapter.dir)?),
+        ([], [(lora, 1.0)]) => {
+            // a LoRA may be put on another base than its own, or on another decomposition of it
+            let own = base_of_lora(&lora.dir)?;
+            if own.is_some_and(|own| own == json!(base.sha256)) {
+                let told = ["train", "evaluate"];
+                let sections = report::read(&lora.dir)?.into_iter();
+                inherited.extend(sections.filter(|(name, _)| told.contains(&name.as_str())));
+            }
+        }
+        _ => {}
+    }
+    Ok(inherited)
+}
+
+/// Refuses a LoRA of a head alone that is the embedding in the base: there is no tensor to add it to.
+fn refuse_half_of_a_tied_weight(source: &Source) -> Result<()> {
+    let config = source.config()?;
+    if !config.tied || source.untied_head().is_some() {
+        return Ok(());
+    }
+    let head = config.names.head;
+    let mut loras = source.loras().iter();
+    match loras.find(|(lora, _)| lora.pairs.contains_key(head)) {
+        None => Ok(()),
+        Some((lora, _)) => Err(Error::Adapter {
+            path: lora.dir.clone(),
+            reason: format!(
+                "moves `{head}` alone, and the base has one weight for it and the embedding: merge it into a decomposition \
+                 made with --untie-head"
+            ),
+        }),
+    }
+}
+
+/// Where the base's own config lies.
+fn config_of_base(source: &Source) -> PathBuf {
+    let name = source
+        .decomposition()
+        .map_or("config.json", |_| BASE_CONFIG);
+    source.dir().join(name)
+}
+
 /// The base's headers, and behind the last tensor of the last file the heads that were untied.
-fn with_untied_heads(
-    artifact: &Artifact,
-    base: &[(String, Header)],
-) -> Result<Vec<(String, Header)>> {
+fn with_untied_heads(source: &Source, base: &[(String, Header)]) -> Result<Vec<(String, Header)>> {
     let mut headers = base.to_vec();
+    let Some((artifact, _)) = source.decomposition() else {
+        return Ok(headers);
+    };
     for (module, record) in artifact.untied() {
         let tensor = format!("{module}.weight");
         let mut stored = headers.iter().flat_map(|(_, header)| &header.entries);
@@ -235,11 +345,11 @@ fn with_untied_heads(
 }
 
 /// The head and the embedding, where the base stores both as one weight and training moves it.
-fn tied_head(
-    artifact: &Artifact,
-    mixture: &Mixture,
-    base: &[(String, Header)],
-) -> Result<Option<(String, String)>> {
+fn tied_head(source: &Source, base: &[(String, Header)]) -> Result<Option<(String, String)>> {
+    // no LoRA moves it as a whole
+    let Some((artifact, mixture)) = source.decomposition() else {
+        return Ok(None);
+    };
     let stored = |name: &str| {
         let mut entries = base.iter().flat_map(|(_, header)| &header.entries);
         entries.any(|entry| entry.name == name)
@@ -273,8 +383,7 @@ fn recast(header: Header, dtype: Option<Dtype>) -> Result<Header> {
 
 /// A merge under way.
 struct Merge<'a> {
-    artifact: &'a Artifact,
-    mixture: &'a Mixture,
+    source: &'a Source,
     options: &'a Options,
     observer: &'a dyn Observer,
     /// (head, embedding), where both are stored, are the same, and the embedding was trained.
@@ -384,16 +493,20 @@ impl Merge<'_> {
 
     /// One tensor of the merged model, in the dtype its entry announces.
     fn tensor(&self, entry: &Entry) -> Result<(Elements, RoundingLoss)> {
-        let (artifact, mixture) = (self.artifact, self.mixture);
+        let source = self.source;
         let rounder = |name: &str| Rounder::new(self.options.rounding, entry.dtype, name);
-        let Some((module, record)) = artifact.module_of(&entry.name) else {
+        let module = entry.name.strip_suffix(".weight");
+        let split = (source.decomposition())
+            .filter(|(artifact, _)| artifact.module_of(&entry.name).is_some());
+        let loras = module.map_or(Vec::new(), |module| source.low_rank(module));
+        let (Some(module), true) = (module, split.is_some() || !loras.is_empty()) else {
             // a stored copy of a tied head goes along with the embedding, to the same bytes
             let name = match &self.tied_head {
                 Some((head, embedding)) if *head == entry.name => embedding,
                 _ => &entry.name,
             };
-            let base = artifact.base_tensor(name)?;
-            let cast = match mixture.tensor(name, &base) {
+            let base = source.base_tensor(name)?;
+            let cast = match self.whole(name, &base) {
                 Some(trained) => rounded(&trained, &base.shape, &rounder(name)),
                 None if is_float(base.dtype) => base.round(&rounder(name)),
                 None => base,
@@ -401,14 +514,45 @@ impl Merge<'_> {
             cast.refuse_overflow(&entry.name)?;
             return Ok((cast, RoundingLoss::default()));
         };
-        let factors = artifact.factors(module)?;
-        let matrix = artifact.restore(module, record, &factors)?;
-        let whole = mixture.tensor(&entry.name, &matrix);
-        let change = mixture.change(module, record.q);
-        let (merged, loss) =
-            factors.merge(&matrix, whole.as_deref(), &change, &rounder(&entry.name));
+        let (matrix, mut factors, mut change) = match split {
+            Some((artifact, mixture)) => {
+                let factors = artifact.factors(module)?;
+                let record = &artifact.svd.modules[module];
+                let matrix = artifact.restore(module, record, &factors)?;
+                (matrix, factors, mixture.change(module, record.q))
+            }
+            None => {
+                let matrix = source.base_tensor(&entry.name)?;
+                let factors = Factors::none(matrix.shape[0], matrix.shape[1]);
+                (matrix, factors, Change::of_sigma(Vec::new()))
+            }
+        };
+        for lora in loras {
+            // a factor of 53 digits is the sum of two of 24, but for its last five
+            let near = lora.scale as f32;
+            let rest = (lora.scale - f64::from(near)) as f32;
+            for part in [near, rest].into_iter().filter(|&part| part != 0.0) {
+                factors = factors.followed_by(lora.b.t(), lora.a.view());
+                (change.delta).extend(std::iter::repeat_n(part, lora.a.nrows()));
+            }
+        }
+        let whole = self.whole(&entry.name, &matrix);
+        let rounder = rounder(&entry.name);
+        let (merged, loss) = factors.merge(&matrix, whole.as_deref(), &change, &rounder);
         merged.refuse_overflow(&entry.name)?;
         Ok((merged, loss))
+    }
+
+    /// What became of a tensor that was trained, or is carried, as a whole.
+    fn whole(&self, name: &str, base: &Elements) -> Option<Vec<f64>> {
+        let mixture = self.source.decomposition().map(|(_, mixture)| mixture);
+        let trained = mixture.and_then(|mixture| mixture.tensor(name, base));
+        let carried = self.source.carried(name);
+        match trained {
+            trained if carried.is_empty() => trained,
+            Some(trained) => Some(moved(trained.into_iter(), &carried)),
+            None => Some(moved(base.to_f32().into_iter().map(f64::from), &carried)),
+        }
     }
 }
 
@@ -487,12 +631,8 @@ fn what_was_lost(facts: &Facts, headers: &[(String, Header)]) -> String {
 }
 
 /// Names the tensor or file in which an untrained merge differs from the pinned base.
-fn refuse_difference(
-    artifact: &Artifact,
-    out: &Path,
-    sha256: &BTreeMap<String, String>,
-) -> Result<()> {
-    for (file, expected) in &artifact.svd.base.sha256 {
+fn refuse_difference(base: &Pin, out: &Path, sha256: &BTreeMap<String, String>) -> Result<()> {
+    for (file, expected) in &base.sha256 {
         if sha256.get(file) != Some(expected) {
             return Err(Error::Checksum {
                 what: format!("the untrained merge `{file}` is not the pinned base file").into(),
@@ -506,14 +646,14 @@ fn refuse_difference(
 }
 
 fn write_config(
-    artifact: &Artifact,
+    source: &Source,
     out: &Path,
     mut config: Value,
     dtype: Option<Dtype>,
 ) -> Result<()> {
-    let kept = artifact.dir.join(BASE_CONFIG);
+    let kept = config_of_base(source);
     let verbatim = std::fs::read(&kept).context("read", &kept)?;
-    let untied = artifact.untied().next().is_some();
+    let untied = source.untied_head().is_some();
     if dtype.is_none() && !untied {
         return write_atomically(&out.join("config.json"), &verbatim).map(drop);
     }
@@ -539,12 +679,17 @@ fn write_config(
 }
 
 fn write_index(
-    artifact: &Artifact,
+    source: &Source,
     out: &Path,
     headers: &[(String, Header)],
     dtype: Option<Dtype>,
 ) -> Result<()> {
-    let kept = artifact.dir.join(BASE_INDEX);
+    let kept = match source.model() {
+        None => source.dir().join(BASE_INDEX),
+        Some(model) if model.checkpoint.indexed => model.dir.join(Layout::Model.index_file()),
+        // one that lies beside a single file names others
+        Some(_) => return Ok(()),
+    };
     if !kept.exists() {
         return Ok(());
     }

@@ -45,9 +45,7 @@ pub fn write_card(dir: &Path, repo: &str, observer: &dyn Observer) -> Result<()>
         }
     }
     let report = report::read(dir)?;
-    let origins = ["decompose", "train"].map(|section| report.get(section));
-    let named = |facts: &&Value| facts.get("base_card").is_some();
-    let Some(origin) = origins.into_iter().flatten().find(named) else {
+    let Some(origin) = card::origin(&report) else {
         observer.note(format!(
             "{} has no report that names its base: no card is written",
             dir.display()

@@ -4,16 +4,20 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
+use serde_json::{Map, Value};
 
-use crate::adapter::Mixture;
+use crate::adapter::{Mixture, moved};
 use crate::artifact::Artifact;
 use crate::base::Base;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::event::{Observer, Stage, Unit};
+use crate::format::Pin;
 use crate::model::{Decoder, LowRank, ModelConfig, Tensors, Trained};
 use crate::peft::{LoraAdapter, Naming};
+use crate::report;
 use crate::split::{Change, Factors};
-use crate::weights::{Elements, Header};
+use crate::weights::element::is_float;
+use crate::weights::{Elements, Entry, Header, dtype_name};
 
 /// What `evaluate` and `train` load a decoder from.
 #[allow(clippy::large_enum_variant)] // there is one of them in a process
@@ -36,11 +40,11 @@ impl Source {
     /// # Errors
     /// As [`LoraAdapter::open`].
     pub fn with_lora(self, dir: &Path, weight: f64) -> Result<Self> {
-        let shapes: BTreeMap<String, Vec<usize>> = self
-            .base_headers()?
-            .into_iter()
+        let entries: Vec<Entry> = (self.base_headers()?.into_iter())
             .flat_map(|(_, header)| header.entries)
-            .map(|entry| (entry.name, entry.shape))
+            .collect();
+        let shapes: BTreeMap<String, Vec<usize>> = (entries.iter())
+            .map(|entry| (entry.name.clone(), entry.shape.clone()))
             .collect();
         let config = self.config()?;
         let naming = Naming::of(&config, |name| self.has(name));
@@ -57,6 +61,17 @@ impl Source {
             config.tied && !untied && (head || name == embedding)
         };
         let lora = LoraAdapter::open(dir, naming, shape_of, is_tied)?;
+        for entry in entries.iter().filter(|entry| !is_float(entry.dtype)) {
+            let module = entry.name.strip_suffix(".weight").unwrap_or_default();
+            if lora.pairs.contains_key(module) || lora.whole.contains_key(&entry.name) {
+                return Err(Error::Dtype {
+                    tensor: entry.name.clone(),
+                    path: self.path_of(&entry.name),
+                    expected: "F32, F16 or BF16".into(),
+                    found: dtype_name(entry.dtype),
+                });
+            }
+        }
         let (source, mut loras) = match self {
             Self::WithLoras { source, loras } => (source, loras),
             source => (Box::new(source), Vec::new()),
@@ -74,6 +89,15 @@ impl Source {
         }
     }
 
+    /// The base, and what its files are.
+    pub fn pin(&self, observer: &dyn Observer) -> Result<Pin> {
+        match self {
+            Self::Model(base) => base.pin(observer),
+            Self::Decomposition { artifact, .. } => Ok(artifact.svd.base.clone()),
+            Self::WithLoras { source, .. } => source.pin(observer),
+        }
+    }
+
     /// The headers of the base's files.
     pub fn base_headers(&self) -> Result<Vec<(String, Header)>> {
         match self {
@@ -83,6 +107,59 @@ impl Source {
             }
             Self::Decomposition { artifact, .. } => artifact.base_headers(),
             Self::WithLoras { source, .. } => source.base_headers(),
+        }
+    }
+
+    /// The decomposition, if it is one, and its adapters.
+    pub fn decomposition(&self) -> Option<(&Artifact, &Mixture)> {
+        match self {
+            Self::Model(_) => None,
+            Self::Decomposition { artifact, mixture } => Some((artifact, mixture)),
+            Self::WithLoras { source, .. } => source.decomposition(),
+        }
+    }
+
+    /// The model, if it was never decomposed.
+    pub fn model(&self) -> Option<&Base> {
+        match self {
+            Self::Model(base) => Some(base),
+            Self::Decomposition { .. } => None,
+            Self::WithLoras { source, .. } => source.model(),
+        }
+    }
+
+    /// PEFT's LoRAs on it, each with its factor.
+    pub fn loras(&self) -> &[(LoraAdapter, f64)] {
+        match self {
+            Self::WithLoras { loras, .. } => loras,
+            _ => &[],
+        }
+    }
+
+    /// The base's tensor of that name, byte for byte.
+    pub fn base_tensor(&self, name: &str) -> Result<Elements> {
+        match self {
+            Self::Model(base) => base.checkpoint.read_finite(name),
+            Self::Decomposition { artifact, .. } => artifact.base_tensor(name),
+            Self::WithLoras { source, .. } => source.base_tensor(name),
+        }
+    }
+
+    /// The LoRAs' own of a tensor that they carry whole, each with its factor: x + Σ factor·(carried − x) is what PEFT makes of
+    /// one, whose tensor takes the base's place.
+    pub fn carried(&self, name: &str) -> Vec<(f64, Vec<f32>)> {
+        let loras = self.loras().iter();
+        let carried =
+            loras.filter_map(|(lora, weight)| Some((*weight, lora.whole.get(name)?.to_f32())));
+        carried.collect()
+    }
+
+    /// The sections of its report that tell of what is made from it too.
+    pub fn inherited(&self) -> Result<Map<String, Value>> {
+        match self.decomposition() {
+            Some(_) => report::inherited(self.dir()),
+            // how a model was made that is now a base is that model's story
+            None => Ok(Map::new()),
         }
     }
 
@@ -105,8 +182,15 @@ impl Tensors for Source {
         let (elements, mixture) = match self {
             Self::Model(base) => return base.checkpoint.read(name),
             Self::Decomposition { artifact, mixture } => (artifact.base_tensor(name)?, mixture),
-            Self::WithLoras { source, loras } => {
-                return with_whole(loras, name, source.tensor(name)?);
+            Self::WithLoras { source, .. } => {
+                let elements = source.tensor(name)?;
+                let carried = self.carried(name);
+                if carried.is_empty() {
+                    return Ok(elements);
+                }
+                let moved = moved(elements.to_f32().into_iter().map(f64::from), &carried);
+                let moved: Vec<f32> = moved.into_iter().map(|x| x as f32).collect();
+                return Ok(Elements::from_f32(&elements.shape, &moved));
             }
         };
         Ok(mixture.tensor_f32(name, &elements).unwrap_or(elements))
@@ -127,11 +211,7 @@ impl Tensors for Source {
     }
 
     fn low_rank(&self, module: &str) -> Vec<LowRank> {
-        let Self::WithLoras { loras, .. } = self else {
-            return Vec::new();
-        };
-        let on_it = loras
-            .iter()
+        let on_it = (self.loras().iter())
             .filter_map(|(lora, weight)| Some((lora.pairs.get(module)?, weight)));
         on_it
             .map(|(pair, weight)| LowRank {
@@ -158,24 +238,11 @@ impl Tensors for Source {
     }
 }
 
-/// base + Σ weight·(carried − base), as PEFT has it for one LoRA: whole tensors take the base's place.
-fn with_whole(loras: &[(LoraAdapter, f64)], name: &str, base: Elements) -> Result<Elements> {
-    let carried: Vec<(Vec<f32>, f64)> = loras
-        .iter()
-        .filter_map(|(lora, weight)| Some((lora.whole.get(name)?.to_f32(), *weight)))
-        .collect();
-    if carried.is_empty() {
-        return Ok(base);
-    }
-    let mut sums = base.to_f32();
-    for (at, sum) in sums.iter_mut().enumerate() {
-        let x = f64::from(*sum);
-        let moved = carried
-            .iter()
-            .map(|(t, weight)| weight * (f64::from(t[at]) - x));
-        *sum = (x + moved.sum::<f64>()) as f32;
-    }
-    Ok(Elements::from_f32(&base.shape, &sums))
+/// The sha256 of the weight files that a LoRA was made for, if its report tells.
+pub fn base_of_lora(lora: &Path) -> Result<Option<Value>> {
+    let report = report::read(lora)?;
+    let bases = ["train", "decompose"].map(|section| report.get(section)?.pointer("/base/sha256"));
+    Ok(bases.into_iter().flatten().next().cloned())
 }
 
 /// Loads the decoder of a source, on one device, in the dtype it computes best in.

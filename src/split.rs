@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use ndarray::{Array1, Array2, s};
+use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
 use safetensors::Dtype;
 
 use crate::lanes::widest;
@@ -112,6 +112,28 @@ const GROUP: usize = 64;
 const TILE: usize = 1024;
 
 impl Factors {
+    /// Of a weight (m, n) that is not decomposed.
+    pub fn none(m: usize, n: usize) -> Self {
+        Self {
+            u: Array2::zeros((0, m)),
+            sigma: Array1::zeros(0),
+            v: Array2::zeros((0, n)),
+        }
+    }
+
+    /// With `b` (r, m) and `a` (r, n) behind the vectors, whatever they are, and zeros for their σ.
+    pub fn followed_by(&self, b: ArrayView2<f32>, a: ArrayView2<f32>) -> Self {
+        let together = |first: &Array2<f32>, second| {
+            concatenate(Axis(0), &[first.view(), second]).expect("rows of one length")
+        };
+        let sigma = self.sigma.iter().copied();
+        Self {
+            u: together(&self.u, b),
+            sigma: sigma.chain(std::iter::repeat_n(0.0, b.nrows())).collect(),
+            v: together(&self.v, a),
+        }
+    }
+
     pub fn q(&self) -> usize {
         self.sigma.len()
     }

@@ -13,11 +13,11 @@ use std::time::Instant;
 
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
+use crate::base::Standing;
 use crate::error::{Error, IoContext, Result};
 use crate::event::{Event, Observer, Stage, Unit};
-use crate::format::{Origin, Pin};
+use crate::format::Origin;
 use crate::model::{Lora, Method, ModelConfig, Parametrisation, Trained};
 use crate::parallel::{Alone, Group, refuse_uneven};
 use crate::report;
@@ -97,13 +97,6 @@ impl Default for Options {
             group: Arc::new(Alone),
         }
     }
-}
-
-/// A model that was trained without being decomposed, and what its card says.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Standing {
-    pub base: Pin,
-    pub base_card: Value,
 }
 
 /// The facts of a training run, as `report.json` keeps them.
@@ -324,7 +317,7 @@ pub fn run(
         adapter_bytes: std::fs::metadata(&weights).context("read", &weights)?.len(),
         sums,
     };
-    report::add(out, report::inherited(source.dir())?, "train", &facts)?;
+    report::add(out, source.inherited()?, "train", &facts)?;
     workspace.finish()?;
     let _ = std::fs::remove_file(workspace.state(STATE_FILE));
     Ok(facts)

@@ -276,8 +276,7 @@ impl Walk<'_> {
         let model_dir = self.dir("model");
         let started = Instant::now();
         let merged = merge::run(
-            &artifact,
-            &mixture,
+            &Source::Decomposition { artifact, mixture },
             &model_dir,
             &merge::Options::default(),
             self.observer,
@@ -296,9 +295,12 @@ impl Walk<'_> {
         let checked = verify::run(&again.dir, Some(&base), self.observer)?;
         let checked_split = verify::run(&decomposed, Some(&base), self.observer)?;
         seconds.insert("verify".into(), json!(started.elapsed().as_secs_f64()));
+        let artifact = self.open(&decomposed, &base)?;
         let untrained = merge::run(
-            &artifact,
-            &Mixture::default(),
+            &Source::Decomposition {
+                artifact,
+                mixture: Mixture::default(),
+            },
             &self.dir("untrained"),
             &merge::Options::default(),
             self.observer,

@@ -10,7 +10,7 @@ use svdhub::card::thousands;
 use svdhub::evaluate::{self, Facts, Options};
 use svdhub::event::Observer;
 use svdhub::hub::{DataRef, ModelRef};
-use svdhub::source::Source;
+use svdhub::source::{Source, base_of_lora};
 use svdhub::text::LossOn;
 use svdhub::{Result, heap, report};
 
@@ -80,9 +80,7 @@ impl Command {
 
 /// Whether the report of a LoRA names another base than the one it is evaluated on.
 fn stands_elsewhere(lora: &Path, source: &Source, observer: &dyn Observer) -> Result<bool> {
-    let report = report::read(lora)?;
-    let bases = ["train", "decompose"].map(|section| report.get(section)?.pointer("/base/sha256"));
-    let Some(named) = bases.into_iter().flatten().next() else {
+    let Some(named) = base_of_lora(lora)? else {
         return Ok(false);
     };
     let found = match source {
@@ -90,7 +88,7 @@ fn stands_elsewhere(lora: &Path, source: &Source, observer: &dyn Observer) -> Re
         Source::Decomposition { artifact, .. } => artifact.svd.base.sha256.clone(),
         Source::WithLoras { .. } => return Ok(false),
     };
-    Ok(*named != json!(found))
+    Ok(named != json!(found))
 }
 
 /// Adds an evaluation to the report of what was evaluated: the adapter's, or the model's if it is ours.

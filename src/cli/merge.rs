@@ -1,5 +1,6 @@
 //! `svdhub merge`.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -8,6 +9,7 @@ use svdhub::card::bytes;
 use svdhub::hub::ModelRef;
 use svdhub::merge::{self, Facts, Options};
 use svdhub::outlet::Outlet;
+use svdhub::source::Source;
 use svdhub::weights::{Dtype, Layout, Rounding};
 use svdhub::{Error, Result, publish};
 
@@ -15,15 +17,17 @@ use super::passing::{Passing, told, with_push};
 use super::progress::clock;
 use super::session::{Session, Weighted, shown};
 
-/// Put trained singular values back into an ordinary model.
+/// Put what was trained back into an ordinary model.
 ///
 /// Files, tensor names and dtypes are the base's. Without an adapter the base itself comes back, byte for byte, and that
-/// is checked. Several adapters of one decomposition are added, each with its factor.
+/// is checked. Several adapters of one decomposition are added, each with its factor; LoRAs of PEFT too, for which a plain
+/// model will do.
 #[derive(Args)]
 pub struct Command {
-    /// A decomposition: a Hub id or a directory
-    decomposition: ModelRef,
-    /// An adapter, with a factor if wanted; may be repeated (--adapter a*0.7 --adapter b*0.3)
+    /// A decomposition, or with LoRAs a plain model: a Hub id or a directory
+    model: ModelRef,
+    /// An adapter of the decomposition, or a LoRA of PEFT, with a factor if wanted; may be repeated (--adapter a*0.7
+    /// --adapter b*0.3)
     #[arg(long, value_name = "DIR[*WEIGHT]")]
     adapter: Vec<Weighted>,
     /// Where to write the model
@@ -75,25 +79,31 @@ enum RoundingChoice {
 impl Command {
     pub fn run(&self, session: &Session) -> Result<ExitCode> {
         let rounding = self.rounding()?;
-        let artifact = match self.passing.stream {
-            true => session.artifact_to_stream(&self.decomposition, self.base.as_ref())?,
-            false => session.artifact(&self.decomposition, self.base.as_ref())?.0,
+        let base = self.base.as_ref();
+        let source = match self.passing.stream {
+            true => session.source_to_stream(&self.model, &self.adapter, base)?,
+            false => session.source(&self.model, &self.adapter, base)?,
         };
-        let mixture = session.mixture(&artifact, &self.adapter)?;
+        if let Source::Model(base) = &source {
+            return Err(Error::NotAnArtifact {
+                path: base.dir.clone(),
+            });
+        }
         let options = Options {
             dtype: self.dtype.0,
             rounding,
             ..Options::default()
         };
         let hub = self.passing.hub(session)?;
-        let of_base = &artifact.svd.base.sha256;
+        let of_base = source.base_headers()?;
+        let of_base: BTreeSet<&str> = of_base.iter().map(|(file, _)| file.as_str()).collect();
         let index = Layout::Model.index_file();
         let foreign =
-            |name: &str| publish::are_weights(name) && !of_base.contains_key(name) && name != index;
+            |name: &str| publish::are_weights(name) && !of_base.contains(name) && name != index;
         let outlet = self.passing.outlet(hub, session, &foreign)?;
         let outlet = outlet.as_ref().map(|outlet| outlet as &dyn Outlet);
         let observer = session.observer();
-        let facts = merge::run_to(&artifact, &mixture, &self.out, outlet, &options, observer)?;
+        let facts = merge::run_to(&source, &self.out, outlet, &options, observer)?;
         let pushed = self.passing.publish(hub, &self.out, session)?;
         session.print(&with_push(&facts, pushed.as_ref()), || {
             show(&facts, &shown(&self.out)) + &told(pushed.as_ref())

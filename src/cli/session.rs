@@ -242,8 +242,7 @@ impl Session {
         if let Some((path, _)) = located.iter().find(|(dir, _)| Kind::of(dir) == Kind::Lora) {
             return Err(Error::Adapter {
                 path: path.clone(),
-                reason: "is a LoRA of PEFT, which only `evaluate` and `generate` take; PEFT's merge_and_unload() merges it"
-                    .into(),
+                reason: "is a LoRA of PEFT, which no export is made of; `merge` takes it".into(),
             });
         }
         mixture_of(artifact, &located)
@@ -292,6 +291,35 @@ impl Session {
             source = source.with_lora(&dir, weight)?;
         }
         Ok((source, origin))
+    }
+
+    /// As [`Session::source`], but of repositories the weights stay where they are, and every tensor is checked whenever it is
+    /// read.
+    pub fn source_to_stream(
+        &self,
+        model: &ModelRef,
+        adapters: &[Weighted],
+        base: Option<&ModelRef>,
+    ) -> Result<Source> {
+        let located = self.located(adapters)?.into_iter();
+        let (loras, others): (Vec<_>, Vec<_>) =
+            located.partition(|(dir, _)| Kind::of(dir) == Kind::Lora);
+        let index = Layout::Decomposition.index_file();
+        let found = self.locate_files(model, &["config.json", &index])?;
+        let mut source = if is_artifact(&found.dir) {
+            let artifact = self.artifact_to_stream(model, base)?;
+            let mixture = mixture_of(&artifact, &others)?;
+            Source::Decomposition { artifact, mixture }
+        } else if others.is_empty() && !loras.is_empty() {
+            let base = self.base_in_place(model)?;
+            Source::Model(base.checked(None, self.observer())?)
+        } else {
+            return Err(Error::NotAnArtifact { path: found.dir });
+        };
+        for (dir, weight) in loras {
+            source = source.with_lora(&dir, weight)?;
+        }
+        Ok(source)
     }
 }
 

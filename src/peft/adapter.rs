@@ -11,6 +11,7 @@ use super::{LORA_CONFIG, LORA_WEIGHTS, Naming, PREFIX};
 use crate::error::{Error, Result};
 use crate::json;
 use crate::model::LowRank;
+use crate::sum::sha256_file;
 use crate::weights::element::is_float;
 use crate::weights::place::refuse_links_outside;
 use crate::weights::{Checkpoint, Elements, Entry, dtype_name};
@@ -154,6 +155,11 @@ impl Config {
 }
 
 impl LoraAdapter {
+    /// The sha256 of its weights.
+    pub fn sha256(&self) -> Result<String> {
+        sha256_file(&self.dir.join(LORA_WEIGHTS), |_| {})
+    }
+
     /// Reads the LoRA in `dir` for a checkpoint, of which `shape_of` tells the shape of a tensor, and `is_tied` whether it is
     /// embedding and head at once.
     ///

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::run::{Run, numbers};
-use super::{Options, Standing, Sums, groups};
+use super::{Options, Sums, groups};
 use crate::adapter::{self, Adapter, AdapterConfig};
 use crate::artifact::Artifact;
-use crate::base::{Base, card_facts, side_sums};
+use crate::base::{Standing, card_facts, side_sums};
 use crate::error::{Error, Result};
 use crate::event::Observer;
 use crate::format::{Origin, Pin};
@@ -49,15 +49,14 @@ impl<'a> Kept<'a> {
                 reason: "a LoRA carries norms beside linear layers, and no trained embedding"
                     .into(),
             }),
-            (Method::Lora(lora), Source::Decomposition { artifact, .. }) => Ok(Self::Lora {
-                source,
-                lora,
-                base: artifact.svd.base.clone(),
+            (_, Source::WithLoras { loras, .. }) => Err(Error::Adapter {
+                path: loras[0].0.dir.clone(),
+                reason: "what stands on a LoRA is not trained".into(),
             }),
-            (Method::Lora(lora), Source::Model(base)) => Ok(Self::Lora {
+            (Method::Lora(lora), _) => Ok(Self::Lora {
                 source,
                 lora,
-                base: pin_of(base, observer)?,
+                base: source.pin(observer)?,
             }),
             (_, Source::Decomposition { artifact, .. }) => Ok(Self::Adapter {
                 artifact,
@@ -69,10 +68,6 @@ impl<'a> Kept<'a> {
             }),
             (_, Source::Model(base)) => Err(Error::NotAnArtifact {
                 path: base.dir.clone(),
-            }),
-            (_, Source::WithLoras { loras, .. }) => Err(Error::Adapter {
-                path: loras[0].0.dir.clone(),
-                reason: "what stands on a LoRA is not trained".into(),
             }),
         }
     }
@@ -144,15 +139,6 @@ impl<'a> Kept<'a> {
             }
         }
     }
-}
-
-/// A plain model as a pin.
-fn pin_of(base: &Base, observer: &dyn Observer) -> Result<Pin> {
-    Ok(Pin {
-        repo: base.repo.clone(),
-        revision: base.revision.clone(),
-        sha256: base.hash(observer)?,
-    })
 }
 
 /// What moved, as an adapter of `artifact`.

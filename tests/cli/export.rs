@@ -473,16 +473,22 @@ fn an_exported_lora_on_the_base_answers_like_the_adapter_it_was_made_of() {
                 "{name}, {adapters:?}: {found} instead of {wanted}"
             );
         }
-        world
-            .run(&[
-                "merge",
-                arg(&split),
-                "--adapter",
-                arg(&lora_a),
-                "--out",
-                arg(&path("merged")),
-            ])
-            .refuses(&["is a LoRA of PEFT", "merge_and_unload"]);
+        for (model, what) in [(base, "of-base"), (&split, "of-split")] {
+            let merged = path(what);
+            let merge = ["merge", arg(model), "--adapter", arg(&lora_a)];
+            let to = ["--dtype", "f32", "--out", arg(&merged)];
+            let run = world.run(&[&merge[..], &to].concat());
+            if name == "untied" && model == base {
+                run.refuses(&["`lm_head` alone", "--untie-head"]);
+                continue;
+            }
+            run.succeeds();
+            let found = loss(&world, &[arg(&merged)]);
+            assert!(
+                (found - wanted).abs() < 2e-6 * wanted,
+                "{name}, merged {what}: {found} instead of {wanted}"
+            );
+        }
     }
 }
 

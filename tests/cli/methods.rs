@@ -1,5 +1,6 @@
 //! What can move beside Σ in absolute terms: each method learns, survives a kill, and is merged as it was trained.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use svdhub::event::Silent;
 use svdhub::model::{Decoder, Trained, stacked};
 use svdhub::source::{Source, load};
 use svdhub::text::{Corpus, LossOn, shuffled};
-use svdhub::weights::{Dtype, Elements};
+use svdhub::weights::{Checkpoint, Dtype, Elements};
 
 use crate::python::{checked, python};
 use crate::world::{Run, World, arg, files, fixture, json_file, loss, tensors};
@@ -436,6 +437,158 @@ fn what_peft_and_others_load_is_read_from_a_hub_too() {
         };
         assert_eq!(loss(repo), loss(arg(dir)));
     }
+    world.run(&["publish", arg(&base), "org/base"]).succeeds();
+    let merged = [
+        ("here", arg(&base), arg(&lora), &[][..]),
+        ("there", "org/base", "org/lora", &["--stream"]),
+    ]
+    .map(|(name, model, lora, more)| {
+        let out = world.path(name);
+        let merge = ["merge", model, "--adapter", lora, "--out", arg(&out)];
+        world.run(&[&merge, more].concat()).succeeds();
+        files(&out).remove("model.safetensors").expect("is there")
+    });
+    assert!(merged[0] == merged[1]);
+}
+
+fn lora_tensors(lora: &Path) -> BTreeMap<String, Elements> {
+    let checkpoint = Checkpoint::single(lora, LORA_WEIGHTS).expect("opens");
+    let names = checkpoint.inventory.entries().map(|(_, e)| e.name.clone());
+    let read = |name: String| (name.clone(), checkpoint.read(&name).expect("reads"));
+    names.map(read).collect()
+}
+
+/// The nearest to a number among those of bf16 or f32, and how far the number is from the middle between two of them.
+fn nearest(dtype: Dtype, x: f64) -> (f32, f64) {
+    let near = match dtype {
+        Dtype::BF16 => half::bf16::from_f32(x as f32).to_f32(),
+        _ => x as f32,
+    };
+    if near == 0.0 {
+        return (near, f64::INFINITY);
+    }
+    let digits = if dtype == Dtype::BF16 { 8 } else { 24 };
+    let half_step = 2f64.powi(f64::from(near).abs().log2().floor() as i32 - digits);
+    (near, (half_step - (x - f64::from(near)).abs()).abs())
+}
+
+#[test]
+fn a_merged_lora_is_the_exact_sum_whatever_it_is_merged_into() {
+    let world = World::new();
+    let (base, split) = decomposed(&world, Dtype::BF16, &[]);
+    let options = ["--steps", "6", "--lr", "3e-2", "--train", "norms"];
+    let (lora, _) = trained(&world, &base, "lora", &[&AS_LORA[..], &options].concat());
+    let less = format!("{}*0.7", arg(&lora));
+    let (before, moved) = (tensors(&base), lora_tensors(&lora));
+    let merge = |model: &Path, adapters: &[&str], name: &str, more: &[&str]| {
+        let out = world.path(name);
+        let adapters = adapters.iter().flat_map(|adapter| ["--adapter", adapter]);
+        let fixed = ["merge", arg(model), "--out", arg(&out)];
+        let all: Vec<&str> = fixed
+            .into_iter()
+            .chain(adapters)
+            .chain(more.iter().copied())
+            .collect();
+        let facts = world.json(&all);
+        (out, facts)
+    };
+    let (merged, facts) = merge(&base, &[arg(&lora)], "merged", &[]);
+    assert_eq!(facts["identical_to_base"], json!(false));
+    let (wide, _) = merge(&base, &[arg(&lora)], "wide", &["--dtype", "f32"]);
+    let (less, _) = merge(&base, &[&less], "less", &["--dtype", "f32"]);
+    for (dir, weight, dtype) in [
+        (&merged, 1.0, Dtype::BF16),
+        (&wide, 1.0, Dtype::F32),
+        (&less, 0.7, Dtype::F32),
+    ] {
+        let mut seen = 0;
+        for (name, found) in tensors(dir) {
+            let was = before[&name].to_f32();
+            let module = name
+                .strip_suffix(".weight")
+                .expect("there are weights alone");
+            let half = |side| moved.get(&format!("base_model.model.{module}.lora_{side}.weight"));
+            let wanted: Vec<f64> = match (half("A"), half("B")) {
+                (Some(a), Some(b)) => {
+                    let (r, n) = (a.shape[0], a.shape[1]);
+                    let (a, b) = (a.to_f32(), b.to_f32());
+                    let product = |i: usize, j: usize| -> f64 {
+                        (0..r)
+                            .map(|k| f64::from(b[i * r + k]) * f64::from(a[k * n + j]))
+                            .sum()
+                    };
+                    // α/r
+                    let scale = weight * 6.0 / 4.0;
+                    let each = was.iter().enumerate();
+                    each.map(|(at, &x)| f64::from(x) + scale * product(at / n, at % n))
+                        .collect()
+                }
+                _ => match moved.get(&format!("base_model.model.{name}")) {
+                    Some(whole) => was
+                        .iter()
+                        .zip(whole.to_f32())
+                        .map(|(&x, t)| f64::from(x) + weight * f64::from(t - x))
+                        .collect(),
+                    None => was.iter().copied().map(f64::from).collect(),
+                },
+            };
+            seen += usize::from(wanted.iter().zip(&was).any(|(w, &x)| *w != f64::from(x)));
+            for (&found, wanted) in found.to_f32().iter().zip(wanted) {
+                let (near, from_middle) = nearest(dtype, wanted);
+                // beside the middle, `nearest` by way of f32, and the sum in f64, decide nothing
+                let doubt = if dtype == Dtype::BF16 { 1e-7 } else { 1e-9 };
+                assert!(
+                    found == near || from_middle < doubt * wanted.abs(),
+                    "{name}: {found} for {wanted}"
+                );
+            }
+        }
+        let pairs = moved
+            .keys()
+            .filter(|name| name.contains(".lora_A."))
+            .count();
+        assert!(
+            pairs > 0 && moved.len() > 2 * pairs,
+            "linear layers and norms"
+        );
+        assert_eq!(seen, moved.len() - pairs, "what moved of {}", arg(dir));
+    }
+    let (measured, wanted) = (
+        loss(&world, &[arg(&wide)]),
+        loss(&world, &[arg(&base), "--adapter", arg(&lora)]),
+    );
+    assert!(
+        (measured - wanted).abs() < 2e-6 * wanted,
+        "{measured} for {wanted}"
+    );
+    // the same into the decomposition, and not at all
+    let (of_split, _) = merge(&split, &[arg(&lora)], "of-split", &[]);
+    let (merged, of_split) = (files(&merged), files(&of_split));
+    assert!(merged["model.safetensors"] == of_split["model.safetensors"]);
+    let nothing = format!("{}*0", arg(&lora));
+    let (untrained, facts) = merge(&base, &[&nothing], "untrained", &[]);
+    assert_eq!(facts["identical_to_base"], json!(true));
+    for (name, bytes) in files(&base) {
+        assert!(
+            name == "README.md" || files(&untrained)[&name] == bytes,
+            "{name}"
+        );
+    }
+    let verified = world.json(&[
+        "verify",
+        arg(&world.path("merged")),
+        "--against",
+        arg(&base),
+    ]);
+    assert_eq!(verified["ok"], json!(true), "{verified}");
+    // what is not a LoRA stays with decompositions
+    let out = world.path("refused");
+    for adapters in [&[][..], &["--adapter", arg(&split)]] {
+        let fixed = ["merge", arg(&base), "--out", arg(&out)];
+        let run = world.run(&[&fixed, adapters].concat());
+        run.refuses(&["is not a decomposition"]);
+    }
+    assert!(!out.exists());
 }
 
 #[test]

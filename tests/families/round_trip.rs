@@ -137,9 +137,11 @@ fn assert_round_trip(name: &str, dtype: Dtype) {
     let options = decompose::Options::default();
     decompose::run(&base, &path("svd"), &options, &Silent).expect("decomposes");
     let artifact = || Artifact::open(&path("svd"), None).expect("opens");
-    let untrained = Mixture::default();
+    let untrained = Source::Decomposition {
+        artifact: artifact(),
+        mixture: Mixture::default(),
+    };
     let facts = merge::run(
-        &artifact(),
         &untrained,
         &path("untrained"),
         &merge::Options::default(),
@@ -169,12 +171,12 @@ fn assert_round_trip(name: &str, dtype: Dtype) {
         dtype: Some(Dtype::F32),
         ..merge::Options::default()
     };
-    merge::run(&artifact(), &mixture, &path("merged"), &exact, &Silent).expect("merges");
-    let (before, untrained) = answers(&Source::Model(base), &ids);
     let trained = Source::Decomposition {
         artifact: artifact(),
         mixture,
     };
+    merge::run(&trained, &path("merged"), &exact, &Silent).expect("merges");
+    let (before, untrained) = answers(&Source::Model(base), &ids);
     let (trained, new) = answers(&trained, &ids);
     let merged = Base::open(&path("merged"), None, None).expect("opens");
     let (merged, new_of_merged) = answers(&Source::Model(merged), &ids);

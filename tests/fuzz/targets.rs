@@ -227,6 +227,8 @@ pub fn artifact(bytes: &[u8]) -> bool {
     let mixture = Mixture {
         parts: parts.into_iter().collect(),
     };
+    let trained = !mixture.parts.is_empty();
+    let source = Source::Decomposition { artifact, mixture };
     let mut merged_all = true;
     for dtype in [None, Some(Dtype::F16)] {
         let options = merge::Options {
@@ -235,7 +237,7 @@ pub fn artifact(bytes: &[u8]) -> bool {
             ..merge::Options::default()
         };
         let out = emptied("out");
-        let merged = merge::run(&artifact, &mixture, &out, &options, &Silent);
+        let merged = merge::run(&source, &out, &options, &Silent);
         merged_all &= merged.is_ok();
         if merged.is_ok() {
             for (file, header) in &headers {
@@ -245,7 +247,7 @@ pub fn artifact(bytes: &[u8]) -> bool {
         }
     }
     check_rooms();
-    merged_all && !mixture.parts.is_empty()
+    merged_all && trained
 }
 
 /// An adapter on its own.
@@ -343,8 +345,11 @@ pub fn round_trip(bytes: &[u8]) -> bool {
         return false;
     }
     let artifact = Artifact::open(&split, None).expect("what was written opens");
-    let (untrained, options) = (Mixture::default(), merge::Options::default());
-    let merged = merge::run(&artifact, &untrained, &out, &options, &Silent);
+    let untrained = Source::Decomposition {
+        artifact,
+        mixture: Mixture::default(),
+    };
+    let merged = merge::run(&untrained, &out, &merge::Options::default(), &Silent);
     let merged = merged.expect("an untrained decomposition merges");
     assert!(merged.identical_to_base);
     for file in &base.checkpoint.inventory.files {
