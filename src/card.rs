@@ -371,6 +371,29 @@ mod tests {
     }
 
     #[test]
+    fn the_card_of_a_model_with_a_lora_names_what_it_was_merged_into() {
+        let mut report = report();
+        let mut decompose = report.remove("decompose").expect("is there");
+        report["train"]["base"] = json!({"repo": "org/another"});
+        report["train"]["base_card"] = json!({"license": "mit"});
+        for key in ["base", "base_card"] {
+            report["merge"][key] = decompose[key].take();
+        }
+        report["train"]["method"] = "lora".into();
+        let card = render(Kind::Model, "me/tuned", &report).expect("renders");
+        for fact in [
+            "base_model: \"org/base\"",
+            "license: \"other\"",
+            "by a LoRA",
+        ] {
+            assert!(card.contains(fact), "{fact} is missing from\n{card}");
+        }
+        for not in ["org/another", "singular-values", "## Decomposition"] {
+            assert!(!card.contains(not), "{not} is in\n{card}");
+        }
+    }
+
+    #[test]
     fn the_card_of_a_mixture_tells_its_factors() {
         let mut report = report();
         report.remove("train");
