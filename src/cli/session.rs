@@ -249,11 +249,17 @@ impl Session {
     }
 
     /// Where adapters are, each with its factor.
-    fn located(&self, adapters: &[Weighted]) -> Result<Vec<(PathBuf, f64)>> {
+    fn located(&self, adapters: &[Weighted]) -> Result<Vec<Located>> {
         let located = adapters
             .iter()
             .map(|adapter| Ok((self.locate(&adapter.adapter)?.dir, adapter.weight)));
         located.collect()
+    }
+
+    /// The same, those of PEFT apart.
+    fn loras_and_others(&self, adapters: &[Weighted]) -> Result<(Vec<Located>, Vec<Located>)> {
+        let located = self.located(adapters)?.into_iter();
+        Ok(located.partition(|(dir, _)| Kind::of(dir) == Kind::Lora))
     }
 
     /// Opens whatever can be run: a plain model, or a decomposition with adapters.
@@ -274,10 +280,8 @@ impl Session {
         base: Option<&ModelRef>,
     ) -> Result<(Source, Option<Origin>)> {
         let found = self.locate(model)?;
-        let located = self.located(adapters)?.into_iter();
-        let (loras, others): (Vec<_>, Vec<_>) =
-            located.partition(|(dir, _)| Kind::of(dir) == Kind::Lora);
-        let (mut source, origin) = if is_artifact(&found.dir) {
+        let (loras, others) = self.loras_and_others(adapters)?;
+        let (source, origin) = if is_artifact(&found.dir) {
             let (artifact, origin) = self.artifact_at(&found, base)?;
             let mixture = mixture_of(&artifact, &others)?;
             (Source::Decomposition { artifact, mixture }, Some(origin))
@@ -287,10 +291,7 @@ impl Session {
         } else {
             return Err(Error::NotAnArtifact { path: found.dir });
         };
-        for (dir, weight) in loras {
-            source = source.with_lora(&dir, weight)?;
-        }
-        Ok((source, origin))
+        Ok((with_loras(source, loras)?, origin))
     }
 
     /// As [`Session::source`], but of repositories the weights stay where they are, and every tensor is checked whenever it is
@@ -301,12 +302,10 @@ impl Session {
         adapters: &[Weighted],
         base: Option<&ModelRef>,
     ) -> Result<Source> {
-        let located = self.located(adapters)?.into_iter();
-        let (loras, others): (Vec<_>, Vec<_>) =
-            located.partition(|(dir, _)| Kind::of(dir) == Kind::Lora);
+        let (loras, others) = self.loras_and_others(adapters)?;
         let index = Layout::Decomposition.index_file();
         let found = self.locate_files(model, &["config.json", &index])?;
-        let mut source = if is_artifact(&found.dir) {
+        let source = if is_artifact(&found.dir) {
             let artifact = self.artifact_to_stream(model, base)?;
             let mixture = mixture_of(&artifact, &others)?;
             Source::Decomposition { artifact, mixture }
@@ -316,14 +315,21 @@ impl Session {
         } else {
             return Err(Error::NotAnArtifact { path: found.dir });
         };
-        for (dir, weight) in loras {
-            source = source.with_lora(&dir, weight)?;
-        }
-        Ok(source)
+        with_loras(source, loras)
     }
 }
 
-fn mixture_of(artifact: &Artifact, adapters: &[(PathBuf, f64)]) -> Result<Mixture> {
+/// Where an adapter is, and its factor.
+type Located = (PathBuf, f64);
+
+fn with_loras(source: Source, loras: Vec<Located>) -> Result<Source> {
+    let mut loras = loras.into_iter();
+    loras.try_fold(source, |source, (dir, weight)| {
+        source.with_lora(&dir, weight)
+    })
+}
+
+fn mixture_of(artifact: &Artifact, adapters: &[Located]) -> Result<Mixture> {
     let opened = adapters
         .iter()
         .map(|(dir, weight)| Ok((Adapter::open(dir, artifact)?, *weight)));

@@ -581,6 +581,18 @@ fn a_merged_lora_is_the_exact_sum_whatever_it_is_merged_into() {
         arg(&base),
     ]);
     assert_eq!(verified["ok"], json!(true), "{verified}");
+    // on its own base it brings what is told of it; another base, though of our making, begins anew
+    let report = |dir: &Path| json_file(&dir.join("report.json"));
+    let own = report(&world.path("merged"));
+    assert_eq!(own["train"]["method"], json!("lora"));
+    let (again, _) = merge(&world.path("merged"), &[arg(&lora)], "again", &[]);
+    let again = report(&again);
+    assert!(again["train"].is_null() && again["evaluate"].is_null());
+    let sum = &again["merge"]["base"]["sha256"]["model.safetensors"];
+    assert_eq!(*sum, own["merge"]["sha256"]["model.safetensors"]);
+    let options = [&AS_LORA[..], &["--steps", "1"]].concat();
+    let (second, _) = trained(&world, &world.path("merged"), "second", &options);
+    assert!(report(&second)["merge"].is_null());
     // what is not a LoRA stays with decompositions
     let out = world.path("refused");
     for adapters in [&[][..], &["--adapter", arg(&split)]] {
